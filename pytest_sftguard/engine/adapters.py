@@ -1,0 +1,149 @@
+"""The adapter apart from its base: which tensors are which, and the adapter's way through a file."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pytest_sftguard.engine.tensors import combined, digests
+from pytest_sftguard.records import Names, RoundTripRecord
+
+_WEIGHTS = "adapter_model.safetensors"
+_OUTSIDE_LAYERS = ("modules_to_save", "trainable_tokens_")
+
+
+def trainables(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter that takes a gradient, by name."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer that is not part of the adapter, by name; they must not change."""
+    everything = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {n: t for n, t in everything.items() if not is_adapter(model, n)}
+
+
+def is_adapter(model: nn.Module, name: str) -> bool:
+    """Whether the tensor called `name` is saved with the adapter.
+
+    In a model without peft, everything that is trainable counts as the adapter.
+    """
+    tuner: Any = getattr(model, "base_model", None)
+    configs: Any = getattr(model, "peft_config", None)
+    prefix = getattr(tuner, "prefix", None)
+    if prefix is None or configs is None:
+        return name in trainables(model)
+    parts = name.split(".")
+    if any(p.startswith((prefix, *_OUTSIDE_LAYERS)) for p in parts):
+        return True
+    biases = any(getattr(c, "bias", "none") not in ("none", None) for c in configs.values())
+    return biases and parts[-1] == "bias" and name in trainables(model)
+
+
+def base_digests(model: nn.Module) -> dict[str, str]:
+    """Digest of each base tensor."""
+    return digests(base_tensors(model).items())
+
+
+def adapted_layers(model: nn.Module) -> list[nn.Module]:
+    """The original layers that adapters are attached to; every linear layer where none is."""
+    inner = [getattr(m, "base_layer", None) for m in model.modules()]
+    wrapped: list[nn.Module] = [m for m in inner if isinstance(m, nn.Module)]
+    return wrapped or [m for m in model.modules() if isinstance(m, nn.Linear)]
+
+
+def round_trip(
+    trained: nn.Module, folder: Path, fresh: Any, probe: dict[str, Tensor]
+) -> tuple[RoundTripRecord, nn.Module]:
+    """Compare the saved adapter in `folder` with `trained`, and load it onto the base of `fresh`.
+
+    `trained` and `fresh` are PeftModels, `fresh` as the target builds it; `probe` is a batch of model inputs. Returns
+    what was seen, and the reloaded model in evaluation mode. Raises what peft raises where the load fails.
+    """
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    path = folder / _WEIGHTS
+    saved = {_in_file(n): t for n, t in load_file(path).items()} if path.exists() else {}
+    expected: dict[str, Tensor] = {
+        _in_file(n, _active(trained)): p for n, p in trained.named_parameters() if is_adapter(trained, n)
+    }  # with the frozen ones: an adapter that was loaded without is_trainable is saved all the same
+    expected = {n: t for n, t in expected.items() if "original_module" not in n}
+    base_names = {_in_file(n) for n in base_tensors(trained)}
+
+    fresh_digest = combined(base_digests(fresh))
+    base = fresh.unload() if hasattr(fresh, "unload") else fresh
+    if hasattr(base, "peft_config"):
+        del base.peft_config  # left behind by `unload`, and peft warns of it
+    device = next(trained.parameters()).device
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        reloaded = PeftModel.from_pretrained(base, str(folder)).to(device).eval()
+    loaded: dict[str, Tensor] = {_in_file(n, _active(reloaded)): p for n, p in reloaded.named_parameters()}
+
+    with torch.no_grad(), _eager(trained), _eager(reloaded):
+        trained.eval()
+        before, after = trained(**probe).logits, reloaded(**probe).logits
+        with reloaded.disable_adapter():
+            base_logits = reloaded(**probe).logits
+    wrong_shape = {n for n in expected if n in saved and saved[n].shape != expected[n].shape}
+    return RoundTripRecord(
+        file_bytes=path.stat().st_size if path.exists() else 0,
+        tensors=len(saved),
+        missing=Names.of(sorted((expected.keys() - saved.keys()) | wrong_shape)),
+        unexpected=Names.of(sorted(saved.keys() - expected.keys() - base_names)),
+        nonfinite=Names.of(n for n, t in saved.items() if t.is_floating_point() and not t.isfinite().all()),
+        zero=Names.of(n for n, t in saved.items() if ".lora_" in n and not t.count_nonzero()),
+        differing=Names.of(_differing(expected, loaded)),
+        load_warnings=tuple(str(w.message)[:300] for w in caught if _tells_of_tensors(str(w.message))),
+        fresh_base_digest=fresh_digest,
+        max_abs_logit=before.float().abs().max().item(),
+        max_logit_change=(before.float() - after.float()).abs().max().item(),
+        max_logit_effect=(after.float() - base_logits.float()).abs().max().item(),
+    ), reloaded
+
+
+def _differing(expected: dict[str, Tensor], loaded: dict[str, Tensor]) -> Iterable[str]:
+    for name, tensor in expected.items():
+        other = loaded.get(name)
+        same = other is not None and other.shape == tensor.shape
+        if not (same and other is not None and torch.equal(other.detach().float(), tensor.detach().float())):
+            yield name
+
+
+def _active(model: nn.Module) -> str:
+    active: Any = getattr(model, "active_adapter", "default")
+    return active if isinstance(active, str) else "default"
+
+
+def _in_file(name: str, adapter: str = "default") -> str:
+    """The name of a tensor with all that differs between a model and an adapter file taken away."""
+    name = name.replace(f".modules_to_save.{adapter}", "").replace(f".{adapter}", "")
+    return name.replace(".base_layer.", ".").removesuffix(".weight")
+
+
+def _tells_of_tensors(message: str) -> bool:
+    return any(word in message.lower() for word in ("missing", "unexpected", "mismatch", "not found in"))
+
+
+@contextlib.contextmanager
+def _eager(model: nn.Module) -> Iterator[None]:
+    """Run with eager attention: sdpa on a CPU turns NaN queries into zeros below 16 tokens (pytorch#141128)."""
+    peft: Any = model
+    inner: Any = peft.get_base_model() if hasattr(model, "get_base_model") else model
+    before = getattr(getattr(inner, "config", None), "_attn_implementation", None)
+    try:
+        inner.set_attn_implementation("eager")
+    except (AttributeError, ValueError, NotImplementedError):  # not every architecture has a choice
+        before = None
+    try:
+        yield
+    finally:
+        if before is not None:
+            inner.set_attn_implementation(before)

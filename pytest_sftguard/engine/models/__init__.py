@@ -1,0 +1,1 @@
+"""Model sources of the built-in target, one file each."""

@@ -1,0 +1,72 @@
+"""The built-in target: a tiny Llama with random weights, LoRA on its attention, synthetic rows; needs no network.
+
+It says whether this machine's stack of libraries trains soundly. It has no tokenizer and asks no questions, so that
+numeric answers are not evaluated.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+
+_PAD, _BOS, _EOS, _WORDS = 0, 1, 2, 64
+_ROWS = 64
+
+
+def build_trainer(*, model: str | None = None, dtype: str = "float32", **training_arguments: Any) -> Trainer:
+    """A ready Trainer; `model` may name a folder or hub id of a causal language model to use instead of the tiny one.
+
+    Weights of the tiny base come from a fixed seed, the adapter's and the data order from `seed`.
+    """
+    weights = getattr(torch, dtype)
+    if model is None:
+        set_seed(0)
+        base: Any = LlamaForCausalLM(_tiny()).to(weights)
+        base.config.dtype = weights
+    else:
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=weights)
+    arguments = TrainingArguments(**{"learning_rate": 1e-3, "lr_scheduler_type": "constant"} | training_arguments)
+    set_seed(arguments.seed)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    return Trainer(
+        model=get_peft_model(base, lora),
+        args=arguments,
+        train_dataset=rows(base.config.vocab_size),
+        data_collator=collate,
+    )
+
+
+def rows(vocabulary: int) -> list[dict[str, list[int]]]:
+    """Synthetic rows of uneven length: BOS, a few tokens, and their sum modulo the vocabulary as the supervised end."""
+    generator = random.Random(0)
+    made = []
+    for _ in range(_ROWS):
+        question = [generator.randrange(3, vocabulary) for _ in range(generator.randint(3, 18))]
+        answer = [3 + sum(question) % (vocabulary - 3)] * generator.randint(1, 3)
+        ids = [_BOS, *question, *answer, _EOS]
+        made.append({"input_ids": ids, "labels": [-100] * (1 + len(question)) + [*answer, _EOS]})
+    return made
+
+
+def collate(features: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Pad to the longest row of the batch: shapes (rows, tokens)."""
+    longest = max(len(f["input_ids"]) for f in features)
+
+    def padded(key: str, fill: int) -> torch.Tensor:
+        return torch.tensor([f[key] + [fill] * (longest - len(f[key])) for f in features])
+
+    ids = padded("input_ids", _PAD)
+    mask = torch.tensor([[1] * len(f["input_ids"]) + [0] * (longest - len(f["input_ids"])) for f in features])
+    return {"input_ids": ids, "attention_mask": mask, "labels": padded("labels", -100)}
+
+
+def _tiny() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=_WORDS, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=_PAD, bos_token_id=_BOS, eos_token_id=_EOS,
+        tie_word_embeddings=False,
+    )  # fmt: skip

@@ -1,0 +1,179 @@
+"""Running one cell: target, Trainer, steps, file, answers; out comes a RunRecord."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pytest_sftguard.engine import adapters, generation
+from pytest_sftguard.engine.cpu_float16 import make_real
+from pytest_sftguard.engine.isolation import isolated
+from pytest_sftguard.engine.probe import choose_device, probe, versions
+from pytest_sftguard.engine.recording import Recorder
+from pytest_sftguard.engine.targets import Target, TargetError, resolve
+from pytest_sftguard.engine.watching import Watch
+from pytest_sftguard.hardware import HardwareProfile
+from pytest_sftguard.matrix import RunConfig
+from pytest_sftguard.precision import PrecisionMode, mode_named
+from pytest_sftguard.records import ErrorRecord, RunRecord
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+_log = logging.getLogger(__name__)
+
+
+def run(config: RunConfig, progress: Callable[[int], None] | None = None) -> RunRecord:
+    """Train the cell of `config` and return everything that was seen.
+
+    `progress` is called with the number of each optimizer step that is done. An exception of the training becomes the
+    record's `error`. Raises TargetError where the target breaks its contract, ValueError for an unknown device, and
+    lets KeyboardInterrupt through. Global state (random generators, environment, torch's switches) is put back.
+    """
+    mode = mode_named(config.cell.precision)
+    kind, unavailable = choose_device(config.device)
+    profile = HardwareProfile(kind=kind, name=kind) if unavailable else probe(kind)
+    record = RunRecord(
+        cell=str(config.cell),
+        precision=config.cell.precision,
+        per_device_train_batch_size=config.cell.per_device_train_batch_size,
+        gradient_accumulation_steps=config.cell.gradient_accumulation_steps,
+        max_steps=config.steps,
+        seed=config.seed,
+        target=config.target,
+        model=config.model,
+        device=profile,
+        versions=versions(),
+        not_run=unavailable or profile.lacks(mode),
+    )
+    if record.not_run is not None:
+        return record
+    target = resolve(config.target)
+    started = time.perf_counter()
+    with isolated(), tempfile.TemporaryDirectory(prefix="sftguard-") as folder:
+        seen = _Cell(config, mode, kind, target, Path(folder), progress).run()
+    return dataclasses.replace(record, **seen, seconds=time.perf_counter() - started)
+
+
+class _Cell:
+    """One run in progress: what it has seen so far survives an exception of a later stage."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        mode: PrecisionMode,
+        kind: str,
+        target: Target,
+        folder: Path,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self.config, self.mode, self.kind = config, mode, kind
+        self.target, self.folder, self.progress = target, folder, progress
+        self.seen: dict[str, Any] = {}
+
+    def run(self) -> dict[str, Any]:
+        """All stages in order; the fields of a RunRecord that they filled."""
+        stage = "build"
+        try:
+            trainer = self._build("training")
+            stage = "train"
+            self._train(trainer)
+            stage = "round_trip"
+            reloaded = self._round_trip(trainer)
+            stage = "answers"
+            pairs = self.target.pairs(self.config.questions)
+            self.seen["asks_questions"] = bool(pairs)
+            self.seen["answers"] = generation.answers(reloaded, trainer.processing_class, self.target, pairs)
+        except TargetError:
+            raise
+        except Exception as error:  # whatever the code under test raises is evidence, not a crash of the guard
+            _log.debug("cell %s ended in %s", self.config.cell, stage, exc_info=True)
+            self.seen["error"] = _described(error, stage)
+        return self.seen
+
+    def _build(self, name: str) -> Trainer:
+        arguments: dict[str, Any] = {
+            "model": self.config.model,
+            "dtype": self.mode.weights_dtype,
+            "output_dir": str(self.folder / name),
+            "max_steps": self.config.steps,
+            "per_device_train_batch_size": self.config.cell.per_device_train_batch_size,
+            "gradient_accumulation_steps": self.config.cell.gradient_accumulation_steps,
+            "seed": self.config.seed,
+            "use_cpu": self.kind == "cpu",
+            "bf16": False,
+            "fp16": False,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            **({"tf32": False} if self.kind == "cuda" else {}),
+            **self.mode.training_arguments,
+            **self.config.training_arguments,
+        }
+        trainer = self.target.trainer(**arguments)
+        trainer.args._n_gpu = min(1, trainer.args.n_gpu)  # a cell is one device: no DataParallel over all of them
+        make_real(trainer)
+        return trainer
+
+    def _train(self, trainer: Trainer) -> None:
+        recorder = Recorder(trainer.model)
+        watch = Watch(trainer, recorder, self.progress)
+        try:
+            trainer.train()
+        finally:
+            self.seen.update(
+                compute_dtypes=watch.compute_dtypes,
+                autocast_dtype=watch.autocast_dtype,
+                loss_scaling=trainer.accelerator.scaler is not None,
+                tf32=torch.backends.cuda.matmul.allow_tf32 if self.kind == "cuda" else None,
+                max_grad_norm=trainer.args.max_grad_norm,
+                steps=tuple(recorder.steps),
+                log=watch.log(),
+                global_step=trainer.state.global_step,
+            )
+            if watch.optimizer is not None:
+                self.seen["optimizer"] = recorder.optimizer(watch.optimizer)
+            self.seen.update(adapter=recorder.adapter(), base=recorder.base())
+
+    def _round_trip(self, trainer: Trainer) -> torch.nn.Module:
+        trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        saved = self.folder / "adapter"
+        trainer.save_model(str(saved))
+        fresh = self._build("reloading")
+        self.seen["round_trip"], reloaded = adapters.round_trip(trained, saved, fresh.model, _probe_batch(trainer))
+        return reloaded
+
+
+def _probe_batch(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The first rows of the training data, collated as for training, without labels, at least 16 tokens long.
+
+    Below 16 query tokens the CPU kernel of sdpa hides NaN (pytorch#141128), whatever the attention setting ends up as.
+    """
+    batch = next(iter(trainer.get_eval_dataloader(trainer.train_dataset)))
+    device = next(trainer.model.parameters()).device
+    inputs = {
+        k: v.to(device)
+        for k, v in batch.items()
+        if isinstance(v, torch.Tensor) and k in ("input_ids", "attention_mask")
+    }
+    length = inputs["input_ids"].shape[1]
+    if length < 16:
+        repeats = -(-16 // length)
+        inputs = {k: v.repeat(1, repeats) for k, v in inputs.items()}
+    return inputs
+
+
+def _described(error: Exception, stage: str) -> ErrorRecord:
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
+    message = (str(error).strip().splitlines() or [""])[0]
+    return ErrorRecord(stage=stage, type=type(error).__name__, message=message[:500], where=where)

@@ -1,0 +1,133 @@
+"""Watching a Trainer: tells a Recorder what happens, from inside the training loop.
+
+Four places are wrapped on the one Trainer at hand, none is replaced: `compute_loss` (the raw loss, before
+`logging_nan_inf_filter`), `training_step` (what the loop adds up), `accelerator.backward` (the last one of a step
+leaves complete, unclipped gradients, before a callback or clipping can touch them) and `optimizer.step`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from pytest_sftguard.engine.adapters import adapted_layers
+from pytest_sftguard.engine.recording import Recorder
+from pytest_sftguard.records import LogRecord
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its callbacks as Any
+    """Attaches a Recorder to `trainer`; `progress` is told the number of each step that is done."""
+
+    def __init__(self, trainer: Trainer, recorder: Recorder, progress: Callable[[int], None] | None = None) -> None:
+        self.trainer, self.recorder, self.progress = trainer, recorder, progress
+        self.compute_dtypes: dict[str, int] = {}
+        self.autocast_dtype: str | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._in_training_step = False
+        self._first = True
+        trainer.compute_loss = self._compute_loss(trainer.compute_loss)
+        trainer.training_step = self._training_step(trainer.training_step)
+        trainer.accelerator.backward = self._backward(trainer.accelerator.backward)
+        trainer.add_callback(self)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The optimizer is there now, and wrapped by accelerate."""
+        prepared = self.trainer.optimizer
+        self.optimizer = getattr(prepared, "optimizer", prepared)
+        prepared.step = self._optimizer_step(prepared.step)
+
+    def log(self) -> tuple[LogRecord, ...]:
+        """What the Trainer logged, line by line, without its summary."""
+        return tuple(
+            LogRecord(step=line["step"], **{k: _float(line.get(k)) for k in ("loss", "grad_norm", "learning_rate")})
+            for line in self.trainer.state.log_history
+            if "loss" in line
+        )
+
+    def _compute_loss(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def wrapped(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self._in_training_step:  # an evaluation
+                return original(model, inputs, *args, **kwargs)
+            labels = inputs.get("labels") if hasattr(inputs, "get") else None
+            hooks = self._watch_dtypes()
+            try:
+                result = original(model, inputs, *args, **kwargs)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            loss = result[0] if isinstance(result, tuple) else result
+            self.recorder.micro_batch(loss, labels if isinstance(labels, torch.Tensor) else None)
+            return result
+
+        return wrapped
+
+    def _training_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self.recorder.begin_micro_batch()
+            self._in_training_step = True
+            try:
+                returned = original(*args, **kwargs)
+            finally:
+                self._in_training_step = False
+            self.recorder.micro_batch_done(returned)
+            return returned
+
+        return wrapped
+
+    def _backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if self.trainer.accelerator.sync_gradients:
+                self.recorder.before_step(self._loss_scale())
+            return result
+
+        return wrapped
+
+    def _optimizer_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            optimizer = self.optimizer
+            assert optimizer is not None  # set in on_train_begin, where this wrapper is put in place
+            groups = optimizer.param_groups
+            rate = float(groups[0]["lr"]) if groups else None
+            result = original(*args, **kwargs)
+            self.recorder.after_step(optimizer, rate, self._loss_scale())
+            if self.progress is not None:
+                self.progress(len(self.recorder.steps))
+            return result
+
+        return wrapped
+
+    def _loss_scale(self) -> float | None:
+        scaler = self.trainer.accelerator.scaler
+        return None if scaler is None else float(scaler.get_scale())
+
+    def _watch_dtypes(self) -> list[Any]:
+        """Hooks on the adapted layers that note what their products returned, in the first micro-batch alone."""
+        if not self._first:
+            return []
+        self._first = False
+
+        def note(module: Any, inputs: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                dtype = str(output.dtype).removeprefix("torch.")
+                self.compute_dtypes[dtype] = self.compute_dtypes.get(dtype, 0) + 1
+                kind = output.device.type
+                if torch.is_autocast_enabled(kind):
+                    self.autocast_dtype = str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
+
+        return [layer.register_forward_hook(note) for layer in adapted_layers(self.recorder.model)]
+
+
+def _float(value: Any) -> float | None:
+    return None if value is None else float(value)

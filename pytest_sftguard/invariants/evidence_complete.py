@@ -1,0 +1,80 @@
+"""B12: the run went to its end, and everything that the other invariants judge by was seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pytest_sftguard.records import RunRecord, StepRecord, numbers
+from pytest_sftguard.verdicts import Finding, Invariant
+
+_NEEDED = ("loss", "grad_norm", "max_abs_gradient", "learning_rate", "changed", "max_update", "seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvidenceComplete(Invariant):
+    """As many steps as asked for, as many as the Trainer counted, each with all its numbers, all of them finite."""
+
+    code: ClassVar[str] = "B12"
+
+    def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
+        """Count first, then look for gaps."""
+        if record.error is not None:
+            yield self.failed(
+                f"the run ended in {record.error.stage}: {record.error.type}: {record.error.message}",
+                step=len(record.steps) + 1 if record.error.stage == "train" else None,
+            )
+        for what, count in (("were seen", len(record.steps)), ("were counted by the Trainer", record.global_step)):
+            if count != record.max_steps:
+                yield self.failed(
+                    f"{count} of {record.max_steps} optimizer steps {what}", observed=count, limit=record.max_steps
+                )
+        if [s.step for s in record.steps] != list(range(1, len(record.steps) + 1)):
+            yield self.failed("the steps are not numbered 1, 2, 3, ...: some are missing or were taken twice")
+        yield from self._gaps(record)
+        yield from self._stray(record)
+
+    def _gaps(self, record: RunRecord) -> Iterator[Finding]:
+        for s in record.steps:
+            missing = [name for name in _NEEDED if getattr(s, name) is None]
+            if not 1 <= len(s.micro_losses) <= record.gradient_accumulation_steps:
+                missing.append(f"micro_losses (has {len(s.micro_losses)} of {record.gradient_accumulation_steps})")
+            if record.loss_scaling and (s.loss_scale is None or s.loss_scale_after is None):
+                missing.append("loss_scale")
+            if missing:
+                yield self.failed(f"step {s.step} lacks {', '.join(missing)}", step=s.step)
+                return
+        if record.error is None:
+            absent = [n for n in ("optimizer", "base", "round_trip", "adapter", "seconds") if not getattr(record, n)]
+            if record.asks_questions and not record.answers:
+                absent.append("answers")
+            if absent:
+                yield self.failed(f"the record lacks {', '.join(absent)}")
+
+    def _stray(self, record: RunRecord) -> Iterator[Finding]:
+        stray = [(where, value) for where, value in numbers(record) if not math.isfinite(value)]
+        stray = [(where, value) for where, value in stray if not _excused(record, where)]
+        if stray:
+            where, value = stray[0]
+            yield self.failed(
+                f"{where} is {value} ({len(stray)} numbers of the record are not finite)",
+                step=_step_of(record, where), observed=value, limit="finite",
+            )  # fmt: skip
+
+
+def _excused(record: RunRecord, where: str) -> bool:
+    """Whether a number may be infinite: the gradients of a step that the scaler skipped, and the log's copy of them."""
+    skipped = {s.step for s in record.steps if s.effect == "skipped_by_scaler"}
+    if where.endswith((".grad_norm", ".max_abs_gradient")):
+        return _step_of(record, where) in skipped
+    return False
+
+
+def _step_of(record: RunRecord, where: str) -> int | None:
+    holder, bracket, rest = where.partition("[")
+    if not bracket or holder not in ("steps", "log"):
+        return None
+    item: StepRecord | object = getattr(record, holder)[int(rest.partition("]")[0])]
+    return int(getattr(item, "step"))  # noqa: B009 - StepRecord and LogRecord both have it

@@ -1,0 +1,40 @@
+"""A6: the arithmetic really had the precision that the cell names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pytest_sftguard.precision import MODES
+from pytest_sftguard.records import RunRecord
+from pytest_sftguard.verdicts import Finding, Invariant
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionIsReal(Invariant):
+    """Every adapted layer's matrix product had the mode's type; otherwise the cell is no evidence."""
+
+    code: ClassVar[str] = "A6"
+
+    def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
+        """Compare what the layers returned in the first micro-batch with what the mode promises."""
+        mode = MODES.get(record.precision)
+        if mode is None:
+            yield self.not_evaluated(f"{record.precision!r} is no precision that is known here")
+            return
+        if not record.compute_dtypes:
+            yield self.not_evaluated("no matrix product of an adapted layer was seen")
+            return
+        seen = ", ".join(f"{dtype} in {n}" for dtype, n in sorted(record.compute_dtypes.items()))
+        if set(record.compute_dtypes) != {mode.compute_dtype}:
+            yield self.not_evaluated(
+                f"{mode.name} did not happen: the adapted layers computed {seen} layers, not {mode.compute_dtype}"
+            )
+        if mode.scaler and not record.loss_scaling:
+            yield self.not_evaluated(f"{mode.name} did not happen: no loss scaler was at work")
+        if mode.autocast and record.autocast_dtype != mode.compute_dtype:
+            yield self.not_evaluated(f"{mode.name} did not happen: autocast was {record.autocast_dtype or 'off'}")
+        if record.tf32 is not None and mode.compute_dtype == "float32" and record.tf32 != (mode.name == "tf32"):
+            state = "on" if record.tf32 else "off"
+            yield self.not_evaluated(f"{mode.name} did not happen: tf32 was {state} for matrix products")

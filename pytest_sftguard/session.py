@@ -1,0 +1,113 @@
+"""One pytest session's runs: each cell is trained once, judged, written down, and handed on to the reports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_sftguard import registry
+from pytest_sftguard.invariants import load_invariants
+from pytest_sftguard.records import RunRecord
+from pytest_sftguard.reports import failure, json_files
+from pytest_sftguard.verdicts import Finding, JudgedRun, Outcome, Verdict, judge
+
+if TYPE_CHECKING:
+    from pytest_sftguard.matrix import RunConfig
+
+
+class CannotRunError(Exception):
+    """A cell cannot be run for a reason that the user can mend; the message says which, in a line or two."""
+
+
+@dataclass(frozen=True)
+class CellTest:
+    """What a marked test asks for in one of its cells."""
+
+    config: RunConfig
+    """The cell, and how to run it."""
+    invariants: tuple[str, ...] = ()
+    """Dotted paths of invariants beside the built-in ones."""
+    strict: bool = False
+    """Whether the test fails where the cell is not evaluated."""
+    folder: Path = Path(".sftguard")
+    """Where the record goes."""
+
+    def __str__(self) -> str:
+        return str(self.config.cell)
+
+
+class Runs:
+    """The runs of a session. Two tests that ask for the same run share it: a run is a pure function of its config."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, RunRecord] = {}
+
+    def judged(self, test: CellTest, nodeid: str, progress: Callable[[int], None] | None = None) -> JudgedRun:
+        """Train the cell (or take it from an earlier test), judge it, and write its record.
+
+        Raises CannotRunError for a target, invariant, device or folder that cannot be used.
+        """
+        try:
+            invariants = load_invariants(test.invariants)
+        except registry.NotFoundError as error:
+            raise CannotRunError(f"invariant {error}") from error
+        run = JudgedRun(record := self._record(test.config, progress), judge(record, invariants))
+        try:
+            json_files.write(test.folder, nodeid, record)
+        except OSError as error:
+            raise CannotRunError(
+                f"the record cannot be written below {test.folder}: {error.strerror or error}; "
+                "name another folder with --sftguard-dir"
+            ) from error
+        return run
+
+    def _record(self, config: RunConfig, progress: Callable[[int], None] | None) -> RunRecord:
+        key = json.dumps(asdict(config), sort_keys=True, default=repr)
+        if key not in self._records:
+            try:
+                from pytest_sftguard.engine import runner, targets
+            except ImportError as error:
+                raise CannotRunError(
+                    f"training needs torch, transformers, accelerate and peft, and one is missing: {error}; "
+                    "pip install torch transformers accelerate peft"
+                ) from error
+            try:
+                self._records[key] = runner.run(config, progress)
+            except targets.TargetError as error:
+                raise CannotRunError(str(error)) from error
+        return self._records[key]
+
+
+def pack(run: JudgedRun, name: str, rerun: str) -> dict[str, Any]:
+    """A judged run as plain types, to travel with pytest's report between processes."""
+    findings = [{**asdict(f), "outcome": f.outcome.name} for f in run.verdict.findings]
+    for f in findings:
+        f["observed"] = None if f["observed"] is None else str(f["observed"])
+    return {"record": run.record.to_dict(), "findings": findings, "name": name, "rerun": rerun}
+
+
+def unpack(data: dict[str, Any]) -> tuple[str, JudgedRun, str]:
+    """The test's name, its judged run and its rerun command, from what `pack` made."""
+    findings = tuple(
+        Finding(
+            **{
+                **f,
+                "outcome": Outcome[f["outcome"]],
+                "observed": None if f["observed"] is None else float(f["observed"]),
+            }
+        )
+        for f in data["findings"]
+    )
+    return data["name"], JudgedRun(RunRecord.from_dict(data["record"]), Verdict(findings)), data["rerun"]
+
+
+def failure_text(run: JudgedRun, rerun: str, own: BaseException | None) -> str:
+    """The text of a failed cell, and of the test's own exception where it raised one too."""
+    text = failure.text(run, rerun)
+    if own is not None:
+        lines = str(own).splitlines() or [""]
+        text += f"\n\nThe test's own {type(own).__name__} beside it: {lines[0]}"
+    return text

@@ -1,0 +1,164 @@
+"""Findings and verdicts: what an invariant says of a record, and what all of them together mean for the cell."""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, cast
+
+from pytest_sftguard.records import RunRecord
+
+
+class Outcome(enum.Enum):
+    """What is known: that it holds, that it does not, or nothing."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    NOT_EVALUATED = "not evaluated"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What one invariant says of one record."""
+
+    invariant: str
+    """Name of the invariant, a statement that should be true."""
+    outcome: Outcome
+    """Whether it holds."""
+    message: str = ""
+    """What was seen, in one line."""
+    step: int | None = None
+    """Optimizer step at which it was seen first, from 1."""
+    observed: float | None = None
+    """The value that was seen."""
+    limit: float | str | None = None
+    """What is allowed."""
+    required: bool = True
+    """Whether the cell cannot pass while this is not evaluated."""
+
+
+class Checks(Protocol):
+    """What judging needs of an invariant; any object with a `check` will do."""
+
+    def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
+        """Yield what is wrong, or what could not be looked at; nothing where all is well."""
+
+
+class Invariant:
+    """Base of our invariants: their name, their code, and the making of findings.
+
+    A subclass is a frozen dataclass whose fields are its thresholds. An invariant must say `not_evaluated` itself
+    where the record holds nothing that it could look at: a `check` that yields nothing passes.
+    """
+
+    code: ClassVar[str] = ""
+    """Code in the catalogue of failures, such as B7."""
+    required: ClassVar[bool] = True
+    """Whether a cell cannot pass while this is not evaluated."""
+
+    @property
+    def name(self) -> str:
+        """The statement: the class name in snake case."""
+        return invariant_name(self)
+
+    def failed(
+        self, message: str, *, step: int | None = None, observed: float | None = None, limit: float | str | None = None
+    ) -> Finding:
+        """A finding that the statement is false."""
+        return Finding(
+            invariant=self.name, outcome=Outcome.FAILED, message=message,
+            step=step, observed=observed, limit=limit, required=self.required,
+        )  # fmt: skip
+
+    def not_evaluated(self, message: str, *, required: bool | None = None) -> Finding:
+        """A finding that the record holds nothing to decide by."""
+        needed = self.required if required is None else required
+        return Finding(invariant=self.name, outcome=Outcome.NOT_EVALUATED, message=message, required=needed)
+
+
+def invariant_name(invariant: object) -> str:
+    """Name of any invariant, an outsider's too."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(invariant).__name__).lower()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All findings on one record, one for each invariant at least."""
+
+    findings: tuple[Finding, ...]
+    """In the order of the invariants."""
+
+    @property
+    def outcome(self) -> Outcome:
+        """FAILED if anything failed; else NOT_EVALUATED if anything required, or everything, was not evaluated."""
+        if self.failures:
+            return Outcome.FAILED
+        passed = any(f.outcome is Outcome.PASSED for f in self.findings)
+        missing = any(f.outcome is not Outcome.PASSED and f.required for f in self.findings)
+        return Outcome.PASSED if passed and not missing else Outcome.NOT_EVALUATED
+
+    @property
+    def passed(self) -> bool:
+        """Whether the cell is sound, and was looked at."""
+        return self.outcome is Outcome.PASSED
+
+    @property
+    def failures(self) -> tuple[Finding, ...]:
+        """The findings that failed."""
+        return tuple(f for f in self.findings if f.outcome is Outcome.FAILED)
+
+    @property
+    def not_evaluated(self) -> tuple[Finding, ...]:
+        """The findings that say that nothing could be decided."""
+        return tuple(f for f in self.findings if f.outcome is Outcome.NOT_EVALUATED)
+
+    def of(self, invariant: str) -> tuple[Finding, ...]:
+        """The findings of the invariant called so."""
+        return tuple(f for f in self.findings if f.invariant == invariant)
+
+
+def judge(record: RunRecord, invariants: Sequence[Checks], reference: RunRecord | None = None) -> Verdict:
+    """Hold `record` against `invariants`, and against `reference` where an invariant compares.
+
+    An invariant that raises, or yields something that is no finding, has failed itself: that is reported as a
+    failure under its name, and the others are judged all the same.
+    """
+    if record.not_run is not None:
+        return Verdict((Finding(invariant="cell_ran", outcome=Outcome.NOT_EVALUATED, message=record.not_run),))
+    return Verdict(tuple(f for invariant in invariants for f in _findings(invariant, record, reference)))
+
+
+def _findings(invariant: Checks, record: RunRecord, reference: RunRecord | None) -> list[Finding]:
+    name = invariant_name(invariant)
+    found: list[Finding] = []
+    try:
+        for finding in cast("Iterable[Any]", invariant.check(record, reference)):
+            if not isinstance(finding, Finding):
+                raise TypeError(f"it yielded {finding!r}, which is no Finding")
+            found.append(finding)
+    except Exception as error:  # an outsider's invariant may raise anything; the rest is judged all the same
+        broken = f"the invariant itself is broken: {type(error).__name__}: {error}"
+        return [*found, Finding(invariant=name, outcome=Outcome.FAILED, message=broken)]
+    return found or [Finding(invariant=name, outcome=Outcome.PASSED)]
+
+
+@dataclass(frozen=True)
+class JudgedRun:
+    """A training run and the verdict on it: what the fixture `sft_run` gives to a test."""
+
+    record: RunRecord
+    """Everything that was seen."""
+    verdict: Verdict
+    """What it means."""
+
+    @property
+    def losses(self) -> list[float]:
+        """Raw loss of every optimizer step."""
+        return self.record.losses
+
+    @property
+    def grad_norms(self) -> list[float]:
+        """Unclipped gradient norm of every optimizer step."""
+        return self.record.grad_norms
