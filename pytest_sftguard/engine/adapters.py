@@ -113,8 +113,13 @@ def _differing(expected: dict[str, Tensor], loaded: dict[str, Tensor]) -> Iterab
     for name, tensor in expected.items():
         other = loaded.get(name)
         same = other is not None and other.shape == tensor.shape
-        if not (same and other is not None and torch.equal(other.detach().float(), tensor.detach().float())):
+        if not (same and other is not None and _same_numbers(other.detach(), tensor.detach())):
             yield name
+
+
+def _same_numbers(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, NaN being equal to itself; peft may load into a wider type."""
+    return torch.allclose(one.double(), other.double(), rtol=0, atol=0, equal_nan=True)
 
 
 def _active(model: nn.Module) -> str:

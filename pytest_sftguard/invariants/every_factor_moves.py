@@ -25,12 +25,16 @@ class EveryFactorMoves(Invariant):
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Look at each effective step, and at each tensor over the whole run."""
+        if not record.steps:
+            yield self.not_evaluated("no optimizer step was seen")
+            return
         if not record.adapter:
             yield self.failed("the model has no trainable tensor", observed=0, limit="at least 1")
             return
         effective = [s for s in record.steps if s.effect == "applied"]
         if not effective:
             yield self.failed("no step left a changed, finite adapter", observed=0, limit="at least 1 step")
+            return
         zero_start = {t.name for t in record.adapter if t.initial_norm == 0}
         for i, s in enumerate(effective):
             # where no factor starts at zero nothing shields the others, and all move from the first step on

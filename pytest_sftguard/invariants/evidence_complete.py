@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pytest_sftguard.records import RunRecord, StepRecord, numbers
+from pytest_sftguard.records import ErrorRecord, RunRecord, StepRecord, numbers
 from pytest_sftguard.verdicts import Finding, Invariant
 
 _NEEDED = ("loss", "grad_norm", "max_abs_gradient", "learning_rate", "changed", "max_update", "seconds")
@@ -22,19 +22,29 @@ class EvidenceComplete(Invariant):
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Count first, then look for gaps."""
         if record.error is not None:
-            yield self.failed(
-                f"the run ended in {record.error.stage}: {record.error.type}: {record.error.message}",
-                step=len(record.steps) + 1 if record.error.stage == "train" else None,
-            )
-        for what, count in (("were seen", len(record.steps)), ("were counted by the Trainer", record.global_step)):
-            if count != record.max_steps:
-                yield self.failed(
-                    f"{count} of {record.max_steps} optimizer steps {what}", observed=count, limit=record.max_steps
-                )
-        if [s.step for s in record.steps] != list(range(1, len(record.steps) + 1)):
-            yield self.failed("the steps are not numbered 1, 2, 3, ...: some are missing or were taken twice")
+            yield self._ended_early(record, record.error)
+        else:
+            yield from self._counts(record)
         yield from self._gaps(record)
         yield from self._stray(record)
+
+    def _ended_early(self, record: RunRecord, error: ErrorRecord) -> Finding:
+        where = f" ({error.where})" if error.where else ""
+        step = len(record.steps) + 1 if error.stage == "train" else None
+        return self.failed(f"the run ended in {error.stage}: {error.type}: {error.message}{where}", step=step)
+
+    def _counts(self, record: RunRecord) -> Iterator[Finding]:
+        seen, counted = len(record.steps), record.global_step
+        if seen != record.max_steps:
+            yield self.failed(
+                f"{seen} of {record.max_steps} optimizer steps were seen", observed=seen, limit=record.max_steps
+            )
+        if counted != seen:
+            yield self.failed(
+                f"the Trainer counted {counted} optimizer steps, and took {seen}", observed=counted, limit=seen
+            )
+        if [s.step for s in record.steps] != list(range(1, len(record.steps) + 1)):
+            yield self.failed("the steps are not numbered 1, 2, 3, ...: some are missing or were taken twice")
 
     def _gaps(self, record: RunRecord) -> Iterator[Finding]:
         for s in record.steps:

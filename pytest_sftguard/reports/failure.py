@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
+
 from pytest_sftguard.diagnosis import diagnose
 from pytest_sftguard.verdicts import Finding, JudgedRun
 
+_WIDTH = 116
+
 
 def text(run: JudgedRun, rerun: str) -> str:
-    """All failed findings of `run`, the most probable mechanism behind them, and the command that repeats the cell."""
-    blocks = [block(finding, run, rerun) for finding in run.verdict.failures]
-    return "\n\n".join([*blocks, *diagnosis(run)])
-
-
-def block(finding: Finding, run: JudgedRun, rerun: str) -> str:
-    """One finding in a few lines."""
-    record = run.record
+    """All failed findings of `run` in the order of their steps, the most probable mechanism, the command to repeat it."""
+    record, failures = run.record, sorted(run.verdict.failures, key=_when)
+    invariants = dict.fromkeys(f.invariant for f in failures)
     lines = [
-        f"{finding.invariant}: no -- {finding.message}",
-        _row("cell", f"{record.cell}   device {record.device}"),
+        f"{record.cell} FAILED: {', '.join(invariants)}",
+        _row("device", f"{record.device}, torch {record.versions.get('torch', '?')}"),
+        _row("target", record.target + (f" with model {record.model}" if record.model else "")),
     ]
-    if finding.step is not None or finding.observed is not None or finding.limit is not None:
-        at = f"step {finding.step}" if finding.step is not None else "observed"
-        seen = "" if finding.observed is None else f"{finding.observed:.6g}"
-        allowed = "" if finding.limit is None else f"   allowed {_number(finding.limit)}"
-        lines.append(_row(at, seen + allowed))
-    lines.append(_row("rerun", rerun))
-    return "\n".join(lines)
-
-
-def diagnosis(run: JudgedRun) -> list[str]:
-    """The most probable mechanism with its evidence, and the names of the others; nothing where none is known."""
-    found = diagnose(run.record, run.verdict)
-    if not found:
-        return []
-    first, *others = found
-    lines = [f"probable cause: {first.mechanism} -- {first.summary}"]
-    lines += [_row("evidence", e) for e in first.evidence]
-    lines += [_row("against", a) for a in first.against]
-    lines.append(_row("cure", first.cure))
-    if others:
-        lines.append(_row("also", ", ".join(d.mechanism for d in others)))
-    return ["\n".join(lines)]
+    lines += [_row("" if f.step is None else f"step {f.step}", _described(f)) for f in failures]
+    return "\n".join([*lines, *_cause(run), _row("rerun", rerun, wrap=False)])
 
 
 def not_evaluated(run: JudgedRun) -> str:
@@ -49,9 +30,38 @@ def not_evaluated(run: JudgedRun) -> str:
     return f"{run.record.cell} not evaluated: {'; '.join(reasons)}"
 
 
-def _row(label: str, value: str) -> str:
-    return f"  {label:<10} {value}".rstrip()
+def _when(finding: Finding) -> float:
+    return math.inf if finding.step is None else finding.step
 
 
-def _number(limit: float | str) -> str:
-    return limit if isinstance(limit, str) else f"{limit:.6g}"
+def _described(finding: Finding) -> str:
+    """One finding: the invariant that does not hold, what was seen, and what is allowed."""
+    numbers = []
+    if finding.observed is not None:
+        numbers.append(f"observed {finding.observed:.6g}")
+    if finding.limit is not None:
+        numbers.append(f"allowed {finding.limit if isinstance(finding.limit, str) else format(finding.limit, '.6g')}")
+    return f"{finding.invariant}: {finding.message}" + (f" [{', '.join(numbers)}]" if numbers else "")
+
+
+def _cause(run: JudgedRun) -> list[str]:
+    found = diagnose(run.record, run.verdict)
+    if not found:
+        return []
+    first, *others = found
+    lines = [_row("cause", f"{first.mechanism}: {first.summary}")]
+    lines += [_row("evidence", e) for e in first.evidence]
+    lines += [_row("against", a) for a in first.against]
+    lines.append(_row("cure", first.cure))
+    if others:
+        lines.append(_row("or else", ", ".join(d.mechanism for d in others)))
+    return lines
+
+
+def _row(label: str, value: str, wrap: bool = True) -> str:
+    line = f"  {label:<9} {value}"
+    if not wrap:
+        return line
+    return textwrap.fill(
+        line, _WIDTH, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+    )
