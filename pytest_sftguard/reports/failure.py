@@ -12,7 +12,7 @@ _WIDTH = 116
 
 
 def text(run: JudgedRun, rerun: str) -> str:
-    """All failed findings of `run` in the order of their steps, the most probable mechanism, the command to repeat it."""
+    """All failed findings of `run` in the order of their steps, the probable mechanism, the command to repeat it."""
     record, failures = run.record, sorted(run.verdict.failures, key=_when)
     invariants = dict.fromkeys(f.invariant for f in failures)
     lines = [
@@ -30,8 +30,9 @@ def not_evaluated(run: JudgedRun) -> str:
     return f"{run.record.cell} not evaluated: {'; '.join(reasons)}"
 
 
-def _when(finding: Finding) -> float:
-    return math.inf if finding.step is None else finding.step
+def _when(finding: Finding) -> tuple[float, bool]:
+    """By step; among those of one step, what counts gaps in the evidence says least and comes last."""
+    return math.inf if finding.step is None else finding.step, finding.invariant == "evidence_complete"
 
 
 def _described(finding: Finding) -> str:

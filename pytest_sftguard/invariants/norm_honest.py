@@ -1,0 +1,48 @@
+"""B11: the grad_norm that the Trainer logs is the norm of the gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pytest_sftguard.records import RunRecord
+from pytest_sftguard.verdicts import Finding, Invariant
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormHonest(Invariant):
+    """The logged norm equals the one seen at the source, so that nothing was scaled, clipped or cleaned in between."""
+
+    rtol: float = 1e-3
+    """Largest relative difference: both are norms of the same float32 gradients, summed in another order."""
+
+    code: ClassVar[str] = "B11"
+    required: ClassVar[bool] = False
+
+    def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
+        """Compare line by line; a step that the loss scaler skipped may be logged as NaN."""
+        steps = {s.step: s for s in record.steps}
+        lines = [(steps[line.step], line) for line in record.log if line.step in steps and line.grad_norm is not None]
+        if not lines:
+            yield self.not_evaluated("the Trainer logged no grad_norm")
+            return
+        for step, line in lines:
+            if step.effect == "skipped_by_scaler":
+                continue
+            seen = math.nan if step.grad_norm is None else step.grad_norm
+            logged = math.nan if line.grad_norm is None else line.grad_norm
+            if math.isnan(seen) and math.isnan(logged):
+                continue  # the log is honest here; that the gradients are NaN is for gradients_finite to say
+            if seen == logged:
+                continue
+            if not abs(logged - seen) <= self.rtol * abs(seen):
+                yield self.failed(
+                    f"the Trainer logged grad_norm {logged:.6g} at step {step.step}, where the gradients' norm was"
+                    f" {seen:.6g}",
+                    step=step.step,
+                    observed=logged,
+                    limit=seen,
+                )
+                return
