@@ -51,11 +51,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             f"{where} is marked {MARKER} and trains nothing: it takes neither sft_run nor sft_cell. "
             f"Write `def {metafunc.function.__name__}(sft_run):`"
         )
-    if marker.args:
+    markers = list(metafunc.definition.iter_markers(MARKER))  # the closest first
+    positional = tuple(arg for m in markers for arg in m.args)
+    if positional:
         raise pytest.Collector.CollectError(
-            f"{where}: {MARKER} takes keywords only, such as steps=8; got {marker.args!r}"
+            f"{where}: {MARKER} takes keywords only, such as steps=8; got {positional!r}"
         )
-    keywords = dict(kw for m in reversed(list(metafunc.definition.iter_markers(MARKER))) for kw in m.kwargs.items())
+    keywords = dict(kw for m in reversed(markers) for kw in m.kwargs.items())
     try:
         resolved = settings.resolve(metafunc.config, keywords, where)
         configs = resolved.configs()
@@ -179,8 +181,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """With --sftguard-require-gpu, a session in which nothing ran on a GPU has failed."""
+    from pytest_sftguard import settings
+
     config = session.config
-    if not config.getoption("sftguard_require_gpu") or hasattr(config, "workerinput"):
+    if config.option.collectonly or hasattr(config, "workerinput") or not settings.resolve(config).require_gpu:
         return
     reporter = config.pluginmanager.getplugin("terminalreporter")
     packed = _packed(reporter.stats.values()) if reporter is not None else []
@@ -211,8 +215,13 @@ def _properties(run: JudgedRun) -> list[tuple[str, str]]:
 
 def _rerun(item: pytest.Item) -> str:
     """The command that repeats this cell with the same settings."""
-    given = [a for a in item.config.invocation_params.args if str(a).startswith("--sftguard")]
-    return " ".join(["pytest", f'"{item.nodeid}"', *map(str, given)])
+    import shlex
+
+    from pytest_sftguard.settings import SETTINGS
+
+    options = [(s, item.config.getoption(s.ini)) for s in SETTINGS]
+    given = [s.option if s.flag else f"{s.option}={shlex.quote(value)}" for s, value in options if value is not None]
+    return " ".join(["pytest", f'"{item.nodeid}"', *given])
 
 
 def _progress(config: pytest.Config, test: CellTest) -> Callable[[int], None] | None:

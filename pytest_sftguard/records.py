@@ -10,9 +10,9 @@ import dataclasses
 import json
 import math
 import os
-import tempfile
 import types
 import typing
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -245,6 +245,11 @@ class AnswerRecord:
     parsed: float | None = None
     """The number that the target's `parse_answer` read, or None."""
 
+    @property
+    def is_number(self) -> bool:
+        """Whether a finite number was read."""
+        return self.parsed is not None and math.isfinite(self.parsed)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ErrorRecord:
@@ -314,8 +319,8 @@ class RunRecord:
     """The frozen tensors."""
     round_trip: RoundTripRecord | None = None
     """Saving and reloading; None if it was not reached."""
-    asks_questions: bool = False
-    """Whether the target offers questions, so that answers must be there."""
+    questions: int = 0
+    """Questions that were asked, so that as many answers must be there."""
     answers: tuple[AnswerRecord, ...] = ()
     """Answers of the reloaded adapter."""
     seconds: float | None = None
@@ -357,7 +362,7 @@ class RunRecord:
         """Read a file that `write` wrote; a RecordError names the file and what is wrong with it."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RecordError(f"{path}: cannot be read as a record: {error}") from error
         try:
             return cls.from_dict(data)
@@ -367,13 +372,13 @@ class RunRecord:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all: a temporary file beside it takes its place at the end."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.")
+    temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}")  # mkstemp's would be unreadable for others
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with open(temporary, "x", encoding="utf-8") as file:
             file.write(text)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -425,7 +430,8 @@ def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
     _expect(isinstance(data, dict), where, "an object", data)
     hints = typing.get_type_hints(kind)
     unknown = set(data) - set(hints)
-    _expect(not unknown, where, f"no field {', '.join(sorted(map(str, unknown)))}", "it")
+    if unknown:
+        raise RecordError(f"{where}: unknown field {', '.join(sorted(map(str, unknown)))}")
     try:
         return kind(**{name: _decode(hints[name], item, f"{where}.{name}") for name, item in data.items()})
     except (TypeError, ValueError) as error:
@@ -436,10 +442,13 @@ def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
 
 def _decode_plain(kind: Any, data: Any, where: str) -> Any:
     if kind is float:
-        if data in ("nan", "inf", "-inf"):
+        if isinstance(data, str) and data in ("nan", "inf", "-inf"):
             return float(data)
         _expect(isinstance(data, (int, float)) and not isinstance(data, bool), where, "a number", data)
-        return float(data)
+        try:
+            return float(data)
+        except OverflowError:
+            raise RecordError(f"{where}: expected a number that a float can hold, found one that is larger") from None
     checks: dict[Any, Callable[[Any], bool]] = {
         int: lambda d: isinstance(d, int) and not isinstance(d, bool),
         str: lambda d: isinstance(d, str),

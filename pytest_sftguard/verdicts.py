@@ -11,6 +11,9 @@ from typing import Any, ClassVar, Protocol, cast
 from pytest_sftguard.records import RunRecord
 
 
+_None = type(None)
+
+
 class Outcome(enum.Enum):
     """What is known: that it holds, that it does not, or nothing."""
 
@@ -135,13 +138,25 @@ def _findings(invariant: Checks, record: RunRecord, reference: RunRecord | None)
     found: list[Finding] = []
     try:
         for finding in cast("Iterable[Any]", invariant.check(record, reference)):
-            if not isinstance(finding, Finding):
-                raise TypeError(f"it yielded {finding!r}, which is no Finding")
+            _hold_to_types(finding)
             found.append(finding)
     except Exception as error:  # an outsider's invariant may raise anything; the rest is judged all the same
         broken = f"the invariant itself is broken: {type(error).__name__}: {error}"
         return [*found, Finding(invariant=name, outcome=Outcome.FAILED, message=broken)]
     return found or [Finding(invariant=name, outcome=Outcome.PASSED)]
+
+
+def _hold_to_types(finding: Any) -> None:
+    """Raise TypeError where an outsider's finding is none, or holds what no report could print."""
+    if not isinstance(finding, Finding):
+        raise TypeError(f"it yielded {finding!r}, which is no Finding")
+    wanted: dict[str, type | tuple[type, ...]] = {
+        "invariant": str, "outcome": Outcome, "message": str, "step": (int, _None),
+        "observed": (int, float, _None), "limit": (int, float, str, _None),
+    }  # fmt: skip
+    for name, types in wanted.items():
+        if not isinstance(getattr(finding, name), types):
+            raise TypeError(f"it yielded a Finding with {name}={getattr(finding, name)!r}")
 
 
 @dataclass(frozen=True)

@@ -185,6 +185,27 @@ def raises_in_training(**arguments: Any) -> Trainer:
     return trainer
 
 
+def backward_by_hand(**arguments: Any) -> Trainer:
+    """A Trainer that does not call the accelerator for its backward pass: healthy."""
+    trainer = tiny.build_trainer(**arguments)
+
+    def training_step(model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        model.train()
+        loss = trainer.compute_loss(model, trainer._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        loss.backward()
+        return loss.detach()
+
+    trainer.training_step = training_step
+    return trainer
+
+
+def without_adapter(**arguments: Any) -> Trainer:
+    """A Trainer of a model that peft never saw."""
+    trainer = tiny.build_trainer(**arguments)
+    trainer.model = trainer.model.unload()
+    return trainer
+
+
 def no_trainer(**arguments: Any) -> Any:
     """Something else than a Trainer."""
     return dict(arguments)

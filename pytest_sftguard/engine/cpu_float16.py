@@ -1,7 +1,7 @@
 """Real float16 mixed precision on a CPU, where accelerate sets up nothing and says nothing.
 
 `Accelerator.__init__` of accelerate 1.15 leaves out its fp16 branch on a CPU: no autocast, no GradScaler, and yet every
-label reads fp16 (`fp16-flag-ignored-on-cpu` in docs/faults.md). torch itself can do both there.
+label reads fp16 (read in its `Accelerator.__init__`). torch itself can do both there.
 """
 
 from __future__ import annotations

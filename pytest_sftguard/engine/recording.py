@@ -154,6 +154,11 @@ class Recorder:
         )
 
     @property
+    def gradients_seen(self) -> bool:
+        """Whether the gradients of the step that is under way have been looked at."""
+        return self._gradients is not None
+
+    @property
     def _device(self) -> torch.device:
         return next(iter(self.model.parameters())).device
 

@@ -90,7 +90,7 @@ class _Cell:
             reloaded = self._round_trip(trainer)
             stage = "answers"
             pairs = self.target.pairs(self.config.questions)
-            self.seen["asks_questions"] = bool(pairs)
+            self.seen["questions"] = len(pairs)
             self.seen["answers"] = generation.answers(reloaded, trainer.processing_class, self.target, pairs)
         except TargetError:
             raise

@@ -49,6 +49,10 @@ class Target:
             raise TargetError(f"target {self.path} returned {_described(trainer)}, not a transformers.Trainer")
         if trainer.train_dataset is None:
             raise TargetError(f"target {self.path} returned a Trainer without a train_dataset")
+        if not hasattr(trainer.model, "peft_config"):
+            raise TargetError(
+                f"target {self.path} returned a Trainer whose model has no adapter: wrap it with peft.get_peft_model"
+            )
         return trainer
 
     def pairs(self, count: int) -> list[tuple[str, float]]:

@@ -1,8 +1,9 @@
 """Watching a Trainer: tells a Recorder what happens, from inside the training loop.
 
-Four places are wrapped on the one Trainer at hand, none is replaced: `compute_loss` (the raw loss, before
+Some methods of the one Trainer at hand are wrapped, none is replaced: `compute_loss` (the raw loss, before
 `logging_nan_inf_filter`), `training_step` (what the loop adds up), `accelerator.backward` (the last one of a step
-leaves complete, unclipped gradients, before a callback or clipping can touch them) and `optimizer.step`.
+leaves complete, unclipped gradients, before a callback or clipping can touch them) and `optimizer.step`. Where a
+subclass does its own backward, gradients are looked at before clipping, or else before the optimizer's step.
 """
 
 from __future__ import annotations
@@ -30,18 +31,22 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
         self.compute_dtypes: dict[str, int] = {}
         self.autocast_dtype: str | None = None
         self.optimizer: torch.optim.Optimizer | None = None
+        self._watched: Any = None
         self._in_training_step = False
         self._first = True
         trainer.compute_loss = self._compute_loss(trainer.compute_loss)
         trainer.training_step = self._training_step(trainer.training_step)
         trainer.accelerator.backward = self._backward(trainer.accelerator.backward)
+        trainer.accelerator.clip_grad_norm_ = self._before(trainer.accelerator.clip_grad_norm_)
         trainer.add_callback(self)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The optimizer is there now, and wrapped by accelerate."""
         prepared = self.trainer.optimizer
         self.optimizer = getattr(prepared, "optimizer", prepared)
-        prepared.step = self._optimizer_step(prepared.step)
+        if prepared is not self._watched:  # a retry after out-of-memory begins the training again
+            self._watched = prepared
+            prepared.step = self._optimizer_step(self._before(prepared.step))
 
     def log(self) -> tuple[LogRecord, ...]:
         """What the Trainer logged, line by line, without its summary."""
@@ -90,6 +95,17 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
             if self.trainer.accelerator.sync_gradients:
                 self.recorder.before_step(self._loss_scale())
             return result
+
+        return wrapped
+
+    def _before(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Look at the gradients before `original`, unless they were seen when they were complete."""
+
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if not self.recorder.gradients_seen:
+                self.recorder.before_step(self._loss_scale())
+            return original(*args, **kwargs)
 
         return wrapped
 

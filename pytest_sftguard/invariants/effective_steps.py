@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pytest_sftguard.records import RunRecord, StepRecord
+from pytest_sftguard.records import RunRecord
 from pytest_sftguard.verdicts import Finding, Invariant
 
 
@@ -22,7 +22,7 @@ class EffectiveSteps(Invariant):
     min_loss_scale: float = 1.0
     """Smallest loss scale that still scales anything; below it the overflow is not the scale's."""
     max_idle_warm_up: int = 1
-    """Steps with learning rate 0 at the start: a linear warm-up begins there."""
+    """Steps with learning rate 0 at the start, skipped ones not counted: a linear warm-up begins there."""
 
     code: ClassVar[str] = "B9"
 
@@ -37,7 +37,8 @@ class EffectiveSteps(Invariant):
         yield from self._unsupervised(record)
 
     def _unmoved(self, record: RunRecord) -> Iterator[Finding]:
-        idle = [s for s in record.steps if s.effect == "no_effect" and not self._warm_up(s)]
+        warm_up = self._warm_up(record)
+        idle = [s for s in record.steps if s.effect == "no_effect" and s.step not in warm_up]
         if idle:
             yield self.failed(
                 f"{len(idle)} of {len(record.steps)} steps changed no parameter (first: step {idle[0].step}, "
@@ -48,8 +49,10 @@ class EffectiveSteps(Invariant):
         if unknown:
             yield self.failed(f"what step {unknown[0].step} did was not seen", step=unknown[0].step)
 
-    def _warm_up(self, step: StepRecord) -> bool:
-        return step.learning_rate == 0 and step.step <= self.max_idle_warm_up
+    def _warm_up(self, record: RunRecord) -> set[int]:
+        """The idle steps at the start; steps that the scaler skipped do not count, as the schedule waits for them."""
+        taken = [s for s in record.steps if s.effect != "skipped_by_scaler"]
+        return {s.step for s in taken[: self.max_idle_warm_up] if s.learning_rate == 0}
 
     def _skipped(self, record: RunRecord) -> Iterator[Finding]:
         skipped = [s.step for s in record.steps if s.effect == "skipped_by_scaler"]

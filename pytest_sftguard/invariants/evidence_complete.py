@@ -11,6 +11,7 @@ from pytest_sftguard.records import ErrorRecord, RunRecord, StepRecord, numbers
 from pytest_sftguard.verdicts import Finding, Invariant
 
 _NEEDED = ("loss", "grad_norm", "max_abs_gradient", "learning_rate", "changed", "max_update", "seconds")
+_NEEDED_OF_TENSORS = ("initial_norm", "final_norm", "delta_norm", "changed_fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class EvidenceComplete(Invariant):
         else:
             yield from self._counts(record)
         yield from self._gaps(record)
+        yield from self._tensors(record)
         yield from self._stray(record)
 
     def _ended_early(self, record: RunRecord, error: ErrorRecord) -> Finding:
@@ -47,10 +49,14 @@ class EvidenceComplete(Invariant):
             yield self.failed("the steps are not numbered 1, 2, 3, ...: some are missing or were taken twice")
 
     def _gaps(self, record: RunRecord) -> Iterator[Finding]:
+        short_before = True
         for s in record.steps:
             missing = [name for name in _NEEDED if getattr(s, name) is None]
-            if not 1 <= len(s.micro_losses) <= record.gradient_accumulation_steps:
-                missing.append(f"micro_losses (has {len(s.micro_losses)} of {record.gradient_accumulation_steps})")
+            seen, asked = len(s.micro_losses), record.gradient_accumulation_steps
+            # the last step of an epoch may have fewer micro-batches: one short step between full ones
+            if not (seen == asked or (1 <= seen < asked and not short_before)):
+                missing.append(f"micro_losses (has {seen} of {asked})")
+            short_before = seen < asked
             if record.loss_scaling and (s.loss_scale is None or s.loss_scale_after is None):
                 missing.append("loss_scale")
             if missing:
@@ -58,10 +64,27 @@ class EvidenceComplete(Invariant):
                 return
         if record.error is None:
             absent = [n for n in ("optimizer", "base", "round_trip", "adapter", "seconds") if not getattr(record, n)]
-            if record.asks_questions and not record.answers:
-                absent.append("answers")
+            if len(record.answers) != record.questions:
+                absent.append(f"answers (has {len(record.answers)} of {record.questions})")
             if absent:
                 yield self.failed(f"the record lacks {', '.join(absent)}")
+
+    def _tensors(self, record: RunRecord) -> Iterator[Finding]:
+        for t in record.adapter:
+            missing = [name for name in _NEEDED_OF_TENSORS if getattr(t, name) is None]
+            if missing:
+                yield self.failed(f"{t.name} lacks {', '.join(missing)}")
+                return
+        for s in record.steps:
+            if s.effect in ("poisoned", "unknown"):
+                return  # a change from or to NaN counts neither as changed nor as unchanged
+            seen = (s.changed or 0) + s.unchanged.count
+            if seen != len(record.adapter):
+                yield self.failed(
+                    f"step {s.step} saw {seen} trainable tensors, and the record holds {len(record.adapter)}",
+                    step=s.step, observed=len(record.adapter), limit=seen,
+                )  # fmt: skip
+                return
 
     def _stray(self, record: RunRecord) -> Iterator[Finding]:
         stray = [(where, value) for where, value in numbers(record) if not math.isfinite(value)]

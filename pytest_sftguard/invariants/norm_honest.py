@@ -25,19 +25,18 @@ class NormHonest(Invariant):
         """Compare line by line; a step that the loss scaler skipped may be logged as NaN."""
         steps = {s.step: s for s in record.steps}
         lines = [(steps[line.step], line) for line in record.log if line.step in steps and line.grad_norm is not None]
+        lines = [(step, line) for step, line in lines if step.effect != "skipped_by_scaler"]
         if not lines:
-            yield self.not_evaluated("the Trainer logged no grad_norm")
+            yield self.not_evaluated("the Trainer logged no grad_norm of a step that was taken")
             return
         for step, line in lines:
-            if step.effect == "skipped_by_scaler":
-                continue
             seen = math.nan if step.grad_norm is None else step.grad_norm
             logged = math.nan if line.grad_norm is None else line.grad_norm
             if math.isnan(seen) and math.isnan(logged):
                 continue  # the log is honest here; that the gradients are NaN is for gradients_finite to say
             if seen == logged:
                 continue
-            if not abs(logged - seen) <= self.rtol * abs(seen):
+            if not (math.isfinite(seen) and abs(logged - seen) <= self.rtol * abs(seen)):
                 yield self.failed(
                     f"the Trainer logged grad_norm {logged:.6g} at step {step.step}, where the gradients' norm was"
                     f" {seen:.6g}",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pytest_sftguard.precision import MODES
+from pytest_sftguard.precision import MODES, PrecisionMode
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.verdicts import Finding, Invariant
 
@@ -35,6 +35,15 @@ class PrecisionIsReal(Invariant):
             yield self.not_evaluated(f"{mode.name} did not happen: no loss scaler was at work")
         if mode.autocast and record.autocast_dtype != mode.compute_dtype:
             yield self.not_evaluated(f"{mode.name} did not happen: autocast was {record.autocast_dtype or 'off'}")
-        if record.tf32 is not None and mode.compute_dtype == "float32" and record.tf32 != (mode.name == "tf32"):
+        if not mode.autocast and record.autocast_dtype is not None:
+            yield self.not_evaluated(f"{mode.name} did not happen: autocast was {record.autocast_dtype}")
+        if mode.compute_dtype == "float32":
+            yield from self._tf32(record, mode)
+
+    def _tf32(self, record: RunRecord, mode: PrecisionMode) -> Iterator[Finding]:
+        if record.tf32 is None:
+            if mode.cuda_only or record.device.kind == "cuda":
+                yield self.not_evaluated("whether matrix products ran in tf32 was not seen")
+        elif record.tf32 != (mode.name == "tf32"):
             state = "on" if record.tf32 else "off"
             yield self.not_evaluated(f"{mode.name} did not happen: tf32 was {state} for matrix products")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -25,15 +24,15 @@ class StrictAnswers(Invariant):
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Count what was parsed; nothing that did not parse counts as a number."""
         if not record.answers:
-            if record.asks_questions:
+            if record.questions:
                 yield self.not_evaluated("the target asks questions, and no answer was generated", required=True)
             else:
                 yield self.not_evaluated("the target offers no questions()")
             return
-        parsed = [a for a in record.answers if a.parsed is not None and math.isfinite(a.parsed)]
+        parsed = [a for a in record.answers if a.is_number]
         fraction = len(parsed) / len(record.answers)
         if not fraction >= self.min_parsed_fraction:
-            unparsed = next(a for a in record.answers if a not in parsed)
+            unparsed = next(a for a in record.answers if not a.is_number)
             yield self.failed(
                 f"{len(parsed)} of {len(record.answers)} answers hold a number"
                 f" ({unparsed.prompt[-60:]!r} was answered {unparsed.text[:60]!r})",

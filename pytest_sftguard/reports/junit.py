@@ -28,5 +28,5 @@ def properties(run: JudgedRun) -> list[tuple[str, str]]:
             "loss_last": record.losses[-1],
         }
     if record.answers:
-        values |= {"answers": len(record.answers), "answers_parsed": sum(a.parsed is not None for a in record.answers)}
+        values |= {"answers": len(record.answers), "answers_parsed": sum(a.is_number for a in record.answers)}
     return [(f"sftguard_{name}", str(value)) for name, value in values.items() if value is not None]

@@ -46,7 +46,7 @@ def _cells(cells: list[str], total: int) -> str:
 def _row(run: JudgedRun) -> tuple[str, ...]:
     record = run.record
     batch = f"{record.per_device_train_batch_size}x{record.gradient_accumulation_steps}"
-    parsed = sum(a.parsed is not None for a in record.answers)
+    parsed = sum(a.is_number for a in record.answers)
     return (
         record.precision,
         batch,

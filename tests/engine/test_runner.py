@@ -12,6 +12,7 @@ import torch
 
 from pytest_sftguard.diagnosis import diagnose
 from pytest_sftguard.engine import runner
+from pytest_sftguard.engine.targets import TargetError
 from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.verdicts import JudgedRun, Outcome
@@ -92,9 +93,9 @@ def test_the_step_of_a_fault_is_found(run_cell: Callable[..., JudgedRun]) -> Non
     assert finding.step == 3
 
 
-@pytest.mark.parametrize("target", ["scaler_skips_three", "warm_up"])
+@pytest.mark.parametrize("target", ["scaler_skips_three", "warm_up", "backward_by_hand"])
 def test_healthy_oddities_pass(run_cell: Callable[..., JudgedRun], target: str) -> None:
-    """Steps that a scaler skips at first, and a first step at learning rate 0, are no failures."""
+    """Steps skipped at first, a first step at learning rate 0, and an own backward pass are no failures."""
     run = run_cell(target, precision="fp16-mixed" if target == "scaler_skips_three" else "fp32", steps=8)
     assert run.verdict.passed, run.verdict.findings
 
@@ -127,6 +128,25 @@ def test_a_run_leaves_no_trace(run_cell: Callable[..., JudgedRun]) -> None:
     run_cell(precision="fp16-mixed", steps=1)
     assert before == (torch.get_rng_state().tolist(), random.getstate(), dict(os.environ), torch.get_default_dtype())
     assert numpy_before == numpy.random.get_state()[1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("no_trainer", "not a transformers.Trainer"),
+        ("narrow", "must take model, dtype and any \\*\\*training_arguments"),
+        ("without_adapter", "wrap it with peft.get_peft_model"),
+        ("missing", "module tests.targets has no missing"),
+        ("no.such.module:build", "does not import: ModuleNotFoundError"),
+        ("tests.targets:TINY", "not a function that builds a Trainer"),
+    ],
+)
+def test_a_target_that_breaks_its_contract_is_refused(
+    run_cell: Callable[..., JudgedRun], target: str, message: str
+) -> None:
+    """The error names the target and says what is wrong with it."""
+    with pytest.raises(TargetError, match=message):
+        run_cell(target)
 
 
 def test_progress_counts_the_steps() -> None:

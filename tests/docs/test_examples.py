@@ -1,0 +1,63 @@
+"""The documentation says what is so: its examples run, its tables are the code's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pytest_sftguard import registry
+from pytest_sftguard.invariants import load_invariants
+from pytest_sftguard.precision import MODES
+from pytest_sftguard.settings import SETTINGS
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCK = re.compile(r"^```python\n# (\S+\.py)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PAGES = [p.relative_to(ROOT).as_posix() for p in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]]
+WITH_EXAMPLES = [page for page in PAGES if BLOCK.search((ROOT / page).read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("page", WITH_EXAMPLES)
+def test_the_examples_of_a_page_run(pytester: pytest.Pytester, page: str) -> None:
+    """The files that a page shows, put into one folder, pass in pytest, on the embedded model where one is loaded."""
+    for name, code in BLOCK.findall((ROOT / page).read_text(encoding="utf-8")):
+        (pytester.path / name).write_text(code, encoding="utf-8")
+    (pytester.path / "pytest.ini").write_text("[pytest]\npythonpath = .\n", encoding="utf-8")
+    arguments = ["-q"]
+    if "from_pretrained" in (ROOT / page).read_text(encoding="utf-8"):
+        arguments.append(f"--sftguard-model={ROOT / 'homework' / 'model'}")
+    result = pytester.runpytest_subprocess(*arguments)
+    assert result.ret == 0
+    assert "failed" not in result.parseoutcomes()
+    assert "skipped" not in result.parseoutcomes()
+
+
+def test_the_configuration_page_lists_the_settings() -> None:
+    """The table of docs/configuration.md has one row for each setting, in the code's order."""
+    text = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
+    table = text.partition("## Precision modes")[0]
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (yes|no) \|", table, re.MULTILINE)
+    assert rows == [(s.name, "yes" if s.marker else "no") for s in SETTINGS]
+
+
+def test_the_configuration_page_lists_the_precision_modes() -> None:
+    """The table of modes names every mode with its weights' type."""
+    text = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
+    for mode in MODES.values():
+        assert f"| `{mode.name}` | {mode.weights_dtype} |" in text
+
+
+def test_the_invariants_page_lists_the_invariants() -> None:
+    """The table of docs/invariants.md holds every invariant with its code, and no other."""
+    text = (ROOT / "docs/invariants.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| ([A-D]\d+) \| `(\w+)` \|", text, re.MULTILINE))
+    assert rows == {i.code: i.name for i in load_invariants()}
+    assert set(rows.values()) == set(registry.names("pytest_sftguard.invariants"))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    """Every relative link of a page names a file of the repository."""
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / page).read_text(encoding="utf-8")):
+        assert ((ROOT / page).parent / link).exists(), link
