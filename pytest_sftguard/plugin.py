@@ -130,6 +130,21 @@ def sft_device(request: pytest.FixtureRequest) -> HardwareProfile:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
+    """A cell whose verdict is FAILED is not skipped because another of its fixtures skips the test."""
+    try:
+        return (yield)
+    except pytest.skip.Exception as own:
+        run = item.stash.get(RUN, None)
+        if run is None or not run.verdict.failures:
+            raise
+        from pytest_sftguard.session import failure_text
+
+        text = failure_text(run, _rerun(item), own)
+    pytest.fail(text, pytrace=False)
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """After the test's body: a cell whose verdict is FAILED fails, whatever the body said."""
     own: BaseException | None = None

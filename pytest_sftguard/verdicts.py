@@ -6,12 +6,10 @@ import enum
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, ClassVar, Protocol, cast
 
 from pytest_sftguard.records import RunRecord
-
-
-_None = type(None)
 
 
 class Outcome(enum.Enum):
@@ -151,8 +149,8 @@ def _hold_to_types(finding: Any) -> None:
     if not isinstance(finding, Finding):
         raise TypeError(f"it yielded {finding!r}, which is no Finding")
     wanted: dict[str, type | tuple[type, ...]] = {
-        "invariant": str, "outcome": Outcome, "message": str, "step": (int, _None),
-        "observed": (int, float, _None), "limit": (int, float, str, _None),
+        "invariant": str, "outcome": Outcome, "message": str, "step": (int, NoneType),
+        "observed": (int, float, NoneType), "limit": (int, float, str, NoneType),
     }  # fmt: skip
     for name, types in wanted.items():
         if not isinstance(getattr(finding, name), types):

@@ -35,6 +35,7 @@ class Target:
 
     def trainer(self, **arguments: Any) -> Trainer:
         """Call the function. TargetError where it refuses the keywords or returns something else than a Trainer."""
+        from peft import PeftModel
         from transformers import Trainer
 
         try:
@@ -49,7 +50,7 @@ class Target:
             raise TargetError(f"target {self.path} returned {_described(trainer)}, not a transformers.Trainer")
         if trainer.train_dataset is None:
             raise TargetError(f"target {self.path} returned a Trainer without a train_dataset")
-        if not hasattr(trainer.model, "peft_config"):
+        if not isinstance(trainer.model, PeftModel):
             raise TargetError(
                 f"target {self.path} returned a Trainer whose model has no adapter: wrap it with peft.get_peft_model"
             )

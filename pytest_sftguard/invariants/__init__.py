@@ -12,8 +12,8 @@ from pytest_sftguard.verdicts import Checks
 def load_invariants(extra: Iterable[str] = ()) -> list[Checks]:
     """Every invariant of this folder, and those at the dotted paths in `extra` (classes or instances).
 
-    Raises registry.NotFoundError where a path leads nowhere, to something that has no `check`, or to a class that cannot
-    be made without arguments.
+    Raises registry.NotFoundError where a path leads nowhere, to something that has no `check`, or to a class that
+    cannot be made without arguments.
     """
     found = [registry.load(name, __name__) for name in registry.names(__name__)]
     for path in extra:

@@ -30,7 +30,7 @@ class WeightsAndMomentsFinite(Invariant):
                         step=s.step, observed=math.nan, limit="finite",
                     )  # fmt: skip
             if s.nonfinite_weights or s.nonfinite_moments:
-                break
+                return  # from here on, the end and the file would only say it again
         bad = [t for t in record.adapter if t.final_norm is None or not math.isfinite(t.final_norm)]
         if bad:
             yield self.failed(
@@ -38,7 +38,7 @@ class WeightsAndMomentsFinite(Invariant):
                 f" {Names.of(t.name for t in bad)}",
                 observed=bad[0].final_norm, limit="finite",
             )  # fmt: skip
-        if record.round_trip is not None and record.round_trip.nonfinite:
+        elif record.round_trip is not None and record.round_trip.nonfinite:
             yield self.failed(
                 f"{record.round_trip.nonfinite.count} tensors in the saved file are not finite:"
                 f" {record.round_trip.nonfinite}",
