@@ -102,11 +102,13 @@ def sft_run(request: pytest.FixtureRequest, sft_cell: Cell, _sft_test: CellTest)
     from pytest_sftguard.session import CannotRunError
     from pytest_sftguard.verdicts import Outcome
 
-    node = request.node
+    node, cannot = request.node, ""
     try:
         run = _runs(request.config).judged(_sft_test, node.nodeid, _progress(request.config, _sft_test))
     except CannotRunError as error:
-        pytest.fail(str(error), pytrace=False)
+        cannot = str(error)
+    if cannot:  # not inside of `except`, where pytest would print the causes and the message again for each
+        pytest.fail(cannot, pytrace=False)
     node.stash[RUN] = run
     node.user_properties.extend(_properties(run))
     if run.verdict.outcome is Outcome.NOT_EVALUATED:
@@ -243,7 +245,7 @@ def _progress(config: pytest.Config, test: CellTest) -> Callable[[int], None] | 
     """Shows the steps of a long cell on the terminal's current line, where there is a person to see it."""
     reporter = config.pluginmanager.getplugin("terminalreporter")
     capture = config.pluginmanager.getplugin("capturemanager")
-    if reporter is None or hasattr(config, "workerinput") or not reporter.isatty:
+    if reporter is None or capture is None or hasattr(config, "workerinput") or not reporter.isatty:
         return None
 
     def show(step: int) -> None:

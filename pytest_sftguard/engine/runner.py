@@ -89,7 +89,7 @@ class _Cell:
             stage = "round_trip"
             reloaded = self._round_trip(trainer)
             stage = "answers"
-            pairs = self.target.pairs(self.config.questions)
+            pairs = self.target.pairs(self.config.questions, trainer.processing_class)
             self.seen["questions"] = len(pairs)
             self.seen["answers"] = generation.answers(reloaded, trainer.processing_class, self.target, pairs)
         except TargetError:
