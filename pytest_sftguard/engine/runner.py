@@ -120,6 +120,12 @@ class _Cell:
             **self.config.training_arguments,
         }
         trainer = self.target.trainer(**arguments)
+        for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(trainer.args, name) != arguments[name]:
+                raise TargetError(
+                    f"target {self.target.path} was asked for {name}={arguments[name]}, and its Trainer has"
+                    f" {getattr(trainer.args, name)}: what it is given must win over its own defaults"
+                )
         trainer.args._n_gpu = min(1, trainer.args.n_gpu)  # a cell is one device: no DataParallel over all of them
         make_real(trainer)
         return trainer
@@ -132,6 +138,7 @@ class _Cell:
         finally:
             self.seen.update(
                 compute_dtypes=watch.compute_dtypes,
+                weights_dtypes=adapters.weights_dtypes(recorder.model),
                 autocast_dtype=watch.autocast_dtype,
                 loss_scaling=trainer.accelerator.scaler is not None,
                 tf32=torch.backends.cuda.matmul.allow_tf32 if self.kind == "cuda" else None,
