@@ -406,7 +406,7 @@ exit codes: 0 done; 1 the training was not sound and nothing was saved; 2 an err
         allow_abbrev=False,
         help="train an adapter, save it, reload it, and print the score before and after",
         description="Train an adapter, save it, reload it from disk, and print the score on the validation set before "
-        "and after. With the embedded model and no flags this takes about two minutes on two CPU cores.",
+        "and after. With the embedded model and no flags this takes well under a minute on two CPU cores.",
     )
     train.add_argument(
         "--output-dir", default=OUTPUT_DIR, metavar="FOLDER", help=f"where the adapter goes (default {OUTPUT_DIR})"
