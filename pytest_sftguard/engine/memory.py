@@ -53,6 +53,7 @@ CUBLAS_WORKSPACE_HOPPER = 4096 * 8 * 1024
 
 _STEPS = 2
 _REAL_BYTES = 1 << 24
+_FULL_EVALUATION = ("bf16_full_eval", "fp16_full_eval")  # with these the Trainer moves the weights again
 _ROWS_LOOKED_AT = 10_000
 
 
@@ -202,27 +203,27 @@ class Forecast:
     """Says of one cell after the other whether it will fit, and remembers, so that most cost nothing."""
 
     def __init__(self) -> None:
-        self._rehearsed: dict[str, tuple[int, int]] = {}
+        self._rehearsed: dict[str, tuple[Cell, int]] = {}
 
     def need(self, config: RunConfig, kind: str, enough: float) -> int | None:
         """What the cell of `config` needs; None where it needs less than `enough` for sure, or cannot be rehearsed.
 
         For sure: memory at b rows is made of parts that are constant and parts that grow with b, so that it is at most
-        b/a times that at a rows, which may have been rehearsed already.
+        b/a times that at a rows, which may have been rehearsed already; and accumulation never takes any away.
         """
-        rows, accumulates = config.cell.per_device_train_batch_size, config.cell.gradient_accumulation_steps > 1
-        same = dataclasses.replace(config, cell=Cell(config.cell.precision, 1, 2 if accumulates else 1))
-        key = f"{kind} {same!r}"
+        cell, key = config.cell, f"{kind} {dataclasses.replace(config, cell=Cell(config.cell.precision, 1, 1))!r}"
         if key in self._rehearsed:
-            fewer, need = self._rehearsed[key]
-            if fewer <= rows and need * rows / fewer <= enough:
+            known, need = self._rehearsed[key]
+            more = cell.per_device_train_batch_size / known.per_device_train_batch_size
+            covered = min(cell.gradient_accumulation_steps, 2) <= known.gradient_accumulation_steps
+            if more >= 1 and covered and need * more <= enough:
                 return None
         try:
             found = predict(config, kind).cell_bytes
         except PredictionError:
             _log.warning("cell %s is trained without knowing whether it fits", config.cell, exc_info=True)
             return None
-        self._rehearsed[key] = (rows, found)
+        self._rehearsed[key] = (cell, found)
         return found
 
 
@@ -337,7 +338,8 @@ def _still(trainer: Trainer) -> None:
     arguments = trainer.args
     arguments.logging_strategy = arguments.eval_strategy = IntervalStrategy.NO
     arguments.save_strategy = SaveStrategy.NO
-    arguments.eval_on_start = arguments.load_best_model_at_end = arguments.auto_find_batch_size = False
+    for switch in ("eval_on_start", "load_best_model_at_end", "auto_find_batch_size", *_FULL_EVALUATION):
+        setattr(arguments, switch, False)
     handler = trainer.callback_handler
     handler.callbacks = [c for c in handler.callbacks if isinstance(c, DefaultFlowCallback)]
     trainer.log = lambda *_, **__: None

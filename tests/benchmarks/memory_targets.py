@@ -16,7 +16,7 @@ TOKENS = "SFTGUARD_BENCHMARK_TOKENS"
 
 
 def small(**arguments: Any) -> Trainer:
-    """The built-in model, enlarged to 5 million parameters."""
+    """The built-in model, enlarged to 4 million parameters."""
     return _trainer(
         LlamaConfig(
             vocab_size=2048, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=8,
