@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +17,7 @@ MARKER = "gpu_stability"
 
 RUN = pytest.StashKey["JudgedRun"]()
 RUNS = pytest.StashKey["Runs"]()
+PACKED = pytest.StashKey[list[dict[str, Any]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,6 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the marker, and refuse settings that no test could use."""
     from pytest_sftguard import settings
 
+    config.stash[PACKED] = []
+    config.pluginmanager.register(_Reports(config.stash[PACKED]), "sftguard-reports")
     config.addinivalue_line("markers", settings.marker_line(MARKER))
     try:
         settings.resolve(config)
@@ -102,11 +105,13 @@ def sft_run(request: pytest.FixtureRequest, sft_cell: Cell, _sft_test: CellTest)
     from pytest_sftguard.session import CannotRunError
     from pytest_sftguard.verdicts import Outcome
 
-    node = request.node
+    node, cannot = request.node, ""
     try:
         run = _runs(request.config).judged(_sft_test, node.nodeid, _progress(request.config, _sft_test))
     except CannotRunError as error:
-        pytest.fail(str(error), pytrace=False)
+        cannot = str(error)
+    if cannot:  # not inside of `except`, where pytest would print the causes and the message again for each
+        pytest.fail(cannot, pytrace=False)
     node.stash[RUN] = run
     node.user_properties.extend(_properties(run))
     if run.verdict.outcome is Outcome.NOT_EVALUATED:
@@ -181,9 +186,9 @@ def pytest_runtest_makereport(
     return report
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print the section: a line for each cell, then each finding."""
-    packed = _packed(terminalreporter.stats.values())
+    packed = config.stash[PACKED]
     if packed:
         from pytest_sftguard.reports import terminal
         from pytest_sftguard.session import unpack
@@ -202,16 +207,23 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if config.option.collectonly or hasattr(config, "workerinput") or not settings.resolve(config).require_gpu:
         return
     reporter = config.pluginmanager.getplugin("terminalreporter")
-    packed = _packed(reporter.stats.values()) if reporter is not None else []
-    kinds = [p["record"]["device"]["kind"] for p in packed if p["record"]["steps"]]
+    kinds = [p["record"]["device"]["kind"] for p in config.stash[PACKED] if p["record"]["steps"]]
     if not any(kind in ("cuda", "rocm") for kind in kinds) and exitstatus in (0, 5):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
         if reporter is not None:
             reporter.write_line("--sftguard-require-gpu: nothing ran on a GPU", red=True)
 
 
-def _packed(groups: Iterable[Iterable[Any]]) -> list[dict[str, Any]]:
-    return [r.sftguard for group in groups for r in group if hasattr(r, "sftguard")]
+class _Reports:
+    """Keeps the judged runs of all reports, those that xdist's workers sent among them."""
+
+    def __init__(self, packed: list[dict[str, Any]]) -> None:
+        self._packed = packed
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """A report has come in."""
+        if hasattr(report, "sftguard"):
+            self._packed.append(report.sftguard)
 
 
 def _runs(config: pytest.Config) -> Runs:
@@ -243,7 +255,7 @@ def _progress(config: pytest.Config, test: CellTest) -> Callable[[int], None] | 
     """Shows the steps of a long cell on the terminal's current line, where there is a person to see it."""
     reporter = config.pluginmanager.getplugin("terminalreporter")
     capture = config.pluginmanager.getplugin("capturemanager")
-    if reporter is None or hasattr(config, "workerinput") or not reporter.isatty:
+    if reporter is None or capture is None or hasattr(config, "workerinput") or not reporter.isatty:
         return None
 
     def show(step: int) -> None:

@@ -299,6 +299,8 @@ class RunRecord:
     """What ended the run early; None if nothing did."""
     compute_dtypes: dict[str, int] = field(default_factory=dict)
     """Result types of the adapted layers' own matrix products in the first micro-batch, with the number of layers."""
+    weights_dtypes: dict[str, int] = field(default_factory=dict)
+    """Types of the adapted layers' frozen weights, with the number of layers; quantised ones by their storage."""
     autocast_dtype: str | None = None
     """Autocast's type in the first micro-batch; None without autocast."""
     loss_scaling: bool = False

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,14 +55,11 @@ class Runs:
             invariants = load_invariants(test.invariants)
         except registry.NotFoundError as error:
             raise CannotRunError(f"invariant {error}") from error
+        with _writing(test.folder):
+            json_files.prepare(test.folder)  # before the training, which a full disk would make useless
         run = JudgedRun(record := self._record(test.config, progress), judge(record, invariants))
-        try:
+        with _writing(test.folder):
             json_files.write(test.folder, nodeid, record)
-        except OSError as error:
-            raise CannotRunError(
-                f"the record cannot be written below {test.folder}: {error.strerror or error}; "
-                "name another folder with --sftguard-dir"
-            ) from error
         return run
 
     def _record(self, config: RunConfig, progress: Callable[[int], None] | None) -> RunRecord:
@@ -79,6 +77,17 @@ class Runs:
             except targets.TargetError as error:
                 raise CannotRunError(str(error)) from error
         return self._records[key]
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CannotRunError(
+            f"the record cannot be written below {folder}: {error.strerror or error}; "
+            "name another folder with --sftguard-dir"
+        ) from error
 
 
 def pack(run: JudgedRun, name: str, rerun: str) -> dict[str, Any]:

@@ -138,7 +138,9 @@ def _findings(invariant: Checks, record: RunRecord, reference: RunRecord | None)
         for finding in cast("Iterable[Any]", invariant.check(record, reference)):
             _hold_to_types(finding)
             found.append(finding)
-    except Exception as error:  # an outsider's invariant may raise anything; the rest is judged all the same
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # an outsider's may raise anything, pytest's Skipped too; the rest is judged
         broken = f"the invariant itself is broken: {type(error).__name__}: {error}"
         return [*found, Finding(invariant=name, outcome=Outcome.FAILED, message=broken)]
     return found or [Finding(invariant=name, outcome=Outcome.PASSED)]

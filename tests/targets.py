@@ -40,6 +40,16 @@ def ignores_precision(**arguments: Any) -> Trainer:
     return tiny.build_trainer(**arguments | {"fp16": False, "bf16": False})
 
 
+def ignores_dtype(**arguments: Any) -> Trainer:
+    """A target that loads its base in the checkpoint's type, bfloat16, whatever it was asked for."""
+    return tiny.build_trainer(**arguments | {"dtype": "bfloat16"})
+
+
+def ignores_batch(**arguments: Any) -> Trainer:
+    """A target whose own batch size wins."""
+    return tiny.build_trainer(**arguments | {"per_device_train_batch_size": 4})
+
+
 def learning_rate_zero(**arguments: Any) -> Trainer:
     """A schedule that never leaves 0."""
     return tiny.build_trainer(**arguments | {"learning_rate": 0.0})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,12 @@ def adapted_layers(model: nn.Module) -> list[nn.Module]:
     inner = [getattr(m, "base_layer", None) for m in model.modules()]
     wrapped: list[nn.Module] = [m for m in inner if isinstance(m, nn.Module)]
     return wrapped or [m for m in model.modules() if isinstance(m, nn.Linear)]
+
+
+def weights_dtypes(model: nn.Module) -> dict[str, int]:
+    """Types of the adapted layers' own weights, with the number of layers."""
+    weights = [getattr(layer, "weight", None) for layer in adapted_layers(model)]
+    return dict(Counter(str(w.dtype).removeprefix("torch.") for w in weights if isinstance(w, Tensor)))
 
 
 def round_trip(

@@ -55,29 +55,34 @@ class Recorder:
         """What the training loop adds up for the step's loss."""
         self._returned.append(returned.detach().float().mean())
 
-    def before_step(self, loss_scale: float | None = None) -> None:
-        """All gradients of the step are there: unclipped, and multiplied by `loss_scale` where there is a scaler."""
+    def before_step(self, loss_scale: Tensor | None = None) -> None:
+        """All gradients of the step are there: unclipped, and multiplied by `loss_scale` where there is a scaler.
+
+        The scale is a tensor of one element, on the device, so that nothing waits for it here.
+        """
         gradients = [(n, p.grad) for n, p in self.parameters.items() if p.grad is not None]
         tensors = [g.coalesce().values() if g.is_sparse else g.detach() for _, g in gradients]
-        scale = loss_scale or 1.0
+        scale = 1.0 if loss_scale is None else loss_scale
         self._gradients = {
             "names": [n for n, _ in gradients],
             "missing": Names.of(n for n, p in self.parameters.items() if p.grad is None),
             "l2": norms(tensors, 2) / scale,
             "largest": norms(tensors, math.inf) / scale,
-            "scale": loss_scale,
+            "scale": _one(loss_scale),
         }
 
     def after_step(
-        self, optimizer: torch.optim.Optimizer, learning_rate: float | None, loss_scale: float | None = None
+        self, optimizer: torch.optim.Optimizer, learning_rate: float | None, loss_scale: Tensor | None = None
     ) -> None:
         """The optimizer has stepped, or was kept from it by the scaler, whose scale is now `loss_scale`."""
         now = [p.detach() for p in self.parameters.values()]
         difference = list(torch._foreach_sub(now, self._previous)) if now else []
         states = self._states(optimizer)
-        gradients = self._gradients or {"names": [], "l2": torch.empty(0), "largest": torch.empty(0)}
-        loss, micro, tokens, l2, largest, update, weights, moments = to_host(
+        nothing = torch.empty(0)
+        gradients = self._gradients or {"names": [], "l2": nothing, "largest": nothing, "scale": nothing}
+        scale, scale_after, loss, micro, tokens, l2, largest, update, weights, moments = to_host(
             [
+                gradients["scale"], _one(loss_scale),
                 _stacked(self._returned), _stacked(self._micro_losses), _stacked(self._tokens),
                 gradients["l2"], gradients["largest"],
                 norms(difference, math.inf), norms(now, math.inf), norms([t for _, t in states], math.inf),
@@ -99,8 +104,8 @@ class Recorder:
                 missing_gradients=gradients.get("missing", Names()),
                 zero_gradients=_named(gradients["names"], (v == 0 for v in largest)),
                 learning_rate=learning_rate,
-                loss_scale=gradients.get("scale"),
-                loss_scale_after=loss_scale,
+                loss_scale=scale[0] if scale else None,
+                loss_scale_after=scale_after[0] if scale_after else None,
                 changed=sum(f and u > 0 for f, u in zip(finite, update, strict=True)),
                 unchanged=_named(names, (u == 0 for u in update)),
                 nonfinite_weights=_named(names, (not f for f in finite)),
@@ -172,8 +177,14 @@ class Recorder:
             (f"{name}:{key}", value)
             for name, parameter in self.parameters.items()
             for key, value in optimizer.state.get(parameter, {}).items()
-            if isinstance(value, Tensor) and value.is_floating_point() and value.numel()
+            # Adam's `step` stays on the host beside parameters on a GPU, and is a count
+            if isinstance(value, Tensor) and value.is_floating_point() and value.device == parameter.device
         ]
+
+
+def _one(scalar: Tensor | None) -> Tensor:
+    """A copy of a scalar that may be changed in place, shape (1,); shape (0,) for None."""
+    return torch.empty(0) if scalar is None else scalar.detach().clone().reshape(1)
 
 
 def _stacked(scalars: list[Tensor]) -> Tensor:

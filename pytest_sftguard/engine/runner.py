@@ -114,7 +114,7 @@ class _Cell:
             stage = "round_trip"
             reloaded = self._round_trip(trainer)
             stage = "answers"
-            pairs = self.target.pairs(self.config.questions)
+            pairs = self.target.pairs(self.config.questions, trainer.processing_class)
             self.seen["questions"] = len(pairs)
             self.seen["answers"] = generation.answers(reloaded, trainer.processing_class, self.target, pairs)
         except TargetError:
@@ -135,6 +135,7 @@ class _Cell:
         finally:
             self.seen.update(
                 compute_dtypes=watch.compute_dtypes,
+                weights_dtypes=adapters.weights_dtypes(recorder.model),
                 autocast_dtype=watch.autocast_dtype,
                 loss_scaling=trainer.accelerator.scaler is not None,
                 tf32=torch.backends.cuda.matmul.allow_tf32 if self.kind == "cuda" else None,

@@ -26,7 +26,7 @@ class Target:
     """Dotted path it was found at."""
     build: Callable[..., Any]
     """The function: keyword arguments in the Trainer's words in, a ready Trainer out."""
-    questions: Callable[[], Any] | None
+    questions: Callable[..., Any] | None
     """Gives (prompt, expected number) pairs; None where the module has no `questions`."""
     parse_answer: Callable[[str], float | None] | None
     """Reads the number of a generated text, strictly; None where the module has no `parse_answer`."""
@@ -56,12 +56,17 @@ class Target:
             )
         return trainer
 
-    def pairs(self, count: int) -> list[tuple[str, float]]:
-        """The first `count` questions. TargetError where they are not (prompt, number) pairs."""
+    def pairs(self, count: int, tokenizer: Any = None) -> list[tuple[str, float]]:
+        """The first `count` questions. TargetError where they are not (prompt, number) pairs.
+
+        `questions` is handed the tokenizer where it has a parameter of that name, for prompts by chat template.
+        """
         if self.questions is None:
             return []
+        takes_tokenizer = "tokenizer" in inspect.signature(self.questions).parameters
+        asked = self.questions(tokenizer=tokenizer) if takes_tokenizer else self.questions()
         pairs = []
-        for item in list(self.questions())[:count]:
+        for item in list(asked)[:count]:
             try:
                 prompt, expected = item
                 pairs.append((str(prompt), float(expected)))

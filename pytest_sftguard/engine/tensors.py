@@ -21,7 +21,8 @@ def norms(tensors: Sequence[Tensor], order: float) -> Tensor:
     if not tensors:
         return torch.empty(0)
     wide = [t if t.dtype in (torch.float32, torch.float64) else t.float() for t in tensors]
-    return torch.stack([n.float() for n in torch._foreach_norm(wide, order)])
+    device = wide[0].device  # a model may be spread over several
+    return torch.stack([n.to(device, torch.float32) for n in torch._foreach_norm(wide, order)])
 
 
 def to_host(parts: Sequence[Tensor]) -> list[list[float]]:

@@ -124,9 +124,12 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
 
         return wrapped
 
-    def _loss_scale(self) -> float | None:
+    def _loss_scale(self) -> torch.Tensor | None:
         scaler = self.trainer.accelerator.scaler
-        return None if scaler is None else float(scaler.get_scale())
+        if scaler is None:
+            return None
+        scale = getattr(scaler, "_scale", None)  # `get_scale` would wait for the device, twice a step
+        return scale if isinstance(scale, torch.Tensor) else torch.tensor(float(scaler.get_scale()))
 
     def _watch_dtypes(self) -> list[Any]:
         """Hooks on the adapted layers that note what their products returned, in the first micro-batch alone."""

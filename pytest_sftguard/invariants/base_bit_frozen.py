@@ -30,6 +30,6 @@ class BaseBitFrozen(Invariant):
             )  # fmt: skip
         if base.changed or base.digest_before != base.digest_after:
             yield self.failed(
-                f"{base.changed.count} of {base.tensors} base tensors changed in training: {base.changed}",
-                observed=base.changed.count, limit=0,
+                f"{base.changed.count or 'some'} of {base.tensors} base tensors changed in training: {base.changed}",
+                observed=base.changed.count or None, limit=0,
             )  # fmt: skip

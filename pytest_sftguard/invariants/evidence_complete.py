@@ -91,14 +91,19 @@ class EvidenceComplete(Invariant):
         stray = [(where, value) for where, value in stray if not _excused(record, where)]
         if stray:
             where, value = stray[0]
+            step = _step_of(record, where)
+            what = where if step is None else f"{where.partition('].')[2]} of step {step}"
+            what += " in the Trainer's log" if where.startswith("log[") else ""
             yield self.failed(
-                f"{where} is {value} ({len(stray)} numbers of the record are not finite)",
-                step=_step_of(record, where), observed=value, limit="finite",
+                f"{what} is {value} ({len(stray)} numbers of the record are not finite)",
+                step=step, observed=value, limit="finite",
             )  # fmt: skip
 
 
 def _excused(record: RunRecord, where: str) -> bool:
-    """Whether a number may be infinite: the gradients of a step that the scaler skipped, and the log's copy of them."""
+    """Whether a number may be infinite: gradients of a step that the scaler skipped, the log's copy, 'never clip'."""
+    if where == "max_grad_norm":
+        return record.max_grad_norm == math.inf
     skipped = {s.step for s in record.steps if s.effect == "skipped_by_scaler"}
     if where.endswith((".grad_norm", ".max_abs_gradient")):
         return _step_of(record, where) in skipped

@@ -10,6 +10,8 @@ from pytest_sftguard.precision import MODES, PrecisionMode
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.verdicts import Finding, Invariant
 
+_FLOATING = ("float16", "bfloat16", "float32", "float64")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionIsReal(Invariant):
@@ -23,13 +25,19 @@ class PrecisionIsReal(Invariant):
         if mode is None:
             yield self.not_evaluated(f"{record.precision!r} is no precision that is known here")
             return
-        if not record.compute_dtypes:
+        if not record.compute_dtypes or not record.weights_dtypes:
             yield self.not_evaluated("no matrix product of an adapted layer was seen")
             return
         seen = ", ".join(f"{dtype} in {n}" for dtype, n in sorted(record.compute_dtypes.items()))
         if set(record.compute_dtypes) != {mode.compute_dtype}:
             yield self.not_evaluated(
                 f"{mode.name} did not happen: the adapted layers computed {seen} layers, not {mode.compute_dtype}"
+            )
+        if any(dtype in _FLOATING and dtype != mode.weights_dtype for dtype in record.weights_dtypes):
+            held = ", ".join(sorted(record.weights_dtypes))
+            yield self.not_evaluated(
+                f"{mode.name} did not happen: the base's weights are {held}, not {mode.weights_dtype};"
+                " does the target pass `dtype` on to from_pretrained?"
             )
         if mode.scaler and not record.loss_scaling:
             yield self.not_evaluated(f"{mode.name} did not happen: no loss scaler was at work")

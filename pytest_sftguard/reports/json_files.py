@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import re
+import tempfile
 from pathlib import Path
 
 from pytest_sftguard.records import RunRecord, write_text
 
 
-def write(folder: Path, nodeid: str, record: RunRecord) -> Path:
-    """Write `record` of the test `nodeid` below `folder`, replacing that test's last one; OSError as it comes."""
+def prepare(folder: Path) -> Path:
+    """Make the folder of records below `folder`, and show that files can be written there; OSError where not."""
     records = folder / "records"
     records.mkdir(parents=True, exist_ok=True)
-    ignore = folder / ".gitignore"
-    if not ignore.exists():
-        write_text(ignore, "*\n")
-    path = records / f"{_file_name(nodeid)}.json"
+    if not (folder / ".gitignore").exists():
+        write_text(folder / ".gitignore", "*\n")
+    with tempfile.TemporaryFile(dir=records) as file:
+        file.write(b"writable")
+    return records
+
+
+def write(folder: Path, nodeid: str, record: RunRecord) -> Path:
+    """Write `record` of the test `nodeid` below `folder`, replacing that test's last one; OSError as it comes."""
+    path = prepare(folder) / f"{_file_name(nodeid)}.json"
     record.write(path)
     return path
 

@@ -31,9 +31,9 @@ def lines(runs: Sequence[tuple[str, JudgedRun, str]]) -> list[str]:
 
 
 def _open_questions(runs: Sequence[tuple[str, JudgedRun, str]]) -> list[str]:
-    """What was not evaluated, once for each invariant and reason."""
+    """What was not evaluated, once for each invariant and reason; a run that ended early goes without saying."""
     reasons: dict[str, list[str]] = {}
-    for _, run, _ in runs:
+    for run in (run for _, run, _ in runs if run.record.error is None):
         for finding in run.verdict.not_evaluated:
             reasons.setdefault(f"{finding.invariant}: not evaluated -- {finding.message}", []).append(run.record.cell)
     return [f"{reason} ({_cells(cells, len(runs))})" for reason, cells in reasons.items()]

@@ -52,6 +52,13 @@ def test_a_precision_that_did_not_happen_is_not_evaluated(run_cell: Callable[...
     assert "did not happen: the adapted layers computed float32" in verdict.of("precision_is_real")[0].message
 
 
+def test_weights_of_another_type_are_not_evaluated(run_cell: Callable[..., JudgedRun]) -> None:
+    """A target that drops `dtype` trains on a bfloat16 base; its bf16-mixed cell says so."""
+    verdict = run_cell("ignores_dtype", precision="bf16-mixed").verdict
+    assert verdict.outcome is Outcome.NOT_EVALUATED
+    assert "the base's weights are bfloat16, not float32" in verdict.of("precision_is_real")[0].message
+
+
 def test_tf32_is_not_run_on_a_cpu(run_cell: Callable[..., JudgedRun]) -> None:
     """A mode that the device lacks is not trained in some other one."""
     run = run_cell(precision="tf32")
@@ -136,6 +143,7 @@ def test_a_run_leaves_no_trace(run_cell: Callable[..., JudgedRun]) -> None:
         ("no_trainer", "not a transformers.Trainer"),
         ("narrow", "must take model, dtype and any \\*\\*training_arguments"),
         ("without_adapter", "wrap it with peft.get_peft_model"),
+        ("ignores_batch", "was asked for per_device_train_batch_size=8, and its Trainer has 4"),
         ("missing", "module tests.targets has no missing"),
         ("no.such.module:build", "does not import: ModuleNotFoundError"),
         ("tests.targets:TINY", "not a function that builds a Trainer"),

@@ -1,0 +1,225 @@
+"""Which batch and precision a run gets, and why: pure functions of what was asked for and what the hardware is.
+
+The order is command line, then environment, then automatic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, TypeVar
+
+MICRO_BATCH_VARIABLE = "SFT_MICRO_BATCH_SIZE"
+ACCUMULATION_VARIABLE = "SFT_GRAD_ACCUM_STEPS"
+PRECISION_VARIABLE = "SFT_PRECISION"
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+GB = 1024**3
+"""Bytes in the GB of the table below."""
+MICRO_BATCH_BELOW = ((10 * GB, 2), (20 * GB, 4), (40 * GB, 8))
+"""(total GPU memory in bytes, micro-batch below it); from the last row on it is LARGEST_MICRO_BATCH."""
+LARGEST_MICRO_BATCH = 16
+SMALLEST_MICRO_BATCH = 2
+MICRO_BATCH_WITHOUT_CUDA = 8
+
+T = TypeVar("T")
+
+
+class SelectionError(ValueError):
+    """A batch or precision that cannot be used; the message names where it came from and the valid values."""
+
+
+@dataclass(frozen=True)
+class Selection(Generic[T]):
+    """A choice that carries its reason."""
+
+    value: T
+    """What was chosen."""
+    reason: str
+    """Why, in a few words for the console."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """What the selectors need to know of the machine; with several GPUs, of the least of them."""
+
+    kind: str = "cpu"
+    """`cuda` (ROCm too), `mps` or `cpu`."""
+    name: str = ""
+    """The device's own name."""
+    memory_bytes: int | None = None
+    """Total GPU memory; None where it could not be read."""
+    native_bf16: bool | None = None
+    """Whether the GPU computes in bf16 natively; None where it could not be read."""
+    bf16_reason: str = ""
+    """What says so, for instance `compute capability 7.5`."""
+    trouble: str = ""
+    """What went wrong in the query, if something did."""
+
+
+def read_positive(text: str | int, source: str) -> int:
+    """Return a whole number of at least 1. Raises SelectionError that names `source`."""
+    valid = f"{source} must be a whole number of 1 or more"
+    if isinstance(text, bool) or not isinstance(text, (str, int)):
+        raise SelectionError(f"{valid}, not {text!r}")
+    if isinstance(text, int):
+        number = text
+    else:
+        cleaned = text.strip()
+        if not cleaned.isascii() or not cleaned.removeprefix("+").isdigit() or len(cleaned) > 9:
+            raise SelectionError(f"{valid}, not {text!r}")
+        number = int(cleaned)
+    if number < 1:
+        raise SelectionError(f"{valid}, not {text!r}")
+    return number
+
+
+def read_precision(text: str, source: str) -> str:
+    """Return one of PRECISIONS. Raises SelectionError that names `source`."""
+    if not isinstance(text, str) or text.strip().lower() not in PRECISIONS:
+        raise SelectionError(f"{source} must be one of {', '.join(PRECISIONS)}, not {text!r}")
+    return text.strip().lower()
+
+
+def asked_number(
+    given: str | int | None, flag: str, environment: Mapping[str, str], variable: str
+) -> Selection[int] | None:
+    """Return what the command line, else the environment, asks for; None where neither does."""
+    if given is not None:
+        return Selection(read_positive(given, flag), f"set by {flag}")
+    if variable in environment:
+        return Selection(read_positive(environment[variable], variable), f"set by {variable}")
+    return None
+
+
+def largest_micro_batch(hardware: Hardware) -> Selection[int]:
+    """Return the micro-batch that the hardware's memory allows."""
+    if hardware.kind != "cuda":
+        return Selection(MICRO_BATCH_WITHOUT_CUDA, f"the default on {hardware.kind.upper()}")
+    if not hardware.memory_bytes or hardware.memory_bytes < 0:
+        why = hardware.trouble or "it reports no memory"
+        return Selection(SMALLEST_MICRO_BATCH, f"the safe choice, since the GPU's memory could not be read ({why})")
+    size = f"{hardware.memory_bytes / GB:.1f} GB of GPU memory"
+    for limit, micro_batch in MICRO_BATCH_BELOW:
+        if hardware.memory_bytes < limit:
+            return Selection(micro_batch, f"{size}, below {limit // GB} GB")
+    return Selection(LARGEST_MICRO_BATCH, f"{size}, {MICRO_BATCH_BELOW[-1][0] // GB} GB or more")
+
+
+def nearest_multiple(target: int, step: int) -> int:
+    """Return how many `step` come nearest to `target`, at least one; the larger of two that are as near."""
+    return max(1, (2 * target + step) // (2 * step))
+
+
+def choose_batch(
+    target: int, hardware: Hardware | None, micro_batch: Selection[int] | None, accumulation: Selection[int] | None
+) -> tuple[Selection[int], Selection[int]]:
+    """Return the per-device batch and the accumulation steps whose product is as near `target` as can be.
+
+    A choice that was asked for is kept as it is. `hardware` may be None where `micro_batch` was asked for. An automatic
+    micro-batch is never above the target, and their product never overshoots by a full micro-batch.
+    """
+    if micro_batch is None:
+        if hardware is None:
+            raise SelectionError("an automatic micro-batch needs the hardware")
+        micro_batch = largest_micro_batch(hardware)
+        if accumulation is not None:
+            fitting = nearest_multiple(target, accumulation.value)
+            if fitting < micro_batch.value:
+                micro_batch = Selection(fitting, f"brings {accumulation.value} accumulation steps near {target}")
+        if target < micro_batch.value:
+            micro_batch = Selection(target, f"the effective batch asked for is {target}")
+    if accumulation is None:
+        steps = nearest_multiple(target, micro_batch.value)
+        effective = steps * micro_batch.value
+        near = "" if effective == target else f", as near {target} as {micro_batch.value} allows"
+        accumulation = Selection(steps, f"effective batch {effective}{near}")
+    return micro_batch, accumulation
+
+
+def choose_precision(hardware: Hardware | None, asked: Selection[str] | None) -> Selection[str]:
+    """Return the precision: what was asked for, else bf16 where native, fp16 on older GPUs, fp32 elsewhere."""
+    if asked is not None:
+        return asked
+    if hardware is None:
+        raise SelectionError("an automatic precision needs the hardware")
+    if hardware.kind != "cuda":
+        return Selection("fp32", f"the default on {hardware.kind.upper()}")
+    if hardware.native_bf16 is None:
+        why = hardware.trouble or "the query gave nothing"
+        return Selection("fp32", f"the safe choice, since the GPU could not be asked for bf16 ({why})")
+    if hardware.native_bf16:
+        return Selection("bf16", f"{hardware.bf16_reason}: bf16 is native")
+    return Selection("fp16", f"{hardware.bf16_reason}: bf16 would only be emulated")
+
+
+def asked_precision(given: str | None, environment: Mapping[str, str]) -> Selection[str] | None:
+    """Return what the command line, else the environment, asks for; None where neither does."""
+    if given is not None:
+        return Selection(read_precision(given, "--precision"), "set by --precision")
+    if PRECISION_VARIABLE in environment:
+        named = read_precision(environment[PRECISION_VARIABLE], PRECISION_VARIABLE)
+        return Selection(named, f"set by {PRECISION_VARIABLE}")
+    return None
+
+
+def query_hardware() -> Hardware:
+    """Ask torch what is there. A query that raises is told in `trouble` and never ends the run."""
+    import torch
+
+    try:
+        if not torch.cuda.is_available():
+            mps = torch.backends.mps.is_available()
+            return Hardware(kind="mps" if mps else "cpu")
+    except Exception as error:  # a broken driver may raise anything, and the run can still go on
+        return Hardware(kind="cpu", trouble=_words(error))
+    trouble: list[str] = []
+    devices = range(_or_trouble(torch.cuda.device_count, trouble) or 1)
+    memory: list[int | None] = []
+    native: list[tuple[bool, str] | None] = []
+    name = ""
+    for index in devices:
+        read = _or_trouble(partial(_name_and_memory, index), trouble)
+        name = name or (read[0] if read else "")
+        memory.append(read[1] if read else None)
+        native.append(_or_trouble(partial(_native_bf16, index), trouble))
+    least = None if None in memory else min(m for m in memory if m is not None)
+    worst = None if None in native else min(n for n in native if n is not None)
+    return Hardware(
+        kind="cuda",
+        name=name,
+        memory_bytes=least,
+        native_bf16=worst[0] if worst else None,
+        bf16_reason=worst[1] if worst else "",
+        trouble="; ".join(dict.fromkeys(trouble)),
+    )
+
+
+def _name_and_memory(index: int) -> tuple[str, int]:
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    return str(getattr(properties, "name", "")), int(properties.total_memory)
+
+
+def _native_bf16(index: int) -> tuple[bool, str]:
+    """`torch.cuda.is_bf16_supported()` is true on a T4, which emulates bf16, so on CUDA the capability decides."""
+    import torch
+
+    if getattr(torch.version, "hip", None):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False)), f"ROCm {torch.version.hip}"
+    major, minor = torch.cuda.get_device_capability(index)
+    return major >= 8, f"compute capability {major}.{minor}"
+
+
+def _or_trouble(query: Callable[[], T], trouble: list[str]) -> T | None:
+    try:
+        return query()
+    except Exception as error:  # as above
+        trouble.append(_words(error))
+        return None
+
+
+def _words(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:160]

@@ -1,0 +1,106 @@
+"""The text of an answer: what is written can be read, and nothing else can."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from homework.answers import Parsed, Unparsed, format_answer, format_number, is_right, read_answer, read_number
+from homework.sft import parse_answer
+
+NUMBERS = st.floats(min_value=1e-30, max_value=1e30).flatmap(lambda x: st.sampled_from([x, -x]))
+
+
+@given(NUMBERS)
+def test_a_written_answer_is_read_within_half_a_unit_of_the_fourth_digit(number: float) -> None:
+    """Format, then parse, comes back within 5e-4 relative."""
+    found = read_answer(format_answer(number))
+    assert isinstance(found, Parsed)
+    assert abs(found.value - number) <= 5.0001e-4 * abs(number)
+
+
+@given(NUMBERS)
+def test_writing_what_was_read_gives_the_same_text(number: float) -> None:
+    """A number already rounded to four digits keeps its text."""
+    text = format_number(number)
+    assert format_number(float(text)) == text
+
+
+@given(NUMBERS)
+def test_a_written_number_is_short(number: float) -> None:
+    """No number needs more than eleven characters."""
+    assert len(format_number(number)) <= 11
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (24, "24"), (4828.032, "4828"), (999999, "1e6"), (123456, "123500"), (3.15576e9, "3.156e9"), (0.001, "0.001"),
+        (0.00099996, "0.001"), (0.00012, "1.2e-4"), (0, "0"), (-2.5, "-2.5"), (100, "100"),
+    ],
+)  # fmt: skip
+def test_numbers_have_one_expected_text(number: float, text: str) -> None:
+    """Plain from 0.001 to below a million, with an exponent outside, and no trailing zeros."""
+    assert format_number(number) == text
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_cannot_be_written(number: float) -> None:
+    """There is no text for NaN or infinity."""
+    with pytest.raises(ValueError, match="finite"):
+        format_number(number)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "nan", "inf", "-inf", "5.", ".5", "1,234", "\uff11\uff12", "\u0663", "007", "1e", "--1", "1 2",
+        " 1", "1\n", "0x10", "1_000",
+        "1e+", "1e9999", "+", "e5",
+    ],
+)  # fmt: skip
+def test_junk_is_not_a_number(text: str) -> None:
+    """The grammar takes ASCII digits with optional sign, decimals and exponent, and the whole text."""
+    assert isinstance(read_number(text), Unparsed)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "24", "<answer>24",
+        "24</answer>", "<answer></answer>", "<answer>", "<answer>24</answer><answer>24</answer>",
+        "What are 3 gallons in pints?\n<answer>24</answer>", "<answer>24</answer> and more",
+        "<answer>24 pints</answer>",
+        "(answer)24</answer>", "<answer>24[/answer]", "<answer> 24</answer>",
+        "<Answer>24</Answer>", "<answer>nan</answer>",
+        "<answer>1,234</answer>", "<answer/answer>",
+    ],
+)  # fmt: skip
+def test_a_text_that_is_not_exactly_one_answer_is_unparsed(text: str) -> None:
+    """A bare number, a run-on, a second answer or an echo of the prompt gives None."""
+    assert parse_answer(text) is None
+
+
+def test_a_well_formed_answer_is_parsed() -> None:
+    """The number between the tags comes back, and white space around the whole does no harm."""
+    assert parse_answer("<answer>24</answer>") == 24
+    assert parse_answer("<answer>3.156e9</answer>\n") == 3.156e9
+
+
+@given(st.text())
+def test_any_text_gets_a_verdict(text: str) -> None:
+    """The reader never raises, and what it parses is finite."""
+    found = read_answer(f"<answer>{text}</answer>")
+    assert isinstance(found, Unparsed) or math.isfinite(found.value)
+
+
+@given(NUMBERS)
+def test_only_a_near_number_is_right(number: float) -> None:
+    """Five per cent is the line; an unparsed answer is never right."""
+    assert is_right(Parsed(number * 1.049), number)
+    assert not is_right(Parsed(number * 1.051), number)
+    assert not is_right(Parsed(math.nan), number)
+    assert not is_right(Unparsed("no number"), number)

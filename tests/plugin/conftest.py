@@ -1,0 +1,72 @@
+"""What the tests of the plugin need: an engine that trains nothing, and an environment without settings."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+
+import pytest
+
+from tests.plugin import stub
+
+ONE_CELL = """
+import pytest
+
+@pytest.mark.gpu_stability(precision="fp32", batch="2x1", steps=3)
+def test_it(sft_run):
+    pass
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch, pytester):
+    """No setting of this machine, and none of this repository's ini file, gets into a test."""
+    for name in [n for n in os.environ if n.startswith("SFTGUARD_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:hypothesispytest -p no:benchmark -p no:anyio")  # slow to import
+    monkeypatch.delitem(sys.modules, "test_it", raising=False)
+    pytester.makeini("[pytest]\n")
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """The engine of a run in this process: set `engine.make` to hand out other records than healthy ones."""
+    return stub.install(put=functools.partial(monkeypatch.setattr, raising=False))
+
+
+@pytest.fixture
+def one_cell(pytester):
+    """A file with one marked test of one cell, fp32-b2x1."""
+    return pytester.makepyfile(test_it=ONE_CELL)
+
+
+@pytest.fixture
+def in_subprocess(pytester, pytestconfig):
+    """Runs pytest in a process of its own, with canned records for the engine's: a function of arguments."""
+
+    def run(*arguments, make="canned.of"):
+        pytester.makeconftest(
+            f"import sys\nsys.path.append({str(pytestconfig.rootpath)!r})\n"
+            f"from tests import canned\nfrom tests.plugin import stub\nstub.install({make})\n"
+        )
+        return pytester.runpytest_subprocess(*arguments)
+
+    return run
+
+
+@pytest.fixture
+def clean():
+    """Holds the output of a run to one message without a traceback: a function of the result and the message."""
+
+    def check(result, message, lines=2):
+        text = result.stdout.str() + result.stderr.str()
+        found = [line for line in text.splitlines() if message in line]
+        assert found, text
+        assert not any(told in text for told in ("Traceback", "The above exception", "During handling")), text
+        assert [line for line in text.splitlines() if line.startswith("E  ")] == []
+        block = text[text.index(found[0]) :].splitlines()
+        end = next((i for i, line in enumerate(block) if not line or line.startswith(("=", "-", "_"))), len(block))
+        assert end <= lines, text
+
+    return check
