@@ -108,3 +108,5 @@ class RunConfig:
     """Questions that the reloaded adapter is asked, where the target has any."""
     training_arguments: dict[str, Any] = field(default_factory=dict)
     """Further `TrainingArguments` by name; they win over the guard's own."""
+    fit_margin: float | str = "off"
+    """Share of the free memory that a cell must leave, or else it is not trained; `auto`: on CUDA; `off`: nowhere."""

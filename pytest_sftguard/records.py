@@ -293,6 +293,8 @@ class RunRecord:
     """Versions of Python and of the libraries."""
     not_run: str | None = None
     """Why the cell was not trained at all; None if it was."""
+    predicted_memory_bytes: int | None = None
+    """Peak memory that the cell was expected to need; None where nothing was predicted."""
     error: ErrorRecord | None = None
     """What ended the run early; None if nothing did."""
     compute_dtypes: dict[str, int] = field(default_factory=dict)

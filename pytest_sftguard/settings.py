@@ -107,6 +107,18 @@ def _device(value: Any) -> str:
     return str(value)
 
 
+def _margin(value: Any) -> float | str:
+    if value in ("auto", "off"):
+        return str(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if isinstance(value, bool) or not 0 <= number < 1:
+        raise ValueError("give auto, off or a share of the free memory from 0 up to 1, such as 0.1")
+    return number
+
+
 def _mapping(value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         import json
@@ -171,6 +183,13 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting("invariants", _paths, (), "your own invariants, module:Class, judged beside the built-in ones"),
     Setting(
+        "fit_margin",
+        _margin,
+        "auto",
+        "a cell whose predicted memory does not leave this share of the free memory is not trained: auto (0.1 on CUDA,"
+        " off elsewhere), off, or a number such as 0.1 (default: auto)",
+    ),
+    Setting(
         "strict",
         _truth,
         False,
@@ -217,7 +236,7 @@ class Settings:
         return [
             RunConfig(
                 cell=cell, target=self.target, steps=self.steps, model=self.model, seed=self.seed, device=device,
-                questions=self.questions, training_arguments=self.training_arguments,
+                questions=self.questions, training_arguments=self.training_arguments, fit_margin=self.fit_margin,
             )
             for cell in cells
         ]  # fmt: skip

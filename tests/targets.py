@@ -105,6 +105,20 @@ def third_loss_infinite(**arguments: Any) -> Trainer:
     return trainer
 
 
+def loss_through_numpy(**arguments: Any) -> Trainer:
+    """A loss that is looked at through numpy: healthy, and nothing that a tensor without numbers could follow."""
+    trainer = tiny.build_trainer(**arguments)
+    original = trainer.compute_loss
+
+    def compute_loss(*args: Any, **kwargs: Any) -> Any:
+        loss = original(*args, **kwargs)
+        assert loss.detach().numpy().shape == ()
+        return loss
+
+    trainer.compute_loss = compute_loss
+    return trainer
+
+
 def gradients_zeroed_by_a_callback(**arguments: Any) -> Trainer:
     """NaN gradients, which a callback turns into zeros before the optimizer sees them."""
     trainer = tiny.build_trainer(**arguments)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_sftguard.engine import adapters, generation
-from pytest_sftguard.engine.cpu_float16 import make_real
+from pytest_sftguard.engine.building import build
 from pytest_sftguard.engine.isolation import isolated
+from pytest_sftguard.engine.memory import Forecast, free_bytes, overhead_bytes
 from pytest_sftguard.engine.probe import choose_device, probe, versions
 from pytest_sftguard.engine.recording import Recorder
 from pytest_sftguard.engine.targets import Target, TargetError, resolve
@@ -24,6 +25,7 @@ from pytest_sftguard.hardware import HardwareProfile
 from pytest_sftguard.matrix import RunConfig
 from pytest_sftguard.precision import PrecisionMode, mode_named
 from pytest_sftguard.records import ErrorRecord, RunRecord
+from pytest_sftguard.sizes import DEFAULT_MARGIN, shortage
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -57,10 +59,33 @@ def run(config: RunConfig, progress: Callable[[int], None] | None = None) -> Run
     if record.not_run is not None:
         return record
     target = resolve(config.target)
+    record = _foreseen(record, config, kind)
+    if record.not_run is not None:
+        return record
     started = time.perf_counter()
     with isolated(), tempfile.TemporaryDirectory(prefix="sftguard-") as folder:
         seen = _Cell(config, mode, kind, target, Path(folder), progress).run()
     return dataclasses.replace(record, **seen, seconds=time.perf_counter() - started)
+
+
+_forecast = Forecast()
+"""One for the process, so that what one cell's rehearsal said of another is not rehearsed again."""
+
+
+def _foreseen(record: RunRecord, config: RunConfig, kind: str) -> RunRecord:
+    """The record with what the cell will need, and `not_run` where that does not fit."""
+    margin = config.fit_margin
+    if margin == "auto":
+        margin = DEFAULT_MARGIN if kind == "cuda" else "off"
+    free = free_bytes(kind) if isinstance(margin, float) else None
+    if free is None or not isinstance(margin, float):
+        return record
+    overhead = overhead_bytes(kind, record.device.compute_capability)
+    need = _forecast.need(config, kind, free * (1 - margin) - overhead)
+    if need is None:
+        return record
+    need += overhead
+    return dataclasses.replace(record, predicted_memory_bytes=need, not_run=shortage(need, free, margin))
 
 
 class _Cell:
@@ -100,35 +125,7 @@ class _Cell:
         return self.seen
 
     def _build(self, name: str) -> Trainer:
-        arguments: dict[str, Any] = {
-            "model": self.config.model,
-            "dtype": self.mode.weights_dtype,
-            "output_dir": str(self.folder / name),
-            "max_steps": self.config.steps,
-            "per_device_train_batch_size": self.config.cell.per_device_train_batch_size,
-            "gradient_accumulation_steps": self.config.cell.gradient_accumulation_steps,
-            "seed": self.config.seed,
-            "use_cpu": self.kind == "cpu",
-            "bf16": False,
-            "fp16": False,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            **({"tf32": False} if self.kind == "cuda" else {}),
-            **self.mode.training_arguments,
-            **self.config.training_arguments,
-        }
-        trainer = self.target.trainer(**arguments)
-        for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):
-            if getattr(trainer.args, name) != arguments[name]:
-                raise TargetError(
-                    f"target {self.target.path} was asked for {name}={arguments[name]}, and its Trainer has"
-                    f" {getattr(trainer.args, name)}: what it is given must win over its own defaults"
-                )
-        trainer.args._n_gpu = min(1, trainer.args.n_gpu)  # a cell is one device: no DataParallel over all of them
-        make_real(trainer)
-        return trainer
+        return build(self.target, self.config, self.mode, self.kind, self.folder / name)
 
     def _train(self, trainer: Trainer) -> None:
         recorder = Recorder(trainer.model)

@@ -13,15 +13,15 @@ HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors"}
 LIGHT = {"pytest_sftguard", "pytest", "hypothesis"}
 ORDER = (
     {"registry", "precision"},
-    {"matrix", "hardware"},
+    {"matrix", "hardware", "sizes"},
     {"records"},
-    {"verdicts"},
+    {"verdicts", "bundles"},
     {"invariants", "diagnosis"},
     {"reports"},
     {"settings", "session"},
-    {"plugin"},
+    {"plugin", "__main__"},
 )
-ENGINE_SEES = {"registry", "precision", "matrix", "hardware", "records", "engine"}
+ENGINE_SEES = {"registry", "precision", "matrix", "hardware", "sizes", "records", "engine"}
 MODULES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
 
 

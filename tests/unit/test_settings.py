@@ -92,6 +92,9 @@ GOOD = [
     ("training_arguments", '{"learning_rate": 1e-4}', {"learning_rate": 1e-4}),
     ("training_arguments", {"warmup_steps": 2}, {"warmup_steps": 2}),
     ("invariants", "a:B c:D", ("a:B", "c:D")),
+    ("fit_margin", "off", "off"),
+    ("fit_margin", "0.25", 0.25),
+    ("fit_margin", 0, 0.0),
 ]
 
 
@@ -125,6 +128,10 @@ BAD = [
     ("device", "gpu", "choose from auto, cpu, cuda, mps, xpu"),
     ("device", ["cpu"], "choose from auto"),
     ("questions", "some", "give a whole number from 0 on"),
+    ("fit_margin", "1", "give auto, off or a share of the free memory from 0 up to 1"),
+    ("fit_margin", "nan", "give auto, off or a share of the free memory from 0 up to 1"),
+    ("fit_margin", "10%", "give auto, off or a share of the free memory from 0 up to 1"),
+    ("fit_margin", True, "give auto, off or a share of the free memory from 0 up to 1"),
     ("training_arguments", "lr=1", "give TrainingArguments by name"),
     ("training_arguments", "[1]", "give TrainingArguments by name"),
     ("training_arguments", {1: 2}, "give TrainingArguments by name"),
@@ -200,6 +207,7 @@ def test_table():
         "questions",
         "training_arguments",
         "invariants",
+        "fit_margin",
         "strict",
         "require_gpu",
         "dir",

@@ -1,0 +1,81 @@
+"""A bundle: the records of a session in one file, to bring home from the machine that made them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pytest_sftguard.records import RecordError, RunRecord, write_text
+
+SCHEMA = 1
+"""Number of the bundle's own format; that of the records inside is theirs."""
+
+
+def collect(paths: Iterable[Path]) -> list[tuple[str, RunRecord]]:
+    """Name and record of everything that `paths` hold: record files, bundles, and folders of them, in order.
+
+    A folder gives its `*.json` files; a folder of the guard's, such as `.sftguard`, those of its `records`. A name is
+    the record's test, where the file's name tells it. Raises RecordError where a path is missing, empty or broken.
+    """
+    return [item for path in paths for item in _read_path(path)]
+
+
+def write(path: Path, named: Sequence[tuple[str, RunRecord]]) -> None:
+    """Write one file with all of `named`, whole or not at all; OSError as the file system gives it."""
+    records = [{"name": name, "record": record.to_dict()} for name, record in named]
+    data = {"bundle": SCHEMA, "sha256": _digest(records), "records": records}
+    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def _read_path(path: Path) -> list[tuple[str, RunRecord]]:
+    if not path.is_dir():
+        return _read_file(path)
+    folder = path / "records" if (path / "records").is_dir() else path
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise RecordError(f"{path}: there is no record in this folder")
+    return [item for file in files for item in _read_file(file)]
+
+
+def _read_file(path: Path) -> list[tuple[str, RunRecord]]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecordError(f"{path}: there is no such file or folder") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecordError(f"{path}: cannot be read as a record or a bundle: {error}") from error
+    try:
+        if isinstance(data, dict) and "bundle" in data:
+            return _read_bundle(data)
+        record = RunRecord.from_dict(data)
+    except RecordError as error:
+        raise RecordError(f"{path}: {error}") from error
+    return [(_name(path.stem, record), record)]
+
+
+def _read_bundle(data: dict[str, Any]) -> list[tuple[str, RunRecord]]:
+    if data["bundle"] != SCHEMA:
+        raise RecordError(f"the bundle has schema {data['bundle']!r}, this version reads {SCHEMA}: make it again")
+    records = data.get("records")
+    if not isinstance(records, list) or not all(
+        isinstance(r, dict) and r.keys() == {"name", "record"} for r in records
+    ):
+        raise RecordError("the bundle is corrupt: its records are no list of names and records")
+    if not records:
+        raise RecordError("the bundle is empty")
+    if data.get("sha256") != _digest(records):
+        raise RecordError("the bundle is corrupt: its records are not those that it was made of (sha256 differs)")
+    return [(str(r["name"]), RunRecord.from_dict(r["record"])) for r in records]
+
+
+def _digest(records: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
+
+
+def _name(stem: str, record: RunRecord) -> str:
+    """The test that a record file was written for: its name is the test's id, with a digest of it at the end."""
+    test, found, _ = stem.rpartition(f"_{record.cell}-")
+    return test if found else stem
