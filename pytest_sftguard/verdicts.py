@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Protocol, cast
 
 from pytest_sftguard.records import RunRecord
 
-
 _None = type(None)
 
 

@@ -16,7 +16,7 @@ ORDER = (
     {"matrix", "hardware"},
     {"records"},
     {"verdicts"},
-    {"invariants", "diagnosis"},
+    {"invariants", "diagnosis", "strategies"},
     {"reports"},
     {"settings", "session"},
     {"plugin"},
