@@ -62,7 +62,7 @@ def choices(target: int = 32) -> tuple[Selection[int], Selection[int], Selection
 
 def unreadable(profile: HardwareProfile) -> bool:
     """Whether a query that the selectors need is one that raises."""
-    if profile.kind == "mps":
+    if profile.kind in ("mps", "xpu"):
         return profile.failure_of("is_available") is not None
     return any(profile.failure_of(query) for query in ASKED_OF.get(profile.kind, ()))
 
@@ -328,6 +328,43 @@ def test_what_known_devices_get(name: str, micro_batch: int, precision: str) -> 
     with simulated_hardware(name):
         chosen = choices()
     assert (chosen[0].value, chosen[2].value) == (micro_batch, precision)
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "reasons"),
+    [
+        ("T4", 32, ("16.0 GB of GPU memory, below 20 GB", "effective batch 32")),
+        ("T4", 4, ("16.0 GB of GPU memory, below 20 GB", "effective batch 4")),
+        ("T4", 3, ("the effective batch asked for is 3", "effective batch 3")),
+        ("T4", 33, ("16.0 GB of GPU memory, below 20 GB", "effective batch 32, as near 33 as 4 allows")),
+        ("RTX 2060", 32, ("6.0 GB of GPU memory, below 10 GB", "effective batch 32")),
+        ("RTX 3090", 32, ("24.0 GB of GPU memory, below 40 GB", "effective batch 32")),
+        ("A100 40GB", 32, ("40.0 GB of GPU memory, 40 GB or more", "effective batch 32")),
+        ("CPU", 32, ("the default on CPU", "effective batch 32")),
+    ],
+)
+def test_the_reasons_of_a_batch(name: str, target: int, reasons: tuple[str, str]) -> None:
+    """In the words that the user reads."""
+    with simulated_hardware(name):
+        micro_batch, accumulation, _ = choices(target)
+    assert (micro_batch.reason, accumulation.reason) == reasons
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("K80", "compute capability 3.7: bf16 and fp16 would only be emulated"),
+        ("T4", "compute capability 7.5: bf16 would only be emulated"),
+        ("H100", "compute capability 9.0: bf16 is native"),
+        ("MI300X", "ROCm 6.4.43482 gfx942: bf16 is native"),
+        ("RX 6800 XT", "ROCm 6.4.43482 gfx1030: bf16 would only be emulated"),
+        ("M1", "the default on MPS"),
+    ],
+)
+def test_the_reason_of_a_precision(name: str, reason: str) -> None:
+    """In the words that the user reads."""
+    with simulated_hardware(name):
+        assert choices()[2].reason == reason
 
 
 def test_every_known_device_gets_the_target_batch() -> None:
