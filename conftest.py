@@ -1,3 +1,21 @@
-"""What every test of this repository needs: pytester for the plugin, and the repository's root on sys.path."""
+"""What every test of this repository needs: pytester, the repository's root on sys.path, and hypothesis' profiles."""
+
+import importlib.util
+import os
 
 pytest_plugins = ["pytester"]
+
+if importlib.util.find_spec("hypothesis"):  # a GPU machine that runs the matrix alone may lack it
+    from hypothesis import Phase, settings
+
+    settings.register_profile("quick", max_examples=100, deadline=None, print_blob=True)
+    settings.register_profile("thorough", max_examples=1_000, deadline=None, print_blob=True)
+    settings.register_profile(  # whether a test fails, not where: shrinking takes longer than all the rest
+        "mutation",
+        max_examples=50,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=(Phase.explicit, Phase.generate),
+    )
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))

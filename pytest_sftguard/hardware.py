@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from dataclasses import dataclass
 
 from pytest_sftguard.precision import PrecisionMode
@@ -12,10 +14,52 @@ AMPERE = (8, 0)
 TENSOR_HALF = (5, 3)
 """First CUDA compute capability with float16 arithmetic (CUDA programming guide)."""
 
+KINDS = ("cuda", "rocm", "xpu", "mps", "cpu")
+"""Every kind of device."""
 
-@dataclass(frozen=True, kw_only=True)
+QUERIES = (
+    "is_available",
+    "device_count",
+    "get_device_properties",
+    "get_device_capability",
+    "is_bf16_supported",
+    "mem_get_info",
+)
+"""Questions to torch that a driver can fail to answer. On mps `mem_get_info` stands for `recommended_max_memory`."""
+
+_CAPABILITY = re.compile(r"[0-9]{1,4}\.[0-9]{1,4}", re.ASCII)
+_ARCHITECTURE = re.compile(r"gfx[0-9]{1,4}[0-9a-f]{2}", re.ASCII)
+_ROCM_BFLOAT16 = re.compile(r"gfx(908|90a|94.|95.|11..|12..)", re.ASCII)
+"""AMD architectures with bfloat16 instructions: CDNA, and RDNA from 3 on (HIP documentation, hardware features).
+
+torch is no help: on ROCm `is_bf16_supported()` is true whatever the device, also with `including_emulation=False`.
+"""
+
+
+@dataclass(frozen=True)
+class FailedQuery:
+    """A question that the driver answered with an exception."""
+
+    query: str
+    """Which one, of QUERIES."""
+    message: str
+    """The exception's text."""
+
+    def __post_init__(self) -> None:
+        if self.query not in QUERIES:
+            raise ValueError(f"unknown query {self.query!r}: choose from {', '.join(QUERIES)}")
+
+    def __str__(self) -> str:
+        return f"{self.query} failed: {self.message}"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class HardwareProfile:
-    """One device, and how many of it there are."""
+    """One device, and how many of it there are.
+
+    What a driver says is kept, absurd or not. Raises ValueError for what none can say: an unknown kind, a negative
+    size, a capability that is not two numbers.
+    """
 
     kind: str
     """`cuda`, `rocm`, `xpu`, `mps` or `cpu`."""
@@ -29,11 +73,56 @@ class HardwareProfile:
     """CUDA compute capability, such as `8.0`; None elsewhere."""
     threads: int | None = None
     """Threads that one operation may use on a CPU: reductions differ with it."""
+    free_memory_bytes: int | None = None
+    """Memory of the first device that nobody holds; None if it cannot be read."""
+    host_memory_bytes: int | None = None
+    """Memory of the machine that the device is in; None if it cannot be read."""
+    architecture: str | None = None
+    """AMD's name of the instruction set, such as `gfx942`; None elsewhere."""
+    emulates: tuple[str, ...] = ()
+    """Types that the device only emulates, where neither capability nor architecture tells it: on xpu and mps."""
+    unanswered: tuple[FailedQuery, ...] = ()
+    """Questions that the driver answered with an exception."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown kind of device {self.kind!r}: choose from {', '.join(KINDS)}")
+        for name, least in (
+            ("count", 1),
+            ("threads", 1),
+            ("total_memory_bytes", 0),
+            ("free_memory_bytes", 0),
+            ("host_memory_bytes", 0),
+        ):
+            _check_whole(name, getattr(self, name), least)
+        self._check_owned("capability", "cuda", _CAPABILITY, "two numbers such as 8.0")
+        self._check_owned("architecture", "rocm", _ARCHITECTURE, "a name such as gfx942")
+        if self.emulates and self.kind in ("cuda", "rocm"):
+            raise ValueError(f"emulates is for xpu and mps: on {self.kind} it follows from capability or architecture")
+        for dtype in self.emulates:
+            if dtype not in ("bfloat16", "float16"):
+                raise ValueError(f"emulates has {dtype!r}: choose from bfloat16, float16")
+
+    def _check_owned(self, name: str, kind: str, pattern: re.Pattern[str], valid: str) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if self.kind != kind:
+            raise ValueError(f"a {self.kind} device has no {name}, which is {kind}'s, and this one has {value!r}")
+        if not isinstance(value, str) or not pattern.fullmatch(value):
+            raise ValueError(f"{name} {value!r} is malformed: give {valid}")
+
+    def __repr__(self) -> str:
+        """As code that makes the same profile, without the fields that have their defaults."""
+        fields = dataclasses.fields(self)
+        said = [(f.name, getattr(self, f.name)) for f in fields if getattr(self, f.name) != f.default]
+        return f"HardwareProfile({', '.join(f'{name}={value!r}' for name, value in said)})"
 
     def __str__(self) -> str:
         several = f" x{self.count}" if self.count > 1 else ""
         threads = f" ({self.threads} threads)" if self.threads else ""
-        return f"{self.name}{several}{threads}"
+        failed = f" [{'; '.join(map(str, self.unanswered))}]" if self.unanswered else ""
+        return f"{self.name}{several}{threads}{failed}"
 
     @property
     def compute_capability(self) -> tuple[int, int] | None:
@@ -41,19 +130,156 @@ class HardwareProfile:
         if self.capability is None:
             return None
         major, _, minor = self.capability.partition(".")
-        return int(major), int(minor or 0)
+        return int(major), int(minor)
+
+    @property
+    def is_mig_slice(self) -> bool:
+        """Whether this is a slice of a GPU, which the driver calls for instance `NVIDIA A100-SXM4-40GB MIG 1g.5gb`."""
+        return self.kind == "cuda" and "MIG" in self.name.split()
+
+    @property
+    def emulated(self) -> tuple[str, ...]:
+        """Types that torch offers here and the hardware has no arithmetic for."""
+        capability = self.compute_capability
+        if capability is not None:
+            return tuple(d for d, first in (("bfloat16", AMPERE), ("float16", TENSOR_HALF)) if capability < first)
+        if self.architecture is not None:
+            return () if _ROCM_BFLOAT16.fullmatch(self.architecture) else ("bfloat16",)
+        return self.emulates
+
+    @property
+    def native(self) -> tuple[str, ...]:
+        """Types, and `tf32`, that the hardware computes in; float32 alone where nothing says more.
+
+        On a CPU every type counts as native: torch's kernels round each result as the type says, with or without
+        instructions for it.
+        """
+        capability = self.compute_capability
+        if (self.kind == "cuda" and capability is None) or (self.kind == "rocm" and self.architecture is None):
+            return ("float32",)
+        tf32 = ("tf32",) if capability is not None and capability >= AMPERE else ()
+        return ("float32", *tf32, *(d for d in ("bfloat16", "float16") if d not in self.emulated))
+
+    def failure_of(self, query: str) -> FailedQuery | None:
+        """How `query` failed; None if it did not."""
+        return next((f for f in self.unanswered if f.query == query), None)
 
     def lacks(self, mode: PrecisionMode) -> str | None:
         """Why this device cannot train in `mode` for real; None if it can."""
         capability = self.compute_capability
         if mode.cuda_only and self.kind != "cuda":
             return f"{mode.name} exists on NVIDIA GPUs only, and this device is {self.kind}"
-        if capability is None:
-            return None
-        if mode.name == "tf32" and capability < AMPERE:
+        if mode.name == "tf32" and capability is not None and capability < AMPERE:
             return f"tf32 needs compute capability 8.0, and {self.name} has {self.capability}"
-        if mode.compute_dtype == "bfloat16" and capability < AMPERE:
+        if mode.compute_dtype not in self.emulated:
+            return None
+        if capability is None:
+            return f"{mode.compute_dtype} is only emulated on {self.name}"
+        if mode.compute_dtype == "bfloat16":
             return f"bfloat16 is only emulated on {self.name}: compute capability {self.capability} is below 8.0"
-        if mode.compute_dtype == "float16" and capability < TENSOR_HALF:
-            return f"float16 needs compute capability 5.3, and {self.name} has {self.capability}"
-        return None
+        return f"float16 needs compute capability 5.3, and {self.name} has {self.capability}"
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if value is None and name != "count":
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be a whole number, not {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownDevice:
+    """A device that one can buy or rent."""
+
+    profile: HardwareProfile
+    """The device, with `total_memory_bytes` as the data sheet has it, in binary gigabytes.
+
+    The figure is nominal: drivers keep 1 to 9 % of it for themselves (error correction, page tables, the display), and
+    a Mac lets its GPU have about three quarters of its memory.
+    """
+    source: str
+    """Title of the data sheet."""
+
+
+GIB = 1024**3
+
+
+def _cuda(name: str, gib: int, capability: str, count: int = 1) -> HardwareProfile:
+    return HardwareProfile(kind="cuda", name=name, total_memory_bytes=gib * GIB, capability=capability, count=count)
+
+
+def _rocm(name: str, gib: int, architecture: str) -> HardwareProfile:
+    return HardwareProfile(kind="rocm", name=name, total_memory_bytes=gib * GIB, architecture=architecture)
+
+
+def _other(kind: str, name: str, gib: int, *emulates: str) -> HardwareProfile:
+    return HardwareProfile(kind=kind, name=name, total_memory_bytes=gib * GIB, emulates=emulates)
+
+
+_MIG_A100 = "NVIDIA Multi-Instance GPU User Guide, A100 profiles"
+_MIG_H100 = "NVIDIA Multi-Instance GPU User Guide, H100 profiles"
+_GEFORCE_20 = "NVIDIA Turing GPU Architecture white paper"
+_GEFORCE_30 = "NVIDIA Ampere GA102 GPU Architecture white paper"
+_A100 = "NVIDIA A100 Tensor Core GPU data sheet"
+_V100 = "NVIDIA V100 Tensor Core GPU data sheet"
+_METAL = "bfloat16 on M1 and M2 is emulated in float32 (comment in transformers' is_torch_bf16_gpu_available)"
+
+_SHEETS: tuple[tuple[str, HardwareProfile, str], ...] = (
+    ("CPU", _other("cpu", "CPU", 16), "none: a laptop's common size"),
+    ("K80", _cuda("Tesla K80", 12, "3.7", count=2), "NVIDIA Tesla K80 GPU Accelerator board specification"),
+    ("M40", _cuda("Tesla M40 24GB", 24, "5.2"), "NVIDIA Tesla M40 24GB GPU Accelerator product brief"),
+    ("GTX 1080 Ti", _cuda("NVIDIA GeForce GTX 1080 Ti", 11, "6.1"), "GeForce GTX 1080 Ti specifications"),
+    ("P100", _cuda("Tesla P100-PCIE-16GB", 16, "6.0"), "NVIDIA Tesla P100 GPU Accelerator data sheet"),
+    ("V100 16GB", _cuda("Tesla V100-SXM2-16GB", 16, "7.0"), _V100),
+    ("V100 32GB", _cuda("Tesla V100-SXM2-32GB", 32, "7.0"), _V100),
+    ("T4", _cuda("Tesla T4", 16, "7.5"), "NVIDIA T4 Tensor Core GPU data sheet"),
+    ("RTX 2060", _cuda("NVIDIA GeForce RTX 2060", 6, "7.5"), _GEFORCE_20),
+    ("RTX 2080 Ti", _cuda("NVIDIA GeForce RTX 2080 Ti", 11, "7.5"), _GEFORCE_20),
+    ("RTX 3060", _cuda("NVIDIA GeForce RTX 3060", 12, "8.6"), "GeForce RTX 3060 family specifications"),
+    ("RTX 3090", _cuda("NVIDIA GeForce RTX 3090", 24, "8.6"), _GEFORCE_30),
+    ("RTX 4090", _cuda("NVIDIA GeForce RTX 4090", 24, "8.9"), "NVIDIA Ada GPU Architecture white paper"),
+    ("RTX 5090", _cuda("NVIDIA GeForce RTX 5090", 32, "12.0"), "NVIDIA RTX Blackwell GPU Architecture white paper"),
+    ("RTX A6000", _cuda("NVIDIA RTX A6000", 48, "8.6"), "NVIDIA RTX A6000 data sheet"),
+    ("A10", _cuda("NVIDIA A10", 24, "8.6"), "NVIDIA A10 Tensor Core GPU data sheet"),
+    ("A100 40GB", _cuda("NVIDIA A100-SXM4-40GB", 40, "8.0"), _A100),
+    ("A100 80GB", _cuda("NVIDIA A100-SXM4-80GB", 80, "8.0"), _A100),
+    ("A100 40GB x8", _cuda("NVIDIA A100-SXM4-40GB", 40, "8.0", count=8), "NVIDIA DGX A100 data sheet"),
+    ("A100 MIG 1g.5gb", _cuda("NVIDIA A100-SXM4-40GB MIG 1g.5gb", 5, "8.0"), _MIG_A100),
+    ("A100 MIG 2g.10gb", _cuda("NVIDIA A100-SXM4-40GB MIG 2g.10gb", 10, "8.0"), _MIG_A100),
+    ("A100 MIG 3g.20gb", _cuda("NVIDIA A100-SXM4-40GB MIG 3g.20gb", 20, "8.0"), _MIG_A100),
+    ("A100 MIG 1g.10gb", _cuda("NVIDIA A100-SXM4-80GB MIG 1g.10gb", 10, "8.0"), _MIG_A100),
+    ("A100 MIG 3g.40gb", _cuda("NVIDIA A100-SXM4-80GB MIG 3g.40gb", 40, "8.0"), _MIG_A100),
+    ("H100 MIG 1g.10gb", _cuda("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 10, "9.0"), _MIG_H100),
+    ("L4", _cuda("NVIDIA L4", 24, "8.9"), "NVIDIA L4 Tensor Core GPU data sheet"),
+    ("L40S", _cuda("NVIDIA L40S", 48, "8.9"), "NVIDIA L40S GPU data sheet"),
+    ("H100", _cuda("NVIDIA H100 80GB HBM3", 80, "9.0"), "NVIDIA H100 Tensor Core GPU data sheet"),
+    ("H200", _cuda("NVIDIA H200", 141, "9.0"), "NVIDIA H200 Tensor Core GPU data sheet"),
+    ("B200", _cuda("NVIDIA B200", 180, "10.0"), "NVIDIA DGX B200 data sheet"),
+    ("MI210", _rocm("AMD Instinct MI210", 64, "gfx90a"), "AMD Instinct MI210 Accelerator data sheet"),
+    ("MI300X", _rocm("AMD Instinct MI300X", 192, "gfx942"), "AMD Instinct MI300X Accelerator data sheet"),
+    ("RX 6800 XT", _rocm("AMD Radeon RX 6800 XT", 16, "gfx1030"), "AMD Radeon RX 6800 XT specifications"),
+    ("RX 7900 XTX", _rocm("AMD Radeon RX 7900 XTX", 24, "gfx1100"), "AMD Radeon RX 7900 XTX specifications"),
+    ("Arc A770", _other("xpu", "Intel(R) Arc(TM) A770 Graphics", 16), "Intel Arc A770 Graphics specifications"),
+    ("Arc B580", _other("xpu", "Intel(R) Arc(TM) B580 Graphics", 12), "Intel Arc B580 Graphics specifications"),
+    ("M1", _other("mps", "Apple M1", 16, "bfloat16"), f"Mac mini (M1, 2020) technical specifications; {_METAL}"),
+    ("M2 Max", _other("mps", "Apple M2 Max", 64, "bfloat16"), f"Mac Studio (2023) technical specifications; {_METAL}"),
+    ("M3", _other("mps", "Apple M3", 16), "MacBook Pro (14-inch, M3, 2023) technical specifications"),
+    ("M3 Max", _other("mps", "Apple M3 Max", 64), "MacBook Pro (M3 Max, 2023) technical specifications"),
+    ("M4", _other("mps", "Apple M4", 16), "Mac mini (2024) technical specifications"),
+)  # fmt: skip
+
+KNOWN_DEVICES: dict[str, KnownDevice] = {
+    name: KnownDevice(profile=profile, source=source) for name, profile, source in _SHEETS
+}
+"""Real devices by a short name, the plainest first. CUDA capabilities: NVIDIA's list "CUDA GPU Compute Capability"."""
+
+
+def device_named(name: str) -> HardwareProfile:
+    """The known device called `name`, in whatever case; a `ValueError` that lists the names where there is none."""
+    found = {known.casefold(): device.profile for known, device in KNOWN_DEVICES.items()}
+    profile = found.get(name.strip().casefold()) if isinstance(name, str) else None
+    if profile is None:
+        raise ValueError(f"unknown device {name!r}: choose from {', '.join(KNOWN_DEVICES)}")
+    return profile

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -132,6 +132,26 @@ def sft_device(request: pytest.FixtureRequest) -> HardwareProfile:
     if unavailable:
         pytest.skip(unavailable)
     return probe(kind)
+
+
+@pytest.fixture
+def simulated_hardware() -> Iterator[Callable[[HardwareProfile | str], HardwareProfile]]:
+    """Call it with a profile, or a known device such as "T4": until the test ends, torch answers for that device.
+
+    A second call takes the place of the first. Under hypothesis, use the context manager of the same name in
+    pytest_sftguard.engine.simulate.
+    """
+    from contextlib import ExitStack
+
+    from pytest_sftguard.engine import simulate
+
+    with ExitStack() as stack:
+
+        def be(profile: HardwareProfile | str) -> HardwareProfile:
+            stack.close()
+            return stack.enter_context(simulate.simulated_hardware(profile))
+
+        yield be
 
 
 @pytest.hookimpl(wrapper=True)

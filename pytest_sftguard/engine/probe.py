@@ -7,10 +7,11 @@ import platform
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from pytest_sftguard.hardware import HardwareProfile
+from pytest_sftguard.hardware import FailedQuery, HardwareProfile
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "pytest-sftguard")
 
@@ -19,6 +20,7 @@ def choose_device(asked: str) -> tuple[str, str | None]:
     """The kind of device that `asked` means here, and why it cannot be had (None if it can).
 
     `auto` is CUDA (or ROCm) where torch finds it, and else the CPU; other accelerators are used where they are named.
+    A driver that fails at the question is no reason to train on the CPU instead.
     """
     available: dict[str, Callable[[], bool]] = {
         "cuda": torch.cuda.is_available,
@@ -26,32 +28,100 @@ def choose_device(asked: str) -> tuple[str, str | None]:
         "xpu": torch.xpu.is_available,
         "cpu": lambda: True,
     }
-    if asked == "auto":
-        return ("cuda" if available["cuda"]() else "cpu"), None
-    if asked not in available:
+    if asked != "auto" and asked not in available:
         raise ValueError(f"unknown device {asked!r}: choose from auto, {', '.join(available)}")
-    if not available[asked]():
+    kind = "cuda" if asked == "auto" else asked
+    try:
+        there = available[kind]()
+    except Exception as error:  # whatever a broken driver raises
+        return kind, f"torch {torch.__version__} cannot tell whether there is a {kind} device: {_words(error)}"
+    if asked == "auto":
+        return ("cuda" if there else "cpu"), None
+    if not there:
         return asked, f"torch {torch.__version__} finds no {asked} device on this machine"
     return asked, None
 
 
 def probe(kind: str) -> HardwareProfile:
-    """The profile of the first device of `kind` (`cuda`, `mps`, `xpu` or `cpu`), which must be there."""
-    if kind == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        rocm = torch.version.hip is not None
-        return HardwareProfile(
-            kind="rocm" if rocm else "cuda",
-            name=properties.name,
-            count=torch.cuda.device_count(),
-            total_memory_bytes=properties.total_memory,
-            capability=None if rocm else f"{properties.major}.{properties.minor}",
-        )
+    """The profile of the first device of `kind` (`cuda`, `mps`, `xpu` or `cpu`), which must be there.
+
+    A question that raises leaves its fields None, and is told in the profile's `unanswered`.
+    """
+    asking = _Asking()
+    host = _host_memory()
     if kind == "cpu":
         return HardwareProfile(
-            kind="cpu", name=_cpu_name(), total_memory_bytes=_host_memory(), threads=torch.get_num_threads()
-        )
-    return HardwareProfile(kind=kind, name=kind, total_memory_bytes=None)
+            kind="cpu", name=_cpu_name(), total_memory_bytes=host, threads=torch.get_num_threads(),
+            free_memory_bytes=_available_host_memory(), host_memory_bytes=host,
+        )  # fmt: skip
+    if kind == "mps":
+        return _probe_mps(asking, host)
+    module: Any = {"cuda": torch.cuda, "xpu": torch.xpu}[kind]
+    rocm = kind == "cuda" and torch.version.hip is not None
+    count = asking.ask("device_count", module.device_count)
+    properties = asking.ask("get_device_properties", lambda: module.get_device_properties(0))
+    free = asking.ask("mem_get_info", lambda: int(module.mem_get_info(0)[0]))
+    return HardwareProfile(
+        kind="rocm" if rocm else kind,
+        name=kind if properties is None else properties.name,
+        count=max(1, count or 1),
+        total_memory_bytes=None if properties is None else properties.total_memory,
+        capability=_capability(properties) if kind == "cuda" and not rocm else None,
+        architecture=_architecture(properties) if rocm else None,
+        emulates=_emulated_by_xpu(properties) if kind == "xpu" else (),
+        free_memory_bytes=free,
+        host_memory_bytes=host,
+        unanswered=tuple(asking.failed),
+    )
+
+
+class _Asking:
+    """Puts questions to a driver, and keeps those that it did not answer."""
+
+    def __init__(self) -> None:
+        self.failed: list[FailedQuery] = []
+
+    def ask(self, query: str, question: Callable[[], Any]) -> Any:
+        """The answer, or None."""
+        try:
+            return question()
+        except Exception as error:  # whatever a broken driver raises
+            self.failed.append(FailedQuery(query, _words(error)))
+            return None
+
+
+def _probe_mps(asking: _Asking, host: int | None) -> HardwareProfile:
+    def memory() -> tuple[int, int]:
+        total = int(torch.mps.recommended_max_memory())
+        return total, max(0, total - int(torch.mps.driver_allocated_memory()))
+
+    total, free = asking.ask("mem_get_info", memory) or (None, None)
+    get_name = getattr(torch.backends.mps, "get_name", None)  # from torch 2.9 on
+    name = get_name() if get_name else platform.processor() or "mps"
+    return HardwareProfile(
+        kind="mps", name=name, total_memory_bytes=total, free_memory_bytes=free, host_memory_bytes=host,
+        emulates=("bfloat16",) if name.startswith(("Apple M1", "Apple M2")) else (),
+        unanswered=tuple(asking.failed),
+    )  # fmt: skip
+
+
+def _capability(properties: Any) -> str | None:
+    return None if properties is None else f"{properties.major}.{properties.minor}"
+
+
+def _architecture(properties: Any) -> str | None:
+    """`gfx90a` of `gfx90a:sramecc+:xnack-`."""
+    name = str(getattr(properties, "gcnArchName", "")).partition(":")[0]
+    return name or None
+
+
+def _emulated_by_xpu(properties: Any) -> tuple[str, ...]:
+    return () if getattr(properties, "has_bfloat16_conversions", True) else ("bfloat16",)
+
+
+def _words(error: BaseException) -> str:
+    lines = str(error).splitlines() or [""]
+    return lines[0][:200] or type(error).__name__
 
 
 def versions() -> dict[str, str]:
@@ -79,3 +149,13 @@ def _host_memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not a POSIX system
         return None
+
+
+def _available_host_memory() -> int | None:
+    """What programs can still get without swapping, as Linux reckons it; None elsewhere."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    kib = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return None if kib is None else int(kib) * 1024

@@ -16,7 +16,7 @@ ORDER = (
     {"matrix", "hardware", "sizes"},
     {"records"},
     {"verdicts", "bundles"},
-    {"invariants", "diagnosis"},
+    {"invariants", "diagnosis", "strategies"},
     {"reports"},
     {"settings", "session"},
     {"plugin", "__main__"},

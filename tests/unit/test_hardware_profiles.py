@@ -1,0 +1,332 @@
+"""Hardware as a value: what a profile refuses, what follows from it, the table of devices, the strategies."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import find, given, settings
+
+from pytest_sftguard.hardware import (
+    GIB,
+    KINDS,
+    KNOWN_DEVICES,
+    QUERIES,
+    FailedQuery,
+    HardwareProfile,
+    KnownDevice,
+    device_named,
+)
+from pytest_sftguard.precision import mode_named
+from pytest_sftguard.records import RecordError, RunRecord
+from pytest_sftguard.strategies import COMMON_THRESHOLDS, TENANT_SHARE, hardware_profiles
+
+T4 = device_named("T4")
+
+
+def exactly(message: str) -> str:
+    return f"^{re.escape(message)}$"
+
+
+def cuda(**fields: Any) -> HardwareProfile:
+    return HardwareProfile(**{"kind": "cuda", "name": "GPU"} | fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "gpu"}, "unknown kind of device 'gpu': choose from cuda, rocm, xpu, mps, cpu"),
+        ({"total_memory_bytes": -1}, "total_memory_bytes must be at least 0, not -1"),
+        ({"free_memory_bytes": -5}, "free_memory_bytes must be at least 0, not -5"),
+        ({"host_memory_bytes": -1}, "host_memory_bytes must be at least 0, not -1"),
+        ({"total_memory_bytes": 1.5}, "total_memory_bytes must be a whole number, not 1.5"),
+        ({"total_memory_bytes": True}, "total_memory_bytes must be a whole number, not True"),
+        ({"count": 0}, "count must be at least 1, not 0"),
+        ({"count": None}, "count must be a whole number, not None"),
+        ({"threads": 0}, "threads must be at least 1, not 0"),
+        ({"capability": "8"}, "capability '8' is malformed: give two numbers such as 8.0"),
+        ({"capability": "8.0.1"}, "capability '8.0.1' is malformed: give two numbers such as 8.0"),
+        ({"capability": "sm_80"}, "capability 'sm_80' is malformed: give two numbers such as 8.0"),
+        ({"capability": "-8.0"}, "capability '-8.0' is malformed: give two numbers such as 8.0"),
+        ({"capability": (8, 0)}, "capability (8, 0) is malformed: give two numbers such as 8.0"),
+        (
+            {"kind": "mps", "capability": "8.0"},
+            "a mps device has no capability, which is cuda's, and this one has '8.0'",
+        ),
+        (
+            {"architecture": "gfx942"},
+            "a cuda device has no architecture, which is rocm's, and this one has 'gfx942'",
+        ),
+        (
+            {"kind": "rocm", "architecture": "gfx94x"},
+            "architecture 'gfx94x' is malformed: give a name such as gfx942",
+        ),
+        (
+            {"emulates": ("bfloat16",)},
+            "emulates is for xpu and mps: on cuda it follows from capability or architecture",
+        ),
+        (
+            {"kind": "rocm", "emulates": ("bfloat16",)},
+            "emulates is for xpu and mps: on rocm it follows from capability or architecture",
+        ),
+        ({"kind": "mps", "emulates": ("bf16",)}, "emulates has 'bf16': choose from bfloat16, float16"),
+    ],
+)
+def test_a_profile_that_no_device_has_is_refused(fields: dict[str, Any], message: str) -> None:
+    """The message says which field, what it held, and what is valid."""
+    with pytest.raises(ValueError, match=exactly(message)):
+        cuda(**fields)
+
+
+def test_the_least_and_the_absurd_are_accepted() -> None:
+    """A driver may report no memory, and any capability of two numbers."""
+    profile = cuda(total_memory_bytes=0, free_memory_bytes=0, host_memory_bytes=0, capability="9999.0", threads=1)
+    assert profile.compute_capability == (9999, 0)
+    assert HardwareProfile(kind="xpu", name="x", emulates=("bfloat16", "float16")).native == ("float32",)
+
+
+def test_fields_are_named() -> None:
+    """Two texts in a row would be mixed up."""
+    with pytest.raises(TypeError):
+        HardwareProfile("cuda", "GPU")  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        KnownDevice(T4, "a data sheet")  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("value", [T4, KNOWN_DEVICES["T4"], FailedQuery("device_count", "gone")])
+def test_values_do_not_change(value: Any) -> None:
+    """They are shared by the whole table."""
+    field = next(iter(vars(value)))
+    with pytest.raises(AttributeError):
+        setattr(value, field, "other")
+
+
+def test_an_unknown_query_is_refused() -> None:
+    """The message lists the queries."""
+    with pytest.raises(ValueError, match=exactly(f"unknown query 'memory': choose from {', '.join(QUERIES)}")):
+        FailedQuery("memory", "gone")
+
+
+def a_record(device: HardwareProfile) -> RunRecord:
+    return RunRecord(
+        cell="fp32-b2x1", precision="fp32", per_device_train_batch_size=2, gradient_accumulation_steps=1, max_steps=1,
+        seed=0, target="a:b", device=device,
+    )  # fmt: skip
+
+
+@given(hardware_profiles())
+def test_a_record_keeps_the_profile(profile: HardwareProfile) -> None:
+    """Every field survives the file format."""
+    record = a_record(profile)
+    assert RunRecord.from_dict(json.loads(json.dumps(record.to_dict()))).device == profile
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("total_memory_bytes", -1, "record.device: total_memory_bytes must be at least 0, not -1"),
+        ("kind", "abacus", "record.device: unknown kind of device 'abacus': choose from cuda, rocm, xpu, mps, cpu"),
+        ("capability", "eight", "record.device: capability 'eight' is malformed: give two numbers such as 8.0"),
+    ],
+)
+def test_a_corrupt_profile_is_a_record_error(field: str, value: Any, message: str) -> None:
+    """A profile with negative memory is refused on reading, with its place in the record."""
+    data = a_record(T4).to_dict()
+    data["device"][field] = value
+    with pytest.raises(RecordError) as caught:
+        RunRecord.from_dict(data)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("profile", "native", "emulated"),
+    [
+        (cuda(capability="3.7"), "float32", "bfloat16 float16"),
+        (cuda(capability="5.2"), "float32", "bfloat16 float16"),
+        (cuda(capability="5.3"), "float32 float16", "bfloat16"),
+        (cuda(capability="7.5"), "float32 float16", "bfloat16"),
+        (cuda(capability="7.99"), "float32 float16", "bfloat16"),
+        (cuda(capability="8.0"), "float32 tf32 bfloat16 float16", ""),
+        (cuda(capability="12.0"), "float32 tf32 bfloat16 float16", ""),
+        (cuda(), "float32", ""),
+        (HardwareProfile(kind="rocm", name="x"), "float32", ""),
+        (HardwareProfile(kind="rocm", name="x", architecture="gfx906"), "float32 float16", "bfloat16"),
+        (HardwareProfile(kind="rocm", name="x", architecture="gfx1030"), "float32 float16", "bfloat16"),
+        (HardwareProfile(kind="rocm", name="x", architecture="gfx90a"), "float32 bfloat16 float16", ""),
+        (HardwareProfile(kind="rocm", name="x", architecture="gfx942"), "float32 bfloat16 float16", ""),
+        (HardwareProfile(kind="rocm", name="x", architecture="gfx1100"), "float32 bfloat16 float16", ""),
+        (HardwareProfile(kind="xpu", name="x"), "float32 bfloat16 float16", ""),
+        (HardwareProfile(kind="mps", name="x", emulates=("bfloat16",)), "float32 float16", "bfloat16"),
+        (HardwareProfile(kind="cpu", name="x"), "float32 bfloat16 float16", ""),
+    ],
+)
+def test_native_and_emulated_types(profile: HardwareProfile, native: str, emulated: str) -> None:
+    """They follow from the capability, from AMD's architecture, or are said; what is unknown counts as neither."""
+    assert " ".join(profile.native) == native
+    assert " ".join(profile.emulated) == emulated
+
+
+@pytest.mark.parametrize(
+    ("profile", "mode", "reason"),
+    [
+        (T4, "bf16-mixed", "bfloat16 is only emulated on Tesla T4: compute capability 7.5 is below 8.0"),
+        (T4, "bf16-true", "bfloat16 is only emulated on Tesla T4: compute capability 7.5 is below 8.0"),
+        (T4, "fp16-mixed", None),
+        (T4, "fp32", None),
+        (T4, "tf32", "tf32 needs compute capability 8.0, and Tesla T4 has 7.5"),
+        (device_named("M40"), "fp16-true", "float16 needs compute capability 5.3, and Tesla M40 24GB has 5.2"),
+        (device_named("H100"), "tf32", None),
+        (device_named("H100"), "bf16-mixed", None),
+        (cuda(), "tf32", None),
+        (device_named("CPU"), "bf16-mixed", None),
+        (device_named("CPU"), "tf32", "tf32 exists on NVIDIA GPUs only, and this device is cpu"),
+        (device_named("M1"), "bf16-mixed", "bfloat16 is only emulated on Apple M1"),
+        (device_named("RX 6800 XT"), "bf16-mixed", "bfloat16 is only emulated on AMD Radeon RX 6800 XT"),
+        (device_named("MI300X"), "bf16-mixed", None),
+    ],
+)
+def test_what_a_device_lacks(profile: HardwareProfile, mode: str, reason: str | None) -> None:
+    """A mode that the hardware only emulates is not evaluated there, and the reason says so."""
+    assert profile.lacks(mode_named(mode)) == reason
+
+
+@pytest.mark.parametrize(
+    ("profile", "text"),
+    [
+        (T4, "Tesla T4"),
+        (cuda(count=2), "GPU x2"),
+        (HardwareProfile(kind="cpu", name="CPU", threads=1), "CPU (1 threads)"),
+        (HardwareProfile(kind="cpu", name="CPU", threads=2), "CPU (2 threads)"),
+        (cuda(unanswered=(FailedQuery("mem_get_info", "gone"),)), "GPU [mem_get_info failed: gone]"),
+        (
+            cuda(unanswered=(FailedQuery("mem_get_info", "gone"), FailedQuery("device_count", "away"))),
+            "GPU [mem_get_info failed: gone; device_count failed: away]",
+        ),
+    ],
+)
+def test_how_a_profile_reads(profile: HardwareProfile, text: str) -> None:
+    """As in the report: name, number, threads, and what the driver did not answer."""
+    assert str(profile) == text
+
+
+def test_a_profile_finds_its_failures() -> None:
+    """By the query's name."""
+    failure = FailedQuery("device_count", "away")
+    profile = cuda(unanswered=(FailedQuery("mem_get_info", "gone"), failure))
+    assert profile.failure_of("_".join(["device", "count"])) is failure
+    assert profile.failure_of("is_available") is None
+
+
+def test_mig_slices_are_told_by_their_name() -> None:
+    """As the driver names them; a name that merely contains the letters is none."""
+    assert device_named("A100 MIG 1g.5gb").is_mig_slice
+    assert not device_named("A100 40GB").is_mig_slice
+    assert not cuda(name="NVIDIA MIGHTY").is_mig_slice
+    assert not HardwareProfile(kind="cpu", name="MIG").is_mig_slice
+
+
+@pytest.mark.parametrize("known", KNOWN_DEVICES.values(), ids=KNOWN_DEVICES)
+def test_each_known_device_is_whole(known: KnownDevice) -> None:
+    """A kind, a nominal memory in whole binary gigabytes, what its precisions follow from, and a source."""
+    profile = known.profile
+    assert profile.total_memory_bytes
+    assert profile.total_memory_bytes % GIB == 0
+    assert (profile.capability is not None) == (profile.kind == "cuda")
+    assert (profile.architecture is not None) == (profile.kind == "rocm")
+    assert profile.free_memory_bytes is None
+    assert known.source
+
+
+def test_the_table_is_wide() -> None:
+    """At least 25 devices, of every kind, the plainest first, sizes of note among them."""
+    assert len(KNOWN_DEVICES) >= 25
+    assert {d.profile.kind for d in KNOWN_DEVICES.values()} == set(KINDS)
+    assert next(iter(KNOWN_DEVICES)) == "CPU"
+    gib = {name: (d.profile.total_memory_bytes or 0) // GIB for name, d in KNOWN_DEVICES.items()}
+    assert gib["T4"] == 16
+    assert gib["H100"] == 80
+    assert gib["A100 MIG 2g.10gb"] == 10
+    assert KNOWN_DEVICES["A100 40GB x8"].profile.count == 8
+
+
+def test_a_device_is_found_by_name_in_any_case() -> None:
+    """Blanks around it do not matter either."""
+    assert device_named(" rtx 2080 ti ") == KNOWN_DEVICES["RTX 2080 Ti"].profile
+
+
+@pytest.mark.parametrize("name", ["T5", "", None, 4])
+def test_an_unknown_device_is_told_with_all_names(name: Any) -> None:
+    """The error quotes it, and lists what there is."""
+    with pytest.raises(ValueError, match=exactly(f"unknown device {name!r}: choose from {', '.join(KNOWN_DEVICES)}")):
+        device_named(name)
+
+
+@given(hardware_profiles())
+def test_a_profile_prints_as_code(profile: HardwareProfile) -> None:
+    """What hypothesis shows of a failure can be pasted into a test."""
+    assert eval(repr(profile), {"HardwareProfile": HardwareProfile, "FailedQuery": FailedQuery}) == profile
+
+
+def test_the_code_of_a_profile_is_short() -> None:
+    """Fields that have their defaults are left out."""
+    code = "HardwareProfile(kind='cuda', name='Tesla T4', total_memory_bytes=17179869184, capability='7.5')"
+    assert repr(T4) == code
+
+
+@given(hardware_profiles(("cuda", "mps"), mutated=False, adversarial=False))
+def test_real_devices_alone_can_be_had(profile: HardwareProfile) -> None:
+    """Without mutations every profile is in the table, and of the kinds asked for."""
+    assert profile in [d.profile for d in KNOWN_DEVICES.values()]
+    assert profile.kind in ("cuda", "mps")
+
+
+@pytest.mark.parametrize("kinds", [(), ("gpu",), ("cuda", "tpu")])
+def test_kinds_that_are_none_are_refused(kinds: tuple[str, ...]) -> None:
+    """An empty strategy would pass every test."""
+    with pytest.raises(ValueError, match="choose from cuda, rocm, xpu, mps, cpu"):
+        hardware_profiles(kinds)
+
+
+def test_the_table_needs_no_torch() -> None:
+    """Profiles and strategies are pure."""
+    code = "import sys, pytest_sftguard.strategies; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_own_thresholds_are_used() -> None:
+    """A selector with other limits gives its own."""
+    profiles = hardware_profiles(("cuda",), thresholds=[777])
+    assert {find(profiles, lambda p, size=size: p.total_memory_bytes == size).kind for size in (776, 777, 778)} == {
+        "cuda"
+    }
+
+
+@pytest.mark.parametrize(("kinds", "plainest"), [(KINDS, "CPU"), (("cuda",), "K80"), (("mps", "rocm"), "MI210")])
+def test_profiles_shrink_to_the_plainest(kinds: tuple[str, ...], plainest: str) -> None:
+    """The first known device of the kinds, as it is sold."""
+    assert find(hardware_profiles(kinds), lambda p: True) == device_named(plainest)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        lambda p: p.total_memory_bytes == 0 and p.kind == "cuda",
+        lambda p: p.free_memory_bytes and p.free_memory_bytes == p.total_memory_bytes * (100 - TENANT_SHARE) // 100,
+        lambda p: p.unanswered,
+        lambda p: p.count > 1 and p.kind == "mps",
+        lambda p: p.capability == "99.99",
+        lambda p: p.architecture == "gfx1201",
+        *(
+            lambda p, size=limit + off: p.total_memory_bytes == size and p.kind == "cuda"
+            for limit in COMMON_THRESHOLDS
+            for off in (-1, 1)
+        ),
+    ],
+)
+def test_the_strategy_reaches_what_it_promises(wanted: Any) -> None:
+    """Zero memory, a tenant, failing queries, several devices, absurd capabilities, a byte beside each threshold."""
+    assert find(hardware_profiles(), wanted, settings=settings(max_examples=5_000, database=None))
