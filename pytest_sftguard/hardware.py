@@ -53,7 +53,7 @@ class FailedQuery:
         return f"{self.query} failed: {self.message}"
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True)
 class HardwareProfile:
     """One device, and how many of it there are.
 
@@ -87,14 +87,15 @@ class HardwareProfile:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"unknown kind of device {self.kind!r}: choose from {', '.join(KINDS)}")
+        _check_whole("count", self.count, 1)
         for name, least in (
-            ("count", 1),
             ("threads", 1),
             ("total_memory_bytes", 0),
             ("free_memory_bytes", 0),
             ("host_memory_bytes", 0),
         ):
-            _check_whole(name, getattr(self, name), least)
+            if getattr(self, name) is not None:
+                _check_whole(name, getattr(self, name), least)
         self._check_owned("capability", "cuda", _CAPABILITY, "two numbers such as 8.0")
         self._check_owned("architecture", "rocm", _ARCHITECTURE, "a name such as gfx942")
         if self.emulates and self.kind in ("cuda", "rocm"):
@@ -181,8 +182,6 @@ class HardwareProfile:
 
 
 def _check_whole(name: str, value: object, least: int) -> None:
-    if value is None and name != "count":
-        return
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name} must be a whole number, not {value!r}")
     if value < least:

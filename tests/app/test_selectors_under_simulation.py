@@ -15,6 +15,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from homework.selection import (
+    Hardware,
     Selection,
     SelectionError,
     asked_number,
@@ -192,6 +193,21 @@ def test_batch_overrides_win_in_order(
         assert wanted is None or got == wanted
 
 
+def test_counts_of_up_to_nine_digits_are_read() -> None:
+    """A longer one is a slip of the hand, and int() of a very long one takes its time."""
+    assert determine_batch_hparams(32, per_device_override="+99999999") == (99_999_999, 1)  # type: ignore[arg-type]
+    assert determine_batch_hparams(32, per_device_override="999999999") == (999_999_999, 1)  # type: ignore[arg-type]
+    with pytest.raises(SelectionError, match="not '1000000000'"):
+        determine_batch_hparams(32, per_device_override="1000000000")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [Selection(1, "so"), Hardware()])
+def test_choices_do_not_change(value: object) -> None:
+    """Neither what was chosen, nor what it was chosen by."""
+    with pytest.raises(AttributeError):
+        setattr(value, next(iter(vars(value))), "other")
+
+
 PRECISIONS = st.none() | st.sampled_from(("fp32", "fp16", "bf16", "BF16", " fp16 "))
 
 
@@ -335,6 +351,7 @@ def test_what_known_devices_get(name: str, micro_batch: int, precision: str) -> 
     [
         ("T4", 32, ("16.0 GB of GPU memory, below 20 GB", "effective batch 32")),
         ("T4", 4, ("16.0 GB of GPU memory, below 20 GB", "effective batch 4")),
+        ("T4", 4096, ("16.0 GB of GPU memory, below 20 GB", "effective batch 4096")),
         ("T4", 3, ("the effective batch asked for is 3", "effective batch 3")),
         ("T4", 33, ("16.0 GB of GPU memory, below 20 GB", "effective batch 32, as near 33 as 4 allows")),
         ("RTX 2060", 32, ("6.0 GB of GPU memory, below 10 GB", "effective batch 32")),
@@ -348,6 +365,12 @@ def test_the_reasons_of_a_batch(name: str, target: int, reasons: tuple[str, str]
     with simulated_hardware(name):
         micro_batch, accumulation, _ = choices(target)
     assert (micro_batch.reason, accumulation.reason) == reasons
+
+
+def test_the_reason_has_the_memory_to_a_tenth() -> None:
+    """A T4 tells of less than it is sold with."""
+    with simulated_hardware(dataclasses.replace(device_named("T4"), total_memory_bytes=GIB * 1456 // 100)):
+        assert choices()[0].reason == "14.6 GB of GPU memory, below 20 GB"
 
 
 @pytest.mark.parametrize(
@@ -373,6 +396,14 @@ def test_every_known_device_gets_the_target_batch() -> None:
         with simulated_hardware(name):
             micro_batch, accumulation = determine_batch_hparams()
         assert micro_batch * accumulation == 32
+
+
+def test_a_long_message_is_cut() -> None:
+    """A driver's may fill a screen; 160 characters of it are told, without its line breaks."""
+    failure = FailedQuery("is_available", "one\n\ttwo " + 200 * "x")
+    with simulated_hardware(dataclasses.replace(device_named("T4"), unanswered=(failure,))):
+        trouble = query_hardware().trouble
+    assert trouble == f"SimulatedQueryError: one two {200 * 'x'}"[:160]
 
 
 def test_two_failures_are_both_told() -> None:

@@ -21,11 +21,12 @@ from pytest_sftguard.hardware import (
     KnownDevice,
     device_named,
 )
-from pytest_sftguard.precision import mode_named
+from pytest_sftguard.precision import MODES, mode_named
 from pytest_sftguard.records import RecordError, RunRecord
 from pytest_sftguard.strategies import COMMON_THRESHOLDS, TENANT_SHARE, hardware_profiles
 
 T4 = device_named("T4")
+UNKNOWN = [HardwareProfile(kind=kind, name="?") for kind in KINDS]
 
 
 def exactly(message: str) -> str:
@@ -125,6 +126,14 @@ def test_a_record_keeps_the_profile(profile: HardwareProfile) -> None:
     assert RunRecord.from_dict(json.loads(json.dumps(record.to_dict()))).device == profile
 
 
+@pytest.mark.parametrize("profile", [*(d.profile for d in KNOWN_DEVICES.values()), *UNKNOWN])
+def test_a_profile_that_was_read_tells_the_same(profile: HardwareProfile) -> None:
+    """Its texts are equal, though other objects."""
+    read = RunRecord.from_dict(json.loads(json.dumps(a_record(profile).to_dict()))).device
+    assert (read.native, read.emulated, read.is_mig_slice) == (profile.native, profile.emulated, profile.is_mig_slice)
+    assert [read.lacks(mode) for mode in MODES.values()] == [profile.lacks(mode) for mode in MODES.values()]
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
@@ -179,11 +188,14 @@ def test_native_and_emulated_types(profile: HardwareProfile, native: str, emulat
         (T4, "fp32", None),
         (T4, "tf32", "tf32 needs compute capability 8.0, and Tesla T4 has 7.5"),
         (device_named("M40"), "fp16-true", "float16 needs compute capability 5.3, and Tesla M40 24GB has 5.2"),
-        (device_named("H100"), "tf32", None),
+        (device_named("A100 40GB"), "tf32", None),
+        (device_named("A100 40GB"), "bf16-true", None),
         (device_named("H100"), "bf16-mixed", None),
         (cuda(), "tf32", None),
         (device_named("CPU"), "bf16-mixed", None),
         (device_named("CPU"), "tf32", "tf32 exists on NVIDIA GPUs only, and this device is cpu"),
+        (device_named("M3"), "tf32", "tf32 exists on NVIDIA GPUs only, and this device is mps"),
+        (device_named("MI300X"), "tf32", "tf32 exists on NVIDIA GPUs only, and this device is rocm"),
         (device_named("M1"), "bf16-mixed", "bfloat16 is only emulated on Apple M1"),
         (device_named("RX 6800 XT"), "bf16-mixed", "bfloat16 is only emulated on AMD Radeon RX 6800 XT"),
         (device_named("MI300X"), "bf16-mixed", None),
@@ -226,7 +238,8 @@ def test_mig_slices_are_told_by_their_name() -> None:
     assert device_named("A100 MIG 1g.5gb").is_mig_slice
     assert not device_named("A100 40GB").is_mig_slice
     assert not cuda(name="NVIDIA MIGHTY").is_mig_slice
-    assert not HardwareProfile(kind="cpu", name="MIG").is_mig_slice
+    for kind in ("cpu", "rocm", "mps", "xpu"):
+        assert not HardwareProfile(kind=kind, name="MIG").is_mig_slice
 
 
 @pytest.mark.parametrize("known", KNOWN_DEVICES.values(), ids=KNOWN_DEVICES)
