@@ -5,6 +5,7 @@ The order is command line, then environment, then automatic.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,11 @@ MICRO_BATCH_BELOW = ((10 * GB, 2), (20 * GB, 4), (40 * GB, 8))
 LARGEST_MICRO_BATCH = 16
 SMALLEST_MICRO_BATCH = 2
 MICRO_BATCH_WITHOUT_CUDA = 8
+
+FIRST_FP16 = (5, 3)
+"""First CUDA compute capability with fp16 arithmetic."""
+ROCM_WITHOUT_BF16 = re.compile(r"gfx(8..|90[02469c]|10..)")
+"""AMD architectures before CDNA and RDNA 3, which have no bf16 arithmetic."""
 
 T = TypeVar("T")
 
@@ -45,7 +51,7 @@ class Hardware:
     """What the selectors need to know of the machine; with several GPUs, of the least of them."""
 
     kind: str = "cpu"
-    """`cuda` (ROCm too), `mps` or `cpu`."""
+    """`cuda` (ROCm too), `mps`, `xpu` or `cpu`."""
     name: str = ""
     """The device's own name."""
     memory_bytes: int | None = None
@@ -54,6 +60,8 @@ class Hardware:
     """Whether the GPU computes in bf16 natively; None where it could not be read."""
     bf16_reason: str = ""
     """What says so, for instance `compute capability 7.5`."""
+    native_fp16: bool = True
+    """Whether the GPU computes in fp16 natively."""
     trouble: str = ""
     """What went wrong in the query, if something did."""
 
@@ -96,9 +104,9 @@ def asked_number(
 def largest_micro_batch(hardware: Hardware) -> Selection[int]:
     """Return the micro-batch that the hardware's memory allows."""
     if hardware.kind != "cuda":
-        return Selection(MICRO_BATCH_WITHOUT_CUDA, f"the default on {hardware.kind.upper()}")
+        return Selection(MICRO_BATCH_WITHOUT_CUDA, _default_on(hardware))
     if not hardware.memory_bytes or hardware.memory_bytes < 0:
-        why = hardware.trouble or "it reports no memory"
+        why = (hardware.trouble if hardware.memory_bytes is None else "") or "it reports no memory"
         return Selection(SMALLEST_MICRO_BATCH, f"the safe choice, since the GPU's memory could not be read ({why})")
     size = f"{hardware.memory_bytes / GB:.1f} GB of GPU memory"
     for limit, micro_batch in MICRO_BATCH_BELOW:
@@ -139,19 +147,26 @@ def choose_batch(
 
 
 def choose_precision(hardware: Hardware | None, asked: Selection[str] | None) -> Selection[str]:
-    """Return the precision: what was asked for, else bf16 where native, fp16 on older GPUs, fp32 elsewhere."""
+    """Return the precision: what was asked for, else bf16 where native, fp16 on older GPUs that have it, else fp32."""
     if asked is not None:
         return asked
     if hardware is None:
         raise SelectionError("an automatic precision needs the hardware")
     if hardware.kind != "cuda":
-        return Selection("fp32", f"the default on {hardware.kind.upper()}")
+        return Selection("fp32", _default_on(hardware))
     if hardware.native_bf16 is None:
         why = hardware.trouble or "the query gave nothing"
         return Selection("fp32", f"the safe choice, since the GPU could not be asked for bf16 ({why})")
     if hardware.native_bf16:
         return Selection("bf16", f"{hardware.bf16_reason}: bf16 is native")
+    if not hardware.native_fp16:
+        return Selection("fp32", f"{hardware.bf16_reason}: bf16 and fp16 would only be emulated")
     return Selection("fp16", f"{hardware.bf16_reason}: bf16 would only be emulated")
+
+
+def _default_on(hardware: Hardware) -> str:
+    why = f", since the GPU could not be asked ({hardware.trouble})" if hardware.trouble else ""
+    return f"the default on {hardware.kind.upper()}{why}"
 
 
 def asked_precision(given: str | None, environment: Mapping[str, str]) -> Selection[str] | None:
@@ -171,27 +186,25 @@ def query_hardware() -> Hardware:
     try:
         if not torch.cuda.is_available():
             mps = torch.backends.mps.is_available()
-            return Hardware(kind="mps" if mps else "cpu")
+            return Hardware(kind="mps" if mps else "xpu" if torch.xpu.is_available() else "cpu")
     except Exception as error:  # a broken driver may raise anything, and the run can still go on
         return Hardware(kind="cpu", trouble=_words(error))
     trouble: list[str] = []
-    devices = range(_or_trouble(torch.cuda.device_count, trouble) or 1)
-    memory: list[int | None] = []
-    native: list[tuple[bool, str] | None] = []
-    name = ""
-    for index in devices:
-        read = _or_trouble(partial(_name_and_memory, index), trouble)
-        name = name or (read[0] if read else "")
-        memory.append(read[1] if read else None)
-        native.append(_or_trouble(partial(_native_bf16, index), trouble))
-    least = None if None in memory else min(m for m in memory if m is not None)
-    worst = None if None in native else min(n for n in native if n is not None)
+    count = _or_trouble(torch.cuda.device_count, trouble)
+    if count is None:
+        return Hardware(kind="cuda", trouble=trouble[0])
+    devices = range(count or 1)  # a count of 0 where CUDA is available is a driver's slip: the first device is asked
+    read = [_or_trouble(partial(_name_and_memory, index), trouble) for index in devices]
+    native = [_or_trouble(partial(_native, index), trouble) for index in devices]
+    least = None if None in read else min(memory for _, memory in filter(None, read))
+    worst = None if None in native else min(filter(None, native))
     return Hardware(
         kind="cuda",
-        name=name,
+        name=next((name for name, _ in filter(None, read) if name), ""),
         memory_bytes=least,
         native_bf16=worst[0] if worst else None,
-        bf16_reason=worst[1] if worst else "",
+        native_fp16=worst[1] if worst else True,
+        bf16_reason=worst[2] if worst else "",
         trouble="; ".join(dict.fromkeys(trouble)),
     )
 
@@ -203,14 +216,21 @@ def _name_and_memory(index: int) -> tuple[str, int]:
     return str(getattr(properties, "name", "")), int(properties.total_memory)
 
 
-def _native_bf16(index: int) -> tuple[bool, str]:
-    """`torch.cuda.is_bf16_supported()` is true on a T4, which emulates bf16, so on CUDA the capability decides."""
+def _native(index: int) -> tuple[bool, bool, str]:
+    """Whether a device computes in bf16 and in fp16, and what says so.
+
+    `torch.cuda.is_bf16_supported()` is true on a T4, which emulates bf16, so on CUDA the capability decides. On ROCm it
+    is true whatever the device, also without emulation, so an architecture that is known to lack bf16 decides.
+    """
     import torch
 
     if getattr(torch.version, "hip", None):
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False)), f"ROCm {torch.version.hip}"
+        architecture = str(getattr(torch.cuda.get_device_properties(index), "gcnArchName", "")).partition(":")[0]
+        supported = bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        lacking = ROCM_WITHOUT_BF16.fullmatch(architecture)
+        return supported and not lacking, True, f"ROCm {torch.version.hip} {architecture}".strip()
     major, minor = torch.cuda.get_device_capability(index)
-    return major >= 8, f"compute capability {major}.{minor}"
+    return major >= 8, (major, minor) >= FIRST_FP16, f"compute capability {major}.{minor}"
 
 
 def _or_trouble(query: Callable[[], T], trouble: list[str]) -> T | None:
