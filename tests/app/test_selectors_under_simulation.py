@@ -22,6 +22,7 @@ from homework.selection import (
     asked_precision,
     choose_batch,
     choose_precision,
+    largest_micro_batch,
     query_hardware,
 )
 from homework.sft import determine_batch_hparams, determine_precision_flags
@@ -208,6 +209,12 @@ def test_choices_do_not_change(value: object) -> None:
         setattr(value, next(iter(vars(value))), "other")
 
 
+def test_the_hardware_is_told_by_name() -> None:
+    """Two texts in a row would be mixed up."""
+    with pytest.raises(TypeError):
+        Hardware("cuda", "T4")  # type: ignore[misc]
+
+
 PRECISIONS = st.none() | st.sampled_from(("fp32", "fp16", "bf16", "BF16", " fp16 "))
 
 
@@ -354,6 +361,7 @@ def test_what_known_devices_get(name: str, micro_batch: int, precision: str) -> 
         ("T4", 4096, ("16.0 GB of GPU memory, below 20 GB", "effective batch 4096")),
         ("T4", 3, ("the effective batch asked for is 3", "effective batch 3")),
         ("T4", 33, ("16.0 GB of GPU memory, below 20 GB", "effective batch 32, as near 33 as 4 allows")),
+        ("T4", 34, ("16.0 GB of GPU memory, below 20 GB", "effective batch 36, as near 34 as 4 allows")),
         ("RTX 2060", 32, ("6.0 GB of GPU memory, below 10 GB", "effective batch 32")),
         ("RTX 3090", 32, ("24.0 GB of GPU memory, below 40 GB", "effective batch 32")),
         ("A100 40GB", 32, ("40.0 GB of GPU memory, 40 GB or more", "effective batch 32")),
@@ -365,6 +373,15 @@ def test_the_reasons_of_a_batch(name: str, target: int, reasons: tuple[str, str]
     with simulated_hardware(name):
         micro_batch, accumulation, _ = choices(target)
     assert (micro_batch.reason, accumulation.reason) == reasons
+
+
+def test_a_given_accumulation_is_a_reason_only_where_it_changes_something() -> None:
+    """8 steps of 4 are 32 anyway; 16 steps leave 2."""
+    hardware = Hardware(kind="cuda", memory_bytes=16 * GIB)
+    kept, _ = choose_batch(32, hardware, None, Selection(8, "asked"))
+    changed, _ = choose_batch(32, hardware, None, Selection(16, "asked"))
+    assert kept == Selection(4, "16.0 GB of GPU memory, below 20 GB")
+    assert changed == Selection(2, "brings 16 accumulation steps near 32")
 
 
 def test_the_reason_has_the_memory_to_a_tenth() -> None:
@@ -396,6 +413,19 @@ def test_every_known_device_gets_the_target_batch() -> None:
         with simulated_hardware(name):
             micro_batch, accumulation = determine_batch_hparams()
         assert micro_batch * accumulation == 32
+
+
+@pytest.mark.parametrize(
+    ("memory", "reason"),
+    [
+        (-1, "the safe choice, since the GPU's memory could not be read (it reports no memory)"),
+        (0, "the safe choice, since the GPU's memory could not be read (it reports no memory)"),
+        (1, "0.0 GB of GPU memory, below 10 GB"),
+    ],
+)
+def test_the_least_memory_that_is_one(memory: int, reason: str) -> None:
+    """Torch gives no negative number; if it did, it would be no memory."""
+    assert largest_micro_batch(Hardware(kind="cuda", memory_bytes=memory)) == Selection(2, reason)
 
 
 def test_a_long_message_is_cut() -> None:

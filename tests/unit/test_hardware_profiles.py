@@ -188,6 +188,7 @@ def test_native_and_emulated_types(profile: HardwareProfile, native: str, emulat
         (T4, "fp32", None),
         (T4, "tf32", "tf32 needs compute capability 8.0, and Tesla T4 has 7.5"),
         (device_named("M40"), "fp16-true", "float16 needs compute capability 5.3, and Tesla M40 24GB has 5.2"),
+        (device_named("H100"), "tf32", None),
         (device_named("A100 40GB"), "tf32", None),
         (device_named("A100 40GB"), "bf16-true", None),
         (device_named("H100"), "bf16-mixed", None),
