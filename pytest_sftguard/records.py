@@ -86,6 +86,8 @@ class StepRecord:
     """Number of trainable tensors that changed and hold finite numbers only."""
     unchanged: Names = Names()
     """Trainable tensors that are bit for bit what they were before the step."""
+    idle: Names = Names()
+    """Trainable tensors of layers that no token passed through in the step, such as those of an expert not chosen."""
     nonfinite_weights: Names = Names()
     """Trainable tensors that hold NaN or infinity after the step."""
     nonfinite_moments: Names = Names()
@@ -160,12 +162,14 @@ class TensorRecord:
     delta_norm: float | None = None
     """L2 norm of (after - before); NaN where the tensor is not finite."""
     changed_fraction: float | None = None
-    """Share of the elements that are finite and differ from their start."""
+    """Share of the elements that are finite, and that any step changed: steps by the sign return to their start."""
+    partial: bool = False
+    """Whether a step may leave elements out: the factors of all experts of a block are one tensor."""
 
     @property
     def is_factor(self) -> bool:
         """Whether this is a low-rank factor of a linear layer, of which every element takes part in every product."""
-        return any(part in ("lora_A", "lora_B") for part in self.name.split("."))
+        return not self.partial and any(part in ("lora_A", "lora_B") for part in self.name.split("."))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +202,8 @@ class BaseRecord:
     """The same after the last step."""
     changed: Names = Names()
     """Those whose bits differ."""
+    rewritten: Names = Names()
+    """Buffers outside the state dict that the model's own forward pass rewrites; they are not held to their start."""
     trainable: Names = Names()
     """Those that have `requires_grad`, though they are not part of the adapter."""
 
@@ -315,6 +321,8 @@ class RunRecord:
     """What the Trainer logged."""
     global_step: int | None = None
     """The Trainer's own count of steps at the end."""
+    micro_batches_per_epoch: int | None = None
+    """Length of the training data loader; None for a stream."""
     adapter: tuple[TensorRecord, ...] = ()
     """Every trainable tensor."""
     base: BaseRecord | None = None

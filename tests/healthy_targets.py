@@ -48,6 +48,7 @@ def built(
     collator: Callable[..., Any] = tiny.collate,
     prepare: Callable[[Any], Any] = lambda base: base,
     wrap: Callable[[Any], Any] = lambda model: model,
+    adapter_name: str = "default",
     **more: Any,
 ) -> Trainer:
     """A Trainer as `tiny.build_trainer` makes it, with any part of it exchanged."""
@@ -61,7 +62,7 @@ def built(
     training_arguments = TrainingArguments(**arguments)
     set_seed(training_arguments.seed)
     given = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | (lora or {})
-    model = wrap(get_peft_model(base, LoraConfig(**given)))
+    model = wrap(get_peft_model(base, LoraConfig(**given), adapter_name))
     rows = tiny.rows(64) if dataset is None else dataset
     return kind(model=model, args=training_arguments, train_dataset=rows, data_collator=collator, **more)
 
@@ -197,13 +198,7 @@ def second_adapter_active(**arguments: Any) -> Trainer:
 
 def named_adapter(**arguments: Any) -> Trainer:
     """The one adapter is not called default."""
-    trainer = built(arguments)
-    base = trainer.model.unload()
-    del base.peft_config
-    set_seed(trainer.args.seed)
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    trainer.model = trainer.model_wrapped = get_peft_model(base, lora, adapter_name="units")
-    return trainer
+    return built(arguments, adapter_name="units")
 
 
 def rank_one(**arguments: Any) -> Trainer:
@@ -303,17 +298,17 @@ def opt(**arguments: Any) -> Trainer:
 
 def opt_layerdrop(**arguments: Any) -> Trainer:
     """OPT with layerdrop: a whole layer is left out of some steps, and has no gradient there."""
-    return built(arguments, config=OPTConfig(**OPT, layerdrop=0.5))
+    return built(arguments, config=OPTConfig(**OPT | {"num_hidden_layers": 4}, layerdrop=0.2))
 
 
 def mixtral(**arguments: Any) -> Trainer:
-    """A mixture of experts, LoRA on the attention."""
-    return built(arguments, config=MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=1))
+    """A mixture of experts, LoRA on everything that peft calls linear: router and experts too."""
+    return built(arguments, config=MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2))
 
 
 def mixtral_experts(**arguments: Any) -> Trainer:
     """A mixture of many experts with LoRA on the experts' own parameters."""
-    config = MixtralConfig(**SMALL, num_local_experts=8, num_experts_per_tok=1)
+    config = MixtralConfig(**SMALL, num_local_experts=32, num_experts_per_tok=2)
     lora = {
         "target_modules": ["q_proj", "v_proj"],
         "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pytest_sftguard.engine.adapters import base_digests, base_tensors, trainables
+from pytest_sftguard.engine.adapters import base_digests, base_tensors, lora_layers, partial_factors, trainables
 from pytest_sftguard.engine.tensors import combined, norms, to_host
 from pytest_sftguard.records import BaseRecord, Names, OptimizerRecord, StepRecord, TensorRecord
 
@@ -28,7 +29,12 @@ class Recorder:
         self.parameters = trainables(model)
         self._start = [p.detach().clone() for p in self.parameters.values()]
         self._previous = [p.clone() for p in self._start]
+        self._largest_move = [torch.zeros_like(p) for p in self._start]
         self._base_before = base_digests(model)
+        self._layer_of = _holders(self.parameters, lora_layers(model))
+        self.used_layers: set[str] = set()
+        self.ever_used: set[str] = set()
+        self.rewritten: set[str] = set()
         self._open()
 
     def _open(self) -> None:
@@ -37,6 +43,7 @@ class Recorder:
         self._tokens: list[Tensor] = []
         self._gradients: dict[str, Any] | None = None
         self._started: float | None = None
+        self.used_layers = set()
 
     def begin_micro_batch(self) -> None:
         """A micro-batch is about to be computed: the step's clock starts with its first."""
@@ -85,6 +92,9 @@ class Recorder:
         )  # fmt: skip
         if now:
             torch._foreach_copy_(self._previous, now)
+            torch._foreach_abs_(difference)
+            torch._foreach_maximum_(self._largest_move, difference)
+        self.ever_used |= self.used_layers
         names = list(self.parameters)
         finite = [math.isfinite(w) for w in weights]
         seen = self._gradients is not None
@@ -103,6 +113,7 @@ class Recorder:
                 loss_scale_after=loss_scale,
                 changed=sum(f and u > 0 for f, u in zip(finite, update, strict=True)),
                 unchanged=_named(names, (u == 0 for u in update)),
+                idle=Names.of(n for n, layer in self._layer_of.items() if layer not in self.used_layers),
                 nonfinite_weights=_named(names, (not f for f in finite)),
                 nonfinite_moments=_named([n for n, _ in states], (not math.isfinite(v) for v in moments)),
                 max_update=_largest(update),
@@ -116,13 +127,17 @@ class Recorder:
     def adapter(self) -> tuple[TensorRecord, ...]:
         """Every trainable tensor, now compared with its start."""
         records = []
-        for (name, parameter), start in zip(self.parameters.items(), self._start, strict=True):
+        partial = partial_factors(self.model)
+        for (name, parameter), start, move in zip(
+            self.parameters.items(), self._start, self._largest_move, strict=True
+        ):
             end, begin = parameter.detach().float(), start.float()
-            changed = ((end != begin) & end.isfinite()).float().mean().item() if end.numel() else 0.0
+            changed = ((move > 0) & end.isfinite()).float().mean().item() if end.numel() else 0.0
             records.append(
                 TensorRecord(
                     name=name, dtype=_dtype(parameter), elements=parameter.numel(), initial_norm=begin.norm().item(),
                     final_norm=end.norm().item(), delta_norm=(end - begin).norm().item(), changed_fraction=changed,
+                    partial=name in partial,
                 )
             )  # fmt: skip
         return tuple(records)
@@ -130,12 +145,14 @@ class Recorder:
     def base(self) -> BaseRecord:
         """The base's tensors, now compared with how they were."""
         after = base_digests(self.model)
+        after.update({n: d for n, d in self._base_before.items() if n in self.rewritten})
         changed = [n for n in self._base_before.keys() | after.keys() if self._base_before.get(n) != after.get(n)]
         return BaseRecord(
             tensors=len(after),
             digest_before=combined(self._base_before),
             digest_after=combined(after),
             changed=Names.of(sorted(changed)),
+            rewritten=Names.of(sorted(self.rewritten)),
             trainable=Names.of(n for n in base_tensors(self.model) if n in self.parameters),
         )
 
@@ -152,6 +169,11 @@ class Recorder:
             state_dtypes=tuple(sorted({_dtype(t) for t in states})),
             owns_trainables=owned == {id(p) for p in self.parameters.values()},
         )
+
+    @property
+    def unused(self) -> set[str]:
+        """Trainable tensors of layers that no token of the training reached."""
+        return {n for n, layer in self._layer_of.items() if layer not in self.ever_used}
 
     @property
     def gradients_seen(self) -> bool:
@@ -174,6 +196,12 @@ class Recorder:
             for key, value in optimizer.state.get(parameter, {}).items()
             if isinstance(value, Tensor) and value.is_floating_point() and value.numel()
         ]
+
+
+def _holders(parameters: Iterable[str], layers: Iterable[str]) -> dict[str, str]:
+    """The innermost of `layers` that holds each parameter; those that none holds are left out."""
+    innermost = sorted(layers, key=len)
+    return {n: layer for n in parameters for layer in innermost if n.startswith(f"{layer}.")}
 
 
 def _stacked(scalars: list[Tensor]) -> Tensor:

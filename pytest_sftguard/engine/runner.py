@@ -78,6 +78,7 @@ class _Cell:
         self.config, self.mode, self.kind = config, mode, kind
         self.target, self.folder, self.progress = target, folder, progress
         self.seen: dict[str, Any] = {}
+        self.unused: set[str] = set()
 
     def run(self) -> dict[str, Any]:
         """All stages in order; the fields of a RunRecord that they filled."""
@@ -136,6 +137,7 @@ class _Cell:
         try:
             trainer.train()
         finally:
+            watch.detach()
             self.seen.update(
                 compute_dtypes=watch.compute_dtypes,
                 weights_dtypes=adapters.weights_dtypes(recorder.model),
@@ -146,17 +148,21 @@ class _Cell:
                 steps=tuple(recorder.steps),
                 log=watch.log(),
                 global_step=trainer.state.global_step,
+                micro_batches_per_epoch=watch.micro_batches_per_epoch,
             )
             if watch.optimizer is not None:
                 self.seen["optimizer"] = recorder.optimizer(watch.optimizer)
             self.seen.update(adapter=recorder.adapter(), base=recorder.base())
+            self.unused = recorder.unused
 
     def _round_trip(self, trainer: Trainer) -> torch.nn.Module:
         trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         saved = self.folder / "adapter"
         trainer.save_model(str(saved))
         fresh = self._build("reloading")
-        self.seen["round_trip"], reloaded = adapters.round_trip(trained, saved, fresh.model, _probe_batch(trainer))
+        self.seen["round_trip"], reloaded = adapters.round_trip(
+            trained, saved, fresh.model, _probe_batch(trainer), self.unused
+        )
         return reloaded
 
 

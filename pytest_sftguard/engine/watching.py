@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from pytest_sftguard.engine.adapters import adapted_layers
+from pytest_sftguard.engine.adapters import lora_layers, product_layers
 from pytest_sftguard.engine.recording import Recorder
 from pytest_sftguard.records import LogRecord
 
@@ -39,14 +39,22 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
         trainer.accelerator.backward = self._backward(trainer.accelerator.backward)
         trainer.accelerator.clip_grad_norm_ = self._before(trainer.accelerator.clip_grad_norm_)
         trainer.add_callback(self)
+        self.micro_batches_per_epoch: int | None = None
+        self._hooks = [*self._watch_layers(), *self._watch_buffers()]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The optimizer is there now, and wrapped by accelerate."""
+        self.micro_batches_per_epoch = _length(kwargs.get("train_dataloader"))
         prepared = self.trainer.optimizer
         self.optimizer = getattr(prepared, "optimizer", prepared)
         if prepared is not self._watched:  # a retry after out-of-memory begins the training again
             self._watched = prepared
             prepared.step = self._optimizer_step(self._before(prepared.step))
+
+    def detach(self) -> None:
+        """Take the hooks off the model; the Trainer at hand stays wrapped."""
+        for hook in self._hooks:
+            hook.remove()
 
     def log(self) -> tuple[LogRecord, ...]:
         """What the Trainer logged, line by line, without its summary."""
@@ -128,6 +136,41 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
         scaler = self.trainer.accelerator.scaler
         return None if scaler is None else float(scaler.get_scale())
 
+    def _watch_layers(self) -> list[Any]:
+        """Hooks that note which layers a token passed through: an expert without one has no gradient, soundly."""
+
+        def note(name: str, module: Any, inputs: Any) -> None:
+            if not (inputs and isinstance(inputs[0], torch.Tensor) and not inputs[0].numel()):
+                self.recorder.used_layers.add(name)
+
+        layers = lora_layers(self.recorder.model).items()
+        return [layer.register_forward_pre_hook(functools.partial(note, name)) for name, layer in layers]
+
+    def _watch_buffers(self) -> list[Any]:
+        """Hooks that note which buffers outside the state dict the model's own forward pass rewrites.
+
+        Rotary frequencies that follow the length of the batch (dynamic, longrope) are such: working memory, no base.
+        """
+        model = self.recorder.model
+        places = [(n, m, b) for n, m in model.named_modules() for b in m._non_persistent_buffers_set]
+        before: list[Any] = []
+
+        def versions() -> list[Any]:
+            tensors = [m._buffers.get(b) for _, m, b in places]
+            return [t if t is None else (t, t._version) for t in tensors]  # the tensor itself: ids are used again
+
+        def remember(module: Any, inputs: Any) -> None:
+            before[:] = versions()
+
+        def compare(module: Any, inputs: Any, output: Any) -> None:
+            for (name, _, buffer), old, new in zip(places, before, versions(), strict=True):
+                if (old is None) != (new is None) or (old and new and (old[0] is not new[0] or old[1] != new[1])):
+                    self.recorder.rewritten.add(f"{name}.{buffer}" if name else buffer)
+
+        if not places:
+            return []
+        return [model.register_forward_pre_hook(remember), model.register_forward_hook(compare)]
+
     def _watch_dtypes(self) -> list[Any]:
         """Hooks on the adapted layers that note what their products returned, in the first micro-batch alone."""
         if not self._first:
@@ -142,7 +185,14 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
                 if torch.is_autocast_enabled(kind):
                     self.autocast_dtype = str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
 
-        return [layer.register_forward_hook(note) for layer in adapted_layers(self.recorder.model)]
+        return [layer.register_forward_hook(note) for layer in product_layers(self.recorder.model)]
+
+
+def _length(dataloader: Any) -> int | None:
+    try:
+        return len(dataloader)
+    except TypeError:  # a stream has none
+        return None
 
 
 def _float(value: Any) -> float | None:

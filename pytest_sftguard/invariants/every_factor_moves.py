@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -36,20 +37,24 @@ class EveryFactorMoves(Invariant):
             yield self.failed("no step left a changed, finite adapter", observed=0, limit="at least 1 step")
             return
         zero_start = {t.name for t in record.adapter if t.initial_norm == 0}
+        times_idle: Counter[str] = Counter()
         for i, s in enumerate(effective):
-            # where no factor starts at zero nothing shields the others, and all move from the first step on
-            still = [n for n in s.unchanged.first if i > 0 or not zero_start or n in zero_start]
-            still = [n for n in still if _is_factor(n)]
+            # where no factor starts at zero nothing shields the others, and all move from the first step on; a layer
+            # that no token passed through has its first step later
+            still = [n for n in s.unchanged.first if i > times_idle[n] or not zero_start or n in zero_start]
+            still = [n for n in still if _is_factor(n) and n not in s.idle.first]
+            times_idle.update(s.idle.first)
             if still:
                 yield self.failed(
                     f"{Names.of(still)} did not change at step {s.step}",
                     step=s.step, observed=len(still), limit="every factor changes",
                 )  # fmt: skip
                 break
-        yield from self._over_the_run(record, len(effective), bool(zero_start))
+        uses = {t.name: len(effective) - times_idle[t.name] for t in record.adapter}
+        yield from self._over_the_run(record, uses, bool(zero_start))
 
-    def _over_the_run(self, record: RunRecord, effective: int, shielded: bool) -> Iterator[Finding]:
-        due = [t for t in record.adapter if effective > 1 or t.initial_norm == 0 or not shielded]
+    def _over_the_run(self, record: RunRecord, uses: dict[str, int], shielded: bool) -> Iterator[Finding]:
+        due = [t for t in record.adapter if uses[t.name] > 1 or (uses[t.name] and (t.initial_norm == 0 or not shielded))]
         still = [t for t in due if not (t.delta_norm is not None and t.delta_norm > 0)]
         if still:
             yield self.failed(
