@@ -230,6 +230,8 @@ class RoundTripRecord:
     """Warnings of the load that speak of missing, unexpected or mismatched tensors."""
     fresh_base_digest: str = ""
     """Digest of the fresh base that the adapter was loaded onto."""
+    restored: bool = False
+    """Whether that base was put together again by merging, as pissa and its like take their factors out of it."""
     max_abs_logit: float | None = None
     """Largest absolute logit of the trained model on the probe batch."""
     max_logit_change: float | None = None

@@ -111,20 +111,22 @@ def round_trip(
     path = folder / _WEIGHTS
     saved = {_in_file(n): t for n, t in load_file(path).items()} if path.exists() else {}
     expected: dict[str, Tensor] = {
-        _in_file(n, name): p for n, p in _parameters(trained) if is_adapter(trained, n)
+        _in_file(n, name): p for n, p in trained.named_parameters() if is_adapter(trained, n)
     }  # with the frozen ones: an adapter that was loaded without is_trainable is saved all the same
     expected = {n: t for n, t in expected.items() if "original_module" not in n}
+    every_name = {_in_file(n, name) for n, _ in trained.named_parameters(remove_duplicate=False)}  # tied ones too
     base_names = {_in_file(n) for n in base_tensors(trained)}
 
     fresh_digest = combined(base_digests(fresh))
-    base = _without_adapter(fresh)
+    restored = _takes_from_the_base(fresh)
+    base = fresh.merge_and_unload() if restored else fresh.unload() if hasattr(fresh, "unload") else fresh
     if hasattr(base, "peft_config"):
         del base.peft_config  # left behind by `unload`, and peft warns of it
     device = next(trained.parameters()).device
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         reloaded = PeftModel.from_pretrained(base, str(folder)).to(device).eval()
-    loaded: dict[str, Tensor] = {_in_file(n, _active(reloaded)[0]): p for n, p in _parameters(reloaded)}
+    loaded: dict[str, Tensor] = {_in_file(n, _active(reloaded)[0]): p for n, p in reloaded.named_parameters()}
     never = {_in_file(n, name) for n in unused}
 
     with torch.no_grad(), _eager(trained), _eager(reloaded):
@@ -137,12 +139,13 @@ def round_trip(
         file_bytes=path.stat().st_size if path.exists() else 0,
         tensors=len(saved),
         missing=Names.of(sorted((expected.keys() - saved.keys()) | wrong_shape)),
-        unexpected=Names.of(sorted(saved.keys() - expected.keys() - base_names)),
+        unexpected=Names.of(sorted(saved.keys() - every_name - base_names)),
         nonfinite=Names.of(n for n, t in saved.items() if t.is_floating_point() and not t.isfinite().all()),
         zero=Names.of(n for n, t in saved.items() if ".lora_" in n and n not in never and not t.count_nonzero()),
         differing=Names.of(_differing(expected, loaded)),
         load_warnings=tuple(str(w.message)[:300] for w in caught if _tells_of_tensors(str(w.message))),
         fresh_base_digest=fresh_digest,
+        restored=restored,
         max_abs_logit=before.float().abs().max().item(),
         max_logit_change=(before.float() - after.float()).abs().max().item(),
         max_logit_effect=(after.float() - base_logits.float()).abs().max().item(),
@@ -162,20 +165,10 @@ def _same_numbers(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one.double(), other.double(), rtol=0, atol=0, equal_nan=True)
 
 
-def _without_adapter(fresh: Any) -> Any:
-    """The base of a model that was just built, as it was before peft wrapped it.
-
-    Some ways of starting take the factors out of the base's weights; there the untrained adapter is put back.
-    """
-    if not hasattr(fresh, "unload"):
-        return fresh
-    start = str(getattr(fresh.peft_config[_active(fresh)[0]], "init_lora_weights", "")).lower()
-    return fresh.merge_and_unload() if start.startswith(_TAKEN_FROM_THE_BASE) else fresh.unload()
-
-
-def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All parameters, one that is shared under each of its names: the file holds it under each."""
-    return model.named_parameters(remove_duplicate=False)
+def _takes_from_the_base(fresh: Any) -> bool:
+    """Whether the adapter starts as a part of the base's weights, which the base loses, and gets back by merging."""
+    config = getattr(fresh, "peft_config", {}).get(_active(fresh)[0])
+    return str(getattr(config, "init_lora_weights", "")).lower().startswith(_TAKEN_FROM_THE_BASE)
 
 
 def _active(model: nn.Module) -> list[str]:
