@@ -88,6 +88,10 @@ class StepRecord:
     """Trainable tensors that are bit for bit what they were before the step."""
     idle: Names = Names()
     """Trainable tensors of layers that no token passed through in the step, such as those of an expert not chosen."""
+    stale_gradients: Names = Names()
+    """Trainable tensors that held a gradient other than zero when the step began: one that no zero_grad cleared."""
+    max_change_before: float | None = None
+    """Largest absolute change of a trainable element from the end of the step before to this one's gradients."""
     nonfinite_weights: Names = Names()
     """Trainable tensors that hold NaN or infinity after the step."""
     nonfinite_moments: Names = Names()
@@ -304,7 +308,7 @@ class RunRecord:
     error: ErrorRecord | None = None
     """What ended the run early; None if nothing did."""
     compute_dtypes: dict[str, int] = field(default_factory=dict)
-    """Result types of the adapted layers' own matrix products in the first micro-batch, with the number of layers."""
+    """Result types of the adapted layers' own matrix products in each step's first micro-batch, with the number of layers."""
     weights_dtypes: dict[str, int] = field(default_factory=dict)
     """Types of the adapted layers' frozen weights, with the number of layers; quantised ones by their storage."""
     autocast_dtype: str | None = None

@@ -311,8 +311,7 @@ def float32_after_the_first_step(**arguments: Any) -> Trainer:
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             if self.state.global_step == 0:
                 return super().compute_loss(model, inputs, *args, **kwargs)
-            forward = model.forward
-            model.forward = getattr(forward, "__wrapped__", forward)
+            model.forward = getattr(model, "_original_forward", model.forward)  # what accelerate keeps
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     return built(arguments, kind=Own)

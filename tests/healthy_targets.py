@@ -82,11 +82,6 @@ def pissa(**arguments: Any) -> Trainer:
     return built(arguments, lora={"init_lora_weights": "pissa"})
 
 
-def pissa_niter(**arguments: Any) -> Trainer:
-    """The same by randomised SVD."""
-    return built(arguments, lora={"init_lora_weights": "pissa_niter_4"})
-
-
 def olora(**arguments: Any) -> Trainer:
     """Orthonormal factors, taken out of the base."""
     return built(arguments, lora={"init_lora_weights": "olora"})
@@ -209,6 +204,11 @@ def rank_one(**arguments: Any) -> Trainer:
 def rank_64(**arguments: Any) -> Trainer:
     """A rank above the layers' width."""
     return built(arguments, lora={"r": 64})
+
+
+def twice_the_rank(**arguments: Any) -> Trainer:
+    """The plain adapter, for arguments of many kinds."""
+    return built(arguments, lora={"r": 8, "lora_alpha": 16})
 
 
 def rank_pattern(**arguments: Any) -> Trainer:

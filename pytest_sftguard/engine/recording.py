@@ -43,12 +43,15 @@ class Recorder:
         self._tokens: list[Tensor] = []
         self._gradients: dict[str, Any] | None = None
         self._started: float | None = None
+        self._stale: tuple[list[str], Tensor] = ([], torch.empty(0))
         self.used_layers = set()
 
     def begin_micro_batch(self) -> None:
         """A micro-batch is about to be computed: the step's clock starts with its first."""
         if self._started is None:
             self._started = time.perf_counter()
+            left = [(n, p.grad) for n, p in self.parameters.items() if p.grad is not None]
+            self._stale = ([n for n, _ in left], norms([_dense(g) for _, g in left], math.inf))
             if torch.cuda.is_available() and self._device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self._device)
 
@@ -65,7 +68,9 @@ class Recorder:
     def before_step(self, loss_scale: float | None = None) -> None:
         """All gradients of the step are there: unclipped, and multiplied by `loss_scale` where there is a scaler."""
         gradients = [(n, p.grad) for n, p in self.parameters.items() if p.grad is not None]
-        tensors = [g.coalesce().values() if g.is_sparse else g.detach() for _, g in gradients]
+        tensors = [_dense(g) for _, g in gradients]
+        now = [p.detach() for p in self.parameters.values()]
+        moved = list(torch._foreach_sub(now, self._previous)) if now and self.steps else []
         scale = loss_scale or 1.0
         self._gradients = {
             "names": [n for n, _ in gradients],
@@ -73,6 +78,7 @@ class Recorder:
             "l2": norms(tensors, 2) / scale,
             "largest": norms(tensors, math.inf) / scale,
             "scale": loss_scale,
+            "moved": norms(moved, math.inf),
         }
 
     def after_step(
@@ -82,11 +88,11 @@ class Recorder:
         now = [p.detach() for p in self.parameters.values()]
         difference = list(torch._foreach_sub(now, self._previous)) if now else []
         states = self._states(optimizer)
-        gradients = self._gradients or {"names": [], "l2": torch.empty(0), "largest": torch.empty(0)}
-        loss, micro, tokens, l2, largest, update, weights, moments = to_host(
+        gradients = self._gradients or {"names": [], **dict.fromkeys(("l2", "largest", "moved"), torch.empty(0))}
+        loss, micro, tokens, l2, largest, moved, stale, update, weights, moments = to_host(
             [
                 _stacked(self._returned), _stacked(self._micro_losses), _stacked(self._tokens),
-                gradients["l2"], gradients["largest"],
+                gradients["l2"], gradients["largest"], gradients["moved"], self._stale[1],
                 norms(difference, math.inf), norms(now, math.inf), norms([t for _, t in states], math.inf),
             ]
         )  # fmt: skip
@@ -113,6 +119,8 @@ class Recorder:
                 loss_scale_after=loss_scale,
                 changed=sum(f and u > 0 for f, u in zip(finite, update, strict=True)),
                 unchanged=_named(names, (u == 0 for u in update)),
+                stale_gradients=_named(self._stale[0], (v != 0 for v in stale)),
+                max_change_before=_largest(moved) if moved else None,
                 idle=Names.of(n for n, layer in self._layer_of.items() if layer not in self.used_layers),
                 nonfinite_weights=_named(names, (not f for f in finite)),
                 nonfinite_moments=_named([n for n, _ in states], (not math.isfinite(v) for v in moments)),
@@ -202,6 +210,10 @@ def _holders(parameters: Iterable[str], layers: Iterable[str]) -> dict[str, str]
     """The innermost of `layers` that holds each parameter; those that none holds are left out."""
     innermost = sorted(layers, key=len)
     return {n: layer for n in parameters for layer in innermost if n.startswith(f"{layer}.")}
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else gradient.detach()
 
 
 def _stacked(scalars: list[Tensor]) -> Tensor:

@@ -142,7 +142,7 @@ class _Cell:
                 compute_dtypes=watch.compute_dtypes,
                 weights_dtypes=adapters.weights_dtypes(recorder.model),
                 autocast_dtype=watch.autocast_dtype,
-                loss_scaling=trainer.accelerator.scaler is not None,
+                loss_scaling=watch.scaler is not None,
                 tf32=torch.backends.cuda.matmul.allow_tf32 if self.kind == "cuda" else None,
                 max_grad_norm=trainer.args.max_grad_norm,
                 steps=tuple(recorder.steps),

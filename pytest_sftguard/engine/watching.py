@@ -28,12 +28,12 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
 
     def __init__(self, trainer: Trainer, recorder: Recorder, progress: Callable[[int], None] | None = None) -> None:
         self.trainer, self.recorder, self.progress = trainer, recorder, progress
-        self.compute_dtypes: dict[str, int] = {}
+        self._returned: dict[str, set[int]] = {}
         self.autocast_dtype: str | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self._watched: Any = None
         self._in_training_step = False
-        self._first = True
+        self._dtypes_of_step: int | None = None
         trainer.compute_loss = self._compute_loss(trainer.compute_loss)
         trainer.training_step = self._training_step(trainer.training_step)
         trainer.accelerator.backward = self._backward(trainer.accelerator.backward)
@@ -50,6 +50,11 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
         if prepared is not self._watched:  # a retry after out-of-memory begins the training again
             self._watched = prepared
             prepared.step = self._optimizer_step(self._before(prepared.step))
+
+    @property
+    def compute_dtypes(self) -> dict[str, int]:
+        """Types of what the adapted layers' products returned, with the number of layers."""
+        return {dtype: len(layers) for dtype, layers in self._returned.items()}
 
     def detach(self) -> None:
         """Take the hooks off the model; the Trainer at hand stays wrapped."""
@@ -132,9 +137,14 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
 
         return wrapped
 
-    def _loss_scale(self) -> float | None:
+    @property
+    def scaler(self) -> Any:
+        """The loss scaler, where there is one and it is switched on: one that is off scales by 1 and skips nothing."""
         scaler = self.trainer.accelerator.scaler
-        return None if scaler is None else float(scaler.get_scale())
+        return scaler if scaler is not None and scaler.is_enabled() else None
+
+    def _loss_scale(self) -> float | None:
+        return None if self.scaler is None else float(self.scaler.get_scale())
 
     def _watch_layers(self) -> list[Any]:
         """Hooks that note which layers a token passed through: an expert without one has no gradient, soundly."""
@@ -172,15 +182,14 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
         return [model.register_forward_pre_hook(remember), model.register_forward_hook(compare)]
 
     def _watch_dtypes(self) -> list[Any]:
-        """Hooks on the adapted layers that note what their products returned, in the first micro-batch alone."""
-        if not self._first:
+        """Hooks on the adapted layers that note what their products returned, in each step's first micro-batch."""
+        if self._dtypes_of_step == len(self.recorder.steps):
             return []
-        self._first = False
+        self._dtypes_of_step = len(self.recorder.steps)
 
         def note(module: Any, inputs: Any, output: Any) -> None:
             if isinstance(output, torch.Tensor):
-                dtype = str(output.dtype).removeprefix("torch.")
-                self.compute_dtypes[dtype] = self.compute_dtypes.get(dtype, 0) + 1
+                self._returned.setdefault(str(output.dtype).removeprefix("torch."), set()).add(id(module))
                 kind = output.device.type
                 if torch.is_autocast_enabled(kind):
                     self.autocast_dtype = str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
