@@ -86,6 +86,12 @@ class StepRecord:
     """Number of trainable tensors that changed and hold finite numbers only."""
     unchanged: Names = Names()
     """Trainable tensors that are bit for bit what they were before the step."""
+    idle: Names = Names()
+    """Trainable tensors of layers that no token passed through in the step, such as those of an expert not chosen."""
+    stale_gradients: Names = Names()
+    """Trainable tensors that held a gradient other than zero when the step began: one that no zero_grad cleared."""
+    max_change_before: float | None = None
+    """Largest absolute change of a trainable element from the end of the step before to this one's gradients."""
     nonfinite_weights: Names = Names()
     """Trainable tensors that hold NaN or infinity after the step."""
     nonfinite_moments: Names = Names()
@@ -160,12 +166,14 @@ class TensorRecord:
     delta_norm: float | None = None
     """L2 norm of (after - before); NaN where the tensor is not finite."""
     changed_fraction: float | None = None
-    """Share of the elements that are finite and differ from their start."""
+    """Share of the elements that are finite, and that any step changed: steps by the sign return to their start."""
+    partial: bool = False
+    """Whether a step may leave elements out: the factors of all experts of a block are one tensor."""
 
     @property
     def is_factor(self) -> bool:
         """Whether this is a low-rank factor of a linear layer, of which every element takes part in every product."""
-        return any(part in ("lora_A", "lora_B") for part in self.name.split("."))
+        return not self.partial and any(part in ("lora_A", "lora_B") for part in self.name.split("."))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +206,8 @@ class BaseRecord:
     """The same after the last step."""
     changed: Names = Names()
     """Those whose bits differ."""
+    rewritten: Names = Names()
+    """Buffers outside the state dict that the model's own forward pass rewrites; they are not held to their start."""
     trainable: Names = Names()
     """Those that have `requires_grad`, though they are not part of the adapter."""
 
@@ -224,6 +234,8 @@ class RoundTripRecord:
     """Warnings of the load that speak of missing, unexpected or mismatched tensors."""
     fresh_base_digest: str = ""
     """Digest of the fresh base that the adapter was loaded onto."""
+    restored: bool = False
+    """Whether that base was put together again by merging, as pissa and its like take their factors out of it."""
     max_abs_logit: float | None = None
     """Largest absolute logit of the trained model on the probe batch."""
     max_logit_change: float | None = None
@@ -298,7 +310,7 @@ class RunRecord:
     error: ErrorRecord | None = None
     """What ended the run early; None if nothing did."""
     compute_dtypes: dict[str, int] = field(default_factory=dict)
-    """Result types of the adapted layers' own matrix products in the first micro-batch, with the number of layers."""
+    """Result types of the adapted layers' own products in each step's first micro-batch, with their number."""
     weights_dtypes: dict[str, int] = field(default_factory=dict)
     """Types of the adapted layers' frozen weights, with the number of layers; quantised ones by their storage."""
     autocast_dtype: str | None = None
@@ -317,6 +329,8 @@ class RunRecord:
     """What the Trainer logged."""
     global_step: int | None = None
     """The Trainer's own count of steps at the end."""
+    micro_batches_per_epoch: int | None = None
+    """Length of the training data loader; None for a stream."""
     adapter: tuple[TensorRecord, ...] = ()
     """Every trainable tensor."""
     base: BaseRecord | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pytest_sftguard.records import Names, RoundTripRecord
 
 _WEIGHTS = "adapter_model.safetensors"
 _OUTSIDE_LAYERS = ("modules_to_save", "trainable_tokens_")
+_TAKEN_FROM_THE_BASE = ("pissa", "olora", "corda", "lora_ga")
 
 
 def trainables(model: nn.Module) -> dict[str, Tensor]:
@@ -26,14 +27,16 @@ def trainables(model: nn.Module) -> dict[str, Tensor]:
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer that is not part of the adapter, by name; they must not change."""
-    everything = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    buffers = model.named_buffers(remove_duplicate=False)  # rotary layers share one, until a forward pass parts them
+    everything = {**dict(model.named_parameters()), **dict(buffers)}
     return {n: t for n, t in everything.items() if not is_adapter(model, n)}
 
 
 def is_adapter(model: nn.Module, name: str) -> bool:
-    """Whether the tensor called `name` is saved with the adapter.
+    """Whether the tensor called `name` is part of the adapter that is active, and saved with it.
 
-    In a model without peft, everything that is trainable counts as the adapter.
+    An adapter that is not active is part of the base: it must not change either. In a model without peft, everything
+    that is trainable counts as the adapter.
     """
     tuner: Any = getattr(model, "base_model", None)
     configs: Any = getattr(model, "peft_config", None)
@@ -41,8 +44,9 @@ def is_adapter(model: nn.Module, name: str) -> bool:
     if prefix is None or configs is None:
         return name in trainables(model)
     parts = name.split(".")
-    if any(p.startswith((prefix, *_OUTSIDE_LAYERS)) for p in parts):
-        return True
+    for part, following in zip(parts, (*parts[1:], ""), strict=True):
+        if part.startswith((prefix, *_OUTSIDE_LAYERS)):
+            return following not in configs or following in _active(model)
     biases = any(getattr(c, "bias", "none") not in ("none", None) for c in configs.values())
     return biases and parts[-1] == "bias" and name in trainables(model)
 
@@ -59,6 +63,31 @@ def adapted_layers(model: nn.Module) -> list[nn.Module]:
     return wrapped or [m for m in model.modules() if isinstance(m, nn.Linear)]
 
 
+def product_layers(model: nn.Module) -> list[nn.Module]:
+    """Those of the adapted layers whose result is a matrix product, so that its type tells of the arithmetic.
+
+    An embedding looks up, in the type of its weights. A module of which peft adapts a parameter (a block of experts, a
+    router) does more after its products, and returns what comes of it.
+    """
+    blocks = {id(getattr(m, "base_layer", None)) for m in model.modules() if _adapts_parameter(m)}
+    return [m for m in adapted_layers(model) if not isinstance(m, nn.Embedding) and id(m) not in blocks]
+
+
+def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that hold factors, by name; the tensors of an adapter have the name of theirs as a prefix."""
+    return {n: m for n, m in model.named_modules() if hasattr(m, "base_layer")}
+
+
+def partial_factors(model: nn.Module) -> set[str]:
+    """Names of the factors of which a step may leave out elements: those of experts that got no token."""
+    blocks = [(n, m) for n, m in model.named_modules() if _adapts_parameter(m)]
+    return {f"{n}.{p}" for n, m in blocks for p, _ in m.named_parameters() if not p.startswith("base_layer.")}
+
+
+def _adapts_parameter(module: nn.Module) -> bool:
+    return hasattr(module, "base_layer") and hasattr(module, "parameter_name")
+
+
 def weights_dtypes(model: nn.Module) -> dict[str, int]:
     """Types of the adapted layers' own weights, with the number of layers."""
     weights = [getattr(layer, "weight", None) for layer in adapted_layers(model)]
@@ -66,33 +95,39 @@ def weights_dtypes(model: nn.Module) -> dict[str, int]:
 
 
 def round_trip(
-    trained: nn.Module, folder: Path, fresh: Any, probe: dict[str, Tensor]
+    trained: nn.Module, folder: Path, fresh: Any, probe: dict[str, Tensor], unused: Collection[str] = ()
 ) -> tuple[RoundTripRecord, nn.Module]:
     """Compare the saved adapter in `folder` with `trained`, and load it onto the base of `fresh`.
 
-    `trained` and `fresh` are PeftModels, `fresh` as the target builds it; `probe` is a batch of model inputs. Returns
-    what was seen, and the reloaded model in evaluation mode. Raises what peft raises where the load fails.
+    `trained` and `fresh` are PeftModels, `fresh` as the target builds it; `probe` is a batch of model inputs;
+    `unused` names tensors that no token ever reached, and that may be zero. Returns what was seen, and the reloaded
+    model in evaluation mode. Raises what peft raises where the load fails.
     """
     from peft import PeftModel
     from safetensors.torch import load_file
 
+    name = _active(trained)[0]
+    folder = folder if name == "default" else folder / name  # where peft saves an adapter of another name
     path = folder / _WEIGHTS
     saved = {_in_file(n): t for n, t in load_file(path).items()} if path.exists() else {}
     expected: dict[str, Tensor] = {
-        _in_file(n, _active(trained)): p for n, p in trained.named_parameters() if is_adapter(trained, n)
+        _in_file(n, name): p for n, p in trained.named_parameters() if is_adapter(trained, n)
     }  # with the frozen ones: an adapter that was loaded without is_trainable is saved all the same
     expected = {n: t for n, t in expected.items() if "original_module" not in n}
+    every_name = {_in_file(n, name) for n, _ in trained.named_parameters(remove_duplicate=False)}  # tied ones too
     base_names = {_in_file(n) for n in base_tensors(trained)}
 
     fresh_digest = combined(base_digests(fresh))
-    base = fresh.unload() if hasattr(fresh, "unload") else fresh
+    restored = _takes_from_the_base(fresh)
+    base = fresh.merge_and_unload() if restored else fresh.unload() if hasattr(fresh, "unload") else fresh
     if hasattr(base, "peft_config"):
         del base.peft_config  # left behind by `unload`, and peft warns of it
     device = next(trained.parameters()).device
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         reloaded = PeftModel.from_pretrained(base, str(folder)).to(device).eval()
-    loaded: dict[str, Tensor] = {_in_file(n, _active(reloaded)): p for n, p in reloaded.named_parameters()}
+    loaded: dict[str, Tensor] = {_in_file(n, _active(reloaded)[0]): p for n, p in reloaded.named_parameters()}
+    never = {_in_file(n, name) for n in unused}
 
     with torch.no_grad(), _eager(trained), _eager(reloaded):
         trained.eval()
@@ -104,12 +139,13 @@ def round_trip(
         file_bytes=path.stat().st_size if path.exists() else 0,
         tensors=len(saved),
         missing=Names.of(sorted((expected.keys() - saved.keys()) | wrong_shape)),
-        unexpected=Names.of(sorted(saved.keys() - expected.keys() - base_names)),
+        unexpected=Names.of(sorted(saved.keys() - every_name - base_names)),
         nonfinite=Names.of(n for n, t in saved.items() if t.is_floating_point() and not t.isfinite().all()),
-        zero=Names.of(n for n, t in saved.items() if ".lora_" in n and not t.count_nonzero()),
+        zero=Names.of(n for n, t in saved.items() if ".lora_" in n and n not in never and not t.count_nonzero()),
         differing=Names.of(_differing(expected, loaded)),
         load_warnings=tuple(str(w.message)[:300] for w in caught if _tells_of_tensors(str(w.message))),
         fresh_base_digest=fresh_digest,
+        restored=restored,
         max_abs_logit=before.float().abs().max().item(),
         max_logit_change=(before.float() - after.float()).abs().max().item(),
         max_logit_effect=(after.float() - base_logits.float()).abs().max().item(),
@@ -129,9 +165,15 @@ def _same_numbers(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one.double(), other.double(), rtol=0, atol=0, equal_nan=True)
 
 
-def _active(model: nn.Module) -> str:
-    active: Any = getattr(model, "active_adapter", "default")
-    return active if isinstance(active, str) else "default"
+def _takes_from_the_base(fresh: Any) -> bool:
+    """Whether the adapter starts as a part of the base's weights, which the base loses, and gets back by merging."""
+    config = getattr(fresh, "peft_config", {}).get(_active(fresh)[0])
+    return str(getattr(config, "init_lora_weights", "")).lower().startswith(_TAKEN_FROM_THE_BASE)
+
+
+def _active(model: nn.Module) -> list[str]:
+    active: Any = getattr(model, "active_adapters", None)
+    return list(active) if isinstance(active, (list, tuple)) and active else ["default"]
 
 
 def _in_file(name: str, adapter: str = "default") -> str:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pytest_sftguard.engine.adapters import base_digests, base_tensors, trainables
+from pytest_sftguard.engine.adapters import base_digests, base_tensors, lora_layers, partial_factors, trainables
 from pytest_sftguard.engine.tensors import combined, norms, to_host
 from pytest_sftguard.records import BaseRecord, Names, OptimizerRecord, StepRecord, TensorRecord
 
@@ -28,7 +29,12 @@ class Recorder:
         self.parameters = trainables(model)
         self._start = [p.detach().clone() for p in self.parameters.values()]
         self._previous = [p.clone() for p in self._start]
+        self._largest_move = [torch.zeros_like(p) for p in self._start]
         self._base_before = base_digests(model)
+        self._layer_of = _holders(self.parameters, lora_layers(model))
+        self.used_layers: set[str] = set()
+        self.ever_used: set[str] = set()
+        self.rewritten: set[str] = set()
         self._open()
 
     def _open(self) -> None:
@@ -37,11 +43,15 @@ class Recorder:
         self._tokens: list[Tensor] = []
         self._gradients: dict[str, Any] | None = None
         self._started: float | None = None
+        self._stale: tuple[list[str], Tensor] = ([], torch.empty(0))
+        self.used_layers = set()
 
     def begin_micro_batch(self) -> None:
         """A micro-batch is about to be computed: the step's clock starts with its first."""
         if self._started is None:
             self._started = time.perf_counter()
+            left = [(n, p.grad) for n, p in self.parameters.items() if p.grad is not None]
+            self._stale = ([n for n, _ in left], norms([_dense(g) for _, g in left], math.inf))
             if torch.cuda.is_available() and self._device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self._device)
 
@@ -61,7 +71,9 @@ class Recorder:
         The scale is a tensor of one element, on the device, so that nothing waits for it here.
         """
         gradients = [(n, p.grad) for n, p in self.parameters.items() if p.grad is not None]
-        tensors = [g.coalesce().values() if g.is_sparse else g.detach() for _, g in gradients]
+        tensors = [_dense(g) for _, g in gradients]
+        now = [p.detach() for p in self.parameters.values()]
+        moved = list(torch._foreach_sub(now, self._previous)) if now and self.steps else []
         scale = 1.0 if loss_scale is None else loss_scale
         self._gradients = {
             "names": [n for n, _ in gradients],
@@ -69,6 +81,7 @@ class Recorder:
             "l2": norms(tensors, 2) / scale,
             "largest": norms(tensors, math.inf) / scale,
             "scale": _one(loss_scale),
+            "moved": norms(moved, math.inf),
         }
 
     def after_step(
@@ -78,18 +91,23 @@ class Recorder:
         now = [p.detach() for p in self.parameters.values()]
         difference = list(torch._foreach_sub(now, self._previous)) if now else []
         states = self._states(optimizer)
-        nothing = torch.empty(0)
-        gradients = self._gradients or {"names": [], "l2": nothing, "largest": nothing, "scale": nothing}
-        scale, scale_after, loss, micro, tokens, l2, largest, update, weights, moments = to_host(
+        gradients = self._gradients or {
+            "names": [],
+            **dict.fromkeys(("l2", "largest", "moved", "scale"), torch.empty(0)),
+        }
+        scale, scale_after, loss, micro, tokens, l2, largest, moved, stale, update, weights, moments = to_host(
             [
                 gradients["scale"], _one(loss_scale),
                 _stacked(self._returned), _stacked(self._micro_losses), _stacked(self._tokens),
-                gradients["l2"], gradients["largest"],
+                gradients["l2"], gradients["largest"], gradients["moved"], self._stale[1],
                 norms(difference, math.inf), norms(now, math.inf), norms([t for _, t in states], math.inf),
             ]
         )  # fmt: skip
         if now:
             torch._foreach_copy_(self._previous, now)
+            torch._foreach_abs_(difference)
+            torch._foreach_maximum_(self._largest_move, difference)
+        self.ever_used |= self.used_layers
         names = list(self.parameters)
         finite = [math.isfinite(w) for w in weights]
         seen = self._gradients is not None
@@ -108,6 +126,9 @@ class Recorder:
                 loss_scale_after=scale_after[0] if scale_after else None,
                 changed=sum(f and u > 0 for f, u in zip(finite, update, strict=True)),
                 unchanged=_named(names, (u == 0 for u in update)),
+                stale_gradients=_named(self._stale[0], (v != 0 for v in stale)),
+                max_change_before=_largest(moved) if moved else None,
+                idle=Names.of(n for n, layer in self._layer_of.items() if layer not in self.used_layers),
                 nonfinite_weights=_named(names, (not f for f in finite)),
                 nonfinite_moments=_named([n for n, _ in states], (not math.isfinite(v) for v in moments)),
                 max_update=_largest(update),
@@ -121,13 +142,17 @@ class Recorder:
     def adapter(self) -> tuple[TensorRecord, ...]:
         """Every trainable tensor, now compared with its start."""
         records = []
-        for (name, parameter), start in zip(self.parameters.items(), self._start, strict=True):
+        partial = partial_factors(self.model)
+        for (name, parameter), start, move in zip(
+            self.parameters.items(), self._start, self._largest_move, strict=True
+        ):
             end, begin = parameter.detach().float(), start.float()
-            changed = ((end != begin) & end.isfinite()).float().mean().item() if end.numel() else 0.0
+            changed = ((move > 0) & end.isfinite()).float().mean().item() if end.numel() else 0.0
             records.append(
                 TensorRecord(
                     name=name, dtype=_dtype(parameter), elements=parameter.numel(), initial_norm=begin.norm().item(),
                     final_norm=end.norm().item(), delta_norm=(end - begin).norm().item(), changed_fraction=changed,
+                    partial=name in partial,
                 )
             )  # fmt: skip
         return tuple(records)
@@ -135,12 +160,14 @@ class Recorder:
     def base(self) -> BaseRecord:
         """The base's tensors, now compared with how they were."""
         after = base_digests(self.model)
+        after.update({n: d for n, d in self._base_before.items() if n in self.rewritten})
         changed = [n for n in self._base_before.keys() | after.keys() if self._base_before.get(n) != after.get(n)]
         return BaseRecord(
             tensors=len(after),
             digest_before=combined(self._base_before),
             digest_after=combined(after),
             changed=Names.of(sorted(changed)),
+            rewritten=Names.of(sorted(self.rewritten)),
             trainable=Names.of(n for n in base_tensors(self.model) if n in self.parameters),
         )
 
@@ -157,6 +184,11 @@ class Recorder:
             state_dtypes=tuple(sorted({_dtype(t) for t in states})),
             owns_trainables=owned == {id(p) for p in self.parameters.values()},
         )
+
+    @property
+    def unused(self) -> set[str]:
+        """Trainable tensors of layers that no token of the training reached."""
+        return {n for n, layer in self._layer_of.items() if layer not in self.ever_used}
 
     @property
     def gradients_seen(self) -> bool:
@@ -185,6 +217,16 @@ class Recorder:
 def _one(scalar: Tensor | None) -> Tensor:
     """A copy of a scalar that may be changed in place, shape (1,); shape (0,) for None."""
     return torch.empty(0) if scalar is None else scalar.detach().clone().reshape(1)
+
+
+def _holders(parameters: Iterable[str], layers: Iterable[str]) -> dict[str, str]:
+    """The innermost of `layers` that holds each parameter; those that none holds are left out."""
+    innermost = sorted(layers, key=len)
+    return {n: layer for n in parameters for layer in innermost if n.startswith(f"{layer}.")}
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else gradient.detach()
 
 
 def _stacked(scalars: list[Tensor]) -> Tensor:

@@ -103,6 +103,7 @@ class _Cell:
         self.config, self.mode, self.kind = config, mode, kind
         self.target, self.folder, self.progress = target, folder, progress
         self.seen: dict[str, Any] = {}
+        self.unused: set[str] = set()
 
     def run(self) -> dict[str, Any]:
         """All stages in order; the fields of a RunRecord that they filled."""
@@ -133,27 +134,32 @@ class _Cell:
         try:
             trainer.train()
         finally:
+            watch.detach()
             self.seen.update(
                 compute_dtypes=watch.compute_dtypes,
                 weights_dtypes=adapters.weights_dtypes(recorder.model),
                 autocast_dtype=watch.autocast_dtype,
-                loss_scaling=trainer.accelerator.scaler is not None,
+                loss_scaling=watch.scaler is not None,
                 tf32=torch.backends.cuda.matmul.allow_tf32 if self.kind == "cuda" else None,
                 max_grad_norm=trainer.args.max_grad_norm,
                 steps=tuple(recorder.steps),
                 log=watch.log(),
                 global_step=trainer.state.global_step,
+                micro_batches_per_epoch=watch.micro_batches_per_epoch,
             )
             if watch.optimizer is not None:
                 self.seen["optimizer"] = recorder.optimizer(watch.optimizer)
             self.seen.update(adapter=recorder.adapter(), base=recorder.base())
+            self.unused = recorder.unused
 
     def _round_trip(self, trainer: Trainer) -> torch.nn.Module:
         trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         saved = self.folder / "adapter"
         trainer.save_model(str(saved))
         fresh = self._build("reloading")
-        self.seen["round_trip"], reloaded = adapters.round_trip(trained, saved, fresh.model, _probe_batch(trainer))
+        self.seen["round_trip"], reloaded = adapters.round_trip(
+            trained, saved, fresh.model, _probe_batch(trainer), self.unused
+        )
         return reloaded
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from pytest_sftguard.engine.adapters import adapted_layers
+from pytest_sftguard.engine.adapters import lora_layers, product_layers
 from pytest_sftguard.engine.recording import Recorder
 from pytest_sftguard.records import LogRecord
 
@@ -28,25 +28,38 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
 
     def __init__(self, trainer: Trainer, recorder: Recorder, progress: Callable[[int], None] | None = None) -> None:
         self.trainer, self.recorder, self.progress = trainer, recorder, progress
-        self.compute_dtypes: dict[str, int] = {}
+        self._returned: dict[str, set[int]] = {}
         self.autocast_dtype: str | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self._watched: Any = None
         self._in_training_step = False
-        self._first = True
+        self._dtypes_of_step: int | None = None
         trainer.compute_loss = self._compute_loss(trainer.compute_loss)
         trainer.training_step = self._training_step(trainer.training_step)
         trainer.accelerator.backward = self._backward(trainer.accelerator.backward)
         trainer.accelerator.clip_grad_norm_ = self._before(trainer.accelerator.clip_grad_norm_)
         trainer.add_callback(self)
+        self.micro_batches_per_epoch: int | None = None
+        self._hooks = [*self._watch_layers(), *self._watch_buffers()]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The optimizer is there now, and wrapped by accelerate."""
+        self.micro_batches_per_epoch = _length(kwargs.get("train_dataloader"))
         prepared = self.trainer.optimizer
         self.optimizer = getattr(prepared, "optimizer", prepared)
         if prepared is not self._watched:  # a retry after out-of-memory begins the training again
             self._watched = prepared
             prepared.step = self._optimizer_step(self._before(prepared.step))
+
+    @property
+    def compute_dtypes(self) -> dict[str, int]:
+        """Types of what the adapted layers' products returned, with the number of layers."""
+        return {dtype: len(layers) for dtype, layers in self._returned.items()}
+
+    def detach(self) -> None:
+        """Take the hooks off the model; the Trainer at hand stays wrapped."""
+        for hook in self._hooks:
+            hook.remove()
 
     def log(self) -> tuple[LogRecord, ...]:
         """What the Trainer logged, line by line, without its summary."""
@@ -124,28 +137,74 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
 
         return wrapped
 
-    def _loss_scale(self) -> torch.Tensor | None:
+    @property
+    def scaler(self) -> Any:
+        """The loss scaler, where there is one and it is switched on: one that is off scales by 1 and skips nothing."""
         scaler = self.trainer.accelerator.scaler
-        if scaler is None:
+        return scaler if scaler is not None and scaler.is_enabled() else None
+
+    def _loss_scale(self) -> torch.Tensor | None:
+        if self.scaler is None:
             return None
-        scale = getattr(scaler, "_scale", None)  # `get_scale` would wait for the device, twice a step
-        return scale if isinstance(scale, torch.Tensor) else torch.tensor(float(scaler.get_scale()))
+        scale = getattr(self.scaler, "_scale", None)  # `get_scale` would wait for the device, twice a step
+        return scale if isinstance(scale, torch.Tensor) else torch.tensor(float(self.scaler.get_scale()))
+
+    def _watch_layers(self) -> list[Any]:
+        """Hooks that note which layers a token passed through: an expert without one has no gradient, soundly."""
+
+        def note(name: str, module: Any, inputs: Any) -> None:
+            if not (inputs and isinstance(inputs[0], torch.Tensor) and not inputs[0].numel()):
+                self.recorder.used_layers.add(name)
+
+        layers = lora_layers(self.recorder.model).items()
+        return [layer.register_forward_pre_hook(functools.partial(note, name)) for name, layer in layers]
+
+    def _watch_buffers(self) -> list[Any]:
+        """Hooks that note which buffers outside the state dict the model's own forward pass rewrites.
+
+        Rotary frequencies that follow the length of the batch (dynamic, longrope) are such: working memory, no base.
+        """
+        model = self.recorder.model
+        places = [(n, m, b) for n, m in model.named_modules() for b in m._non_persistent_buffers_set]
+        before: list[Any] = []
+
+        def versions() -> list[Any]:
+            tensors = [m._buffers.get(b) for _, m, b in places]
+            return [t if t is None else (t, t._version) for t in tensors]  # the tensor itself: ids are used again
+
+        def remember(module: Any, inputs: Any) -> None:
+            before[:] = versions()
+
+        def compare(module: Any, inputs: Any, output: Any) -> None:
+            for (name, _, buffer), old, new in zip(places, before, versions(), strict=True):
+                if (old is None) != (new is None) or (old and new and (old[0] is not new[0] or old[1] != new[1])):
+                    self.recorder.rewritten.add(f"{name}.{buffer}" if name else buffer)
+
+        if not places:
+            return []
+        return [model.register_forward_pre_hook(remember), model.register_forward_hook(compare)]
 
     def _watch_dtypes(self) -> list[Any]:
-        """Hooks on the adapted layers that note what their products returned, in the first micro-batch alone."""
-        if not self._first:
+        """Hooks on the adapted layers that note what their products returned, in each step's first micro-batch."""
+        if self._dtypes_of_step == len(self.recorder.steps):
             return []
-        self._first = False
+        self._dtypes_of_step = len(self.recorder.steps)
 
         def note(module: Any, inputs: Any, output: Any) -> None:
             if isinstance(output, torch.Tensor):
-                dtype = str(output.dtype).removeprefix("torch.")
-                self.compute_dtypes[dtype] = self.compute_dtypes.get(dtype, 0) + 1
+                self._returned.setdefault(str(output.dtype).removeprefix("torch."), set()).add(id(module))
                 kind = output.device.type
                 if torch.is_autocast_enabled(kind):
                     self.autocast_dtype = str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
 
-        return [layer.register_forward_hook(note) for layer in adapted_layers(self.recorder.model)]
+        return [layer.register_forward_hook(note) for layer in product_layers(self.recorder.model)]
+
+
+def _length(dataloader: Any) -> int | None:
+    try:
+        return len(dataloader)
+    except TypeError:  # a stream has none
+        return None
 
 
 def _float(value: Any) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,11 @@ class EffectiveSteps(Invariant):
     max_idle_warm_up: int = 1
     """Steps with learning rate 0 at the start, skipped ones not counted: a linear warm-up begins there."""
 
+    max_undone: float = 0.5
+    """Largest change of the trainables between two steps, as a share of the step's own: an update that a callback
+    takes back, or that an average overwrites, changes them by about 1; a schedule-free optimizer that is put into
+    evaluation mode and back, by rounding errors alone."""
+
     code: ClassVar[str] = "B9"
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
@@ -35,6 +41,8 @@ class EffectiveSteps(Invariant):
         yield from self._skipped(record)
         yield from self._scale(record)
         yield from self._unsupervised(record)
+        yield from self._undone(record)
+        yield from self._stale(record)
 
     def _unmoved(self, record: RunRecord) -> Iterator[Finding]:
         warm_up = self._warm_up(record)
@@ -82,6 +90,27 @@ class EffectiveSteps(Invariant):
                         step=s.step, observed=scale, limit=self.min_loss_scale,
                     )  # fmt: skip
                     return
+
+    def _undone(self, record: RunRecord) -> Iterator[Finding]:
+        for s, following in itertools.pairwise(record.steps):
+            if s.effect != "applied" or s.max_update is None or following.max_change_before is None:
+                continue
+            if not following.max_change_before <= self.max_undone * s.max_update:
+                yield self.failed(
+                    f"something else than the optimizer changed the adapter after step {s.step}, by"
+                    f" {following.max_change_before:.3g}, where the step itself changed it by {s.max_update:.3g}",
+                    step=s.step, observed=following.max_change_before, limit=self.max_undone * s.max_update,
+                )  # fmt: skip
+                return
+
+    def _stale(self, record: RunRecord) -> Iterator[Finding]:
+        stale = [s for s in record.steps if s.stale_gradients]
+        if stale:
+            yield self.failed(
+                f"{len(stale)} of {len(record.steps)} steps began with gradients of an earlier one (first: step"
+                f" {stale[0].step}, {stale[0].stale_gradients}): nothing cleared them",
+                step=stale[0].step, observed=stale[0].stale_gradients.count, limit=0,
+            )  # fmt: skip
 
     def _unsupervised(self, record: RunRecord) -> Iterator[Finding]:
         empty = [s.step for s in record.steps if s.supervised_tokens == 0]

@@ -52,9 +52,11 @@ class EvidenceComplete(Invariant):
         short_before = True
         for s in record.steps:
             missing = [name for name in _NEEDED if getattr(s, name) is None]
-            seen, asked = len(s.micro_losses), record.gradient_accumulation_steps
-            # the last step of an epoch may have fewer micro-batches: one short step between full ones
-            if not (seen == asked or (1 <= seen < asked and not short_before)):
+            seen, asked = len(s.micro_losses), _micro_batches(record, s.step)
+            # the last step of an epoch may have fewer micro-batches. Of a stream it is not known which one that is:
+            # one short step between full ones
+            known = record.micro_batches_per_epoch is not None
+            if not (seen == asked or (1 <= seen < asked and not short_before and not known)):
                 missing.append(f"micro_losses (has {seen} of {asked})")
             short_before = seen < asked
             if record.loss_scaling and (s.loss_scale is None or s.loss_scale_after is None):
@@ -98,6 +100,16 @@ class EvidenceComplete(Invariant):
                 f"{what} is {value} ({len(stray)} numbers of the record are not finite)",
                 step=step, observed=value, limit="finite",
             )  # fmt: skip
+
+
+def _micro_batches(record: RunRecord, step: int) -> int:
+    """How many micro-batches `step` has: as many as are accumulated, or what is left at the end of an epoch."""
+    asked = record.gradient_accumulation_steps
+    if not record.micro_batches_per_epoch:
+        return asked
+    steps_per_epoch = -(-record.micro_batches_per_epoch // asked)
+    before = asked * ((step - 1) % steps_per_epoch)
+    return min(asked, record.micro_batches_per_epoch - before)
 
 
 def _excused(record: RunRecord, where: str) -> bool:

@@ -19,6 +19,11 @@ class RoundTrip(Invariant):
     logits_rtol: float | None = None
     """Largest change of a logit, relative to the largest logit; None: the tolerance of the cell's precision."""
 
+    restored_rtol: float = 1e-4
+    """The least that is allowed where the base had to be put together again by merging the untrained adapter: its
+    weights are an ulp off, and decomposed anew. Measured 8e-6 for pissa in float32, 0.4 for pissa_niter, which draws
+    another decomposition on every load."""
+
     code: ClassVar[str] = "D1"
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
@@ -65,6 +70,8 @@ class RoundTrip(Invariant):
             return
         mode = MODES.get(record.precision)
         rtol = self.logits_rtol if self.logits_rtol is not None else (mode.logits_rtol if mode else 0.0)
+        if trip.restored:
+            rtol = max(rtol, self.restored_rtol)
         limit = rtol * trip.max_abs_logit
         if not (math.isfinite(limit) and trip.max_logit_change <= limit):
             yield self.failed(
