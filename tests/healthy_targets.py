@@ -217,12 +217,12 @@ def rank_pattern(**arguments: Any) -> Trainer:
 
 
 def small_alpha(**arguments: Any) -> Trainer:
-    """alpha far below the rank."""
+    """An alpha far below the rank."""
     return built(arguments, lora={"r": 16, "lora_alpha": 1})
 
 
 def large_alpha(**arguments: Any) -> Trainer:
-    """alpha far above the rank."""
+    """An alpha far above the rank."""
     return built(arguments, lora={"r": 4, "lora_alpha": 128})
 
 
@@ -278,7 +278,9 @@ def gpt2(**arguments: Any) -> Trainer:
     config = GPT2Config(
         vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2, pad_token_id=0
     )
-    return built(arguments, config=config, lora={"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True})
+    return built(
+        arguments, config=config, lora={"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}
+    )
 
 
 def qwen2(**arguments: Any) -> Trainer:
@@ -440,7 +442,7 @@ def one_micro_batch_without_labels(**arguments: Any) -> Trainer:
 
 
 def own_loss(**arguments: Any) -> Trainer:
-    """compute_loss overridden as before num_items_in_batch."""
+    """A compute_loss overridden as before num_items_in_batch."""
 
     class Own(Trainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
@@ -454,7 +456,7 @@ def own_loss(**arguments: Any) -> Trainer:
 
 
 def own_loss_normalised(**arguments: Any) -> Trainer:
-    """compute_loss overridden, with num_items_in_batch passed on, and an auxiliary term."""
+    """A compute_loss overridden, with num_items_in_batch passed on, and an auxiliary term."""
 
     class Own(Trainer):
         def compute_loss(
@@ -468,7 +470,7 @@ def own_loss_normalised(**arguments: Any) -> Trainer:
 
 
 def own_training_step(**arguments: Any) -> Trainer:
-    """training_step overridden, calling super, with a log line of its own."""
+    """A training_step overridden, calling super, with a log line of its own."""
 
     class Own(Trainer):
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -480,7 +482,7 @@ def own_training_step(**arguments: Any) -> Trainer:
 
 
 def own_log(**arguments: Any) -> Trainer:
-    """log overridden to add a perplexity, and a callback that logs in between."""
+    """Trainer.log overridden to add a perplexity, and a callback that logs in between."""
 
     class Own(Trainer):
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -56,7 +56,9 @@ class EveryFactorMoves(Invariant):
         yield from self._over_the_run(record, uses, bool(zero_start))
 
     def _over_the_run(self, record: RunRecord, uses: dict[str, int], shielded: bool) -> Iterator[Finding]:
-        due = [t for t in record.adapter if uses[t.name] > 1 or (uses[t.name] and (t.initial_norm == 0 or not shielded))]
+        due = [
+            t for t in record.adapter if uses[t.name] > 1 or (uses[t.name] and (t.initial_norm == 0 or not shielded))
+        ]
         still = [t for t in due if not (t.delta_norm is not None and t.delta_norm > 0)]
         if still:
             yield self.failed(

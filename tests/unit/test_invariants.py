@@ -371,17 +371,23 @@ THRESHOLDS = {
     ),
     ("effective_steps", "min_loss_scale"): (with_step(healthy(SCALED), 4, loss_scale_after=5.0), 10.0, -1.0),
     ("effective_steps", "max_undone"): (
-        with_step(with_step(healthy(), 2, max_update=1.0), 3, max_change_before=0.5), 0.0, 0.1
+        with_step(with_step(healthy(), 2, max_update=1.0), 3, max_change_before=0.5),
+        0.0,
+        0.1,
     ),
     ("every_factor_moves", "min_changed_fraction"): (with_tensor(healthy(), A, changed_fraction=0.5), 1.0, -0.1),
     ("round_trip", "logits_rtol"): (within(healthy(), "round_trip", max_abs_logit=1.0, max_logit_change=0.5), 0.0, 0.1),
     ("strict_answers", "min_parsed_fraction"): (healthy(answers=[1.0, None]), 1.0, -0.1),
     ("round_trip", "restored_rtol"): (
-        within(healthy(), "round_trip", max_abs_logit=1.0, max_logit_change=0.5, restored=True), 0.0, 0.1
+        within(healthy(), "round_trip", max_abs_logit=1.0, max_logit_change=0.5, restored=True),
+        0.0,
+        0.1,
     ),
     ("norm_honest", "rtol"): (logged(grad_norm=healthy().log[1].grad_norm * 1.5), 0.0, 0.1),
     ("norm_honest", "half_rtol"): (
-        with_tensor(logged(grad_norm=healthy().log[1].grad_norm * 1.5), A, dtype="bfloat16"), 0.0, 0.1
+        with_tensor(logged(grad_norm=healthy().log[1].grad_norm * 1.5), A, dtype="bfloat16"),
+        0.0,
+        0.1,
     ),
 }
 
