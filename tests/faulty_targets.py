@@ -278,7 +278,7 @@ def gradients_enlarged(**arguments: Any) -> Trainer:
 
 
 def norm_faked(**arguments: Any) -> Trainer:
-    """Log writes a grad_norm of 1."""
+    """Trainer.log writes a grad_norm of 1."""
 
     class Own(Trainer):
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -305,16 +305,16 @@ def half_of_the_layers_in_float32(**arguments: Any) -> Trainer:
 
 
 def float32_after_the_first_step(**arguments: Any) -> Trainer:
-    """Autocast is on in the first step, and never again."""
+    """A callback takes autocast off the model after the first step, and puts it back at the end."""
+    trainer = built(arguments)
+    kept: list[Any] = []
 
-    class Own(Trainer):
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.state.global_step == 0:
-                return super().compute_loss(model, inputs, *args, **kwargs)
-            model.forward = getattr(model, "_original_forward", model.forward)  # what accelerate keeps
-            return super().compute_loss(model, inputs, *args, **kwargs)
+    def bare(control: Any) -> None:
+        kept.append(trainer.model.forward)
+        trainer.model.forward = type(trainer.model).forward.__get__(trainer.model)
 
-    return built(arguments, kind=Own)
+    on(trainer, "on_step_end", bare, 1)
+    return on(trainer, "on_train_end", lambda: setattr(trainer.model, "forward", kept[0]), None)
 
 
 def scaler_disabled(**arguments: Any) -> Trainer:

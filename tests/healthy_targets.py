@@ -217,12 +217,12 @@ def rank_pattern(**arguments: Any) -> Trainer:
 
 
 def small_alpha(**arguments: Any) -> Trainer:
-    """Alpha far below the rank."""
+    """An alpha far below the rank."""
     return built(arguments, lora={"r": 16, "lora_alpha": 1})
 
 
 def large_alpha(**arguments: Any) -> Trainer:
-    """Alpha far above the rank."""
+    """An alpha far above the rank."""
     return built(arguments, lora={"r": 4, "lora_alpha": 128})
 
 
@@ -442,7 +442,7 @@ def one_micro_batch_without_labels(**arguments: Any) -> Trainer:
 
 
 def own_loss(**arguments: Any) -> Trainer:
-    """compute_loss overridden as before num_items_in_batch."""
+    """A compute_loss overridden as before num_items_in_batch."""
 
     class Own(Trainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
@@ -456,7 +456,7 @@ def own_loss(**arguments: Any) -> Trainer:
 
 
 def own_loss_normalised(**arguments: Any) -> Trainer:
-    """compute_loss overridden, with num_items_in_batch passed on, and an auxiliary term."""
+    """A compute_loss overridden, with num_items_in_batch passed on, and an auxiliary term."""
 
     class Own(Trainer):
         def compute_loss(
@@ -470,7 +470,7 @@ def own_loss_normalised(**arguments: Any) -> Trainer:
 
 
 def own_training_step(**arguments: Any) -> Trainer:
-    """training_step overridden, calling super, with a log line of its own."""
+    """A training_step overridden, calling super, with a log line of its own."""
 
     class Own(Trainer):
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -482,7 +482,7 @@ def own_training_step(**arguments: Any) -> Trainer:
 
 
 def own_log(**arguments: Any) -> Trainer:
-    """Log overridden to add a perplexity, and a callback that logs in between."""
+    """Trainer.log overridden to add a perplexity, and a callback that logs in between."""
 
     class Own(Trainer):
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
