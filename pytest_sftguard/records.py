@@ -308,7 +308,7 @@ class RunRecord:
     error: ErrorRecord | None = None
     """What ended the run early; None if nothing did."""
     compute_dtypes: dict[str, int] = field(default_factory=dict)
-    """Result types of the adapted layers' own matrix products in each step's first micro-batch, with the number of layers."""
+    """Result types of the adapted layers' products in each step's first micro-batch, with the number of layers."""
     weights_dtypes: dict[str, int] = field(default_factory=dict)
     """Types of the adapted layers' frozen weights, with the number of layers; quantised ones by their storage."""
     autocast_dtype: str | None = None
