@@ -21,7 +21,8 @@ def text(run: JudgedRun, rerun: str) -> str:
         _row("target", record.target + (f" with model {record.model}" if record.model else "")),
     ]
     lines += [_row("" if f.step is None else f"step {f.step}", _described(f)) for f in failures]
-    return "\n".join([*lines, *_cause(run), _row("rerun", rerun, wrap=False)])
+    again = [_row("rerun", rerun, wrap=False)] if rerun else []  # a record from elsewhere has no test to run again
+    return "\n".join([*lines, *_cause(run), *again])
 
 
 def not_evaluated(run: JudgedRun) -> str:
