@@ -209,6 +209,11 @@ def test_choices_do_not_change(value: object) -> None:
         setattr(value, next(iter(vars(value))), "other")
 
 
+def test_a_gpu_has_float16_unless_it_is_said() -> None:
+    """Every device that this version of torch runs on does, but for Maxwell cards."""
+    assert choose_precision(Hardware(kind="cuda", native_bf16=False), None).value == "fp16"
+
+
 def test_the_hardware_is_told_by_name() -> None:
     """Two texts in a row would be mixed up."""
     with pytest.raises(TypeError):
