@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -22,6 +23,12 @@ def norms(tensors: Sequence[Tensor], order: float) -> Tensor:
         return torch.empty(0)
     wide = [t if t.dtype in (torch.float32, torch.float64) else t.float() for t in tensors]
     device = wide[0].device  # a model may be spread over several
+    if order == math.inf and device.type == "cpu" and all(t.numel() for t in wide):
+        # one fused kernel on CUDA; on a CPU its inf norm takes eight times as long as the extremes do
+        extremes = [torch.aminmax(t) for t in wide]
+        least = torch.stack([e.min.to(device, torch.float32) for e in extremes])
+        most = torch.stack([e.max.to(device, torch.float32) for e in extremes])
+        return torch.maximum(-least, most)
     return torch.stack([n.to(device, torch.float32) for n in torch._foreach_norm(wide, order)])
 
 

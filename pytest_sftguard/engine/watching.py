@@ -40,6 +40,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
         trainer.accelerator.clip_grad_norm_ = self._before(trainer.accelerator.clip_grad_norm_)
         trainer.add_callback(self)
         self.micro_batches_per_epoch: int | None = None
+        self._products = product_layers(recorder.model)
         self._hooks = [*self._watch_layers(), *self._watch_buffers()]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -197,7 +198,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
                 if torch.is_autocast_enabled(kind):
                     self.autocast_dtype = str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
 
-        return [layer.register_forward_hook(note) for layer in product_layers(self.recorder.model)]
+        return [layer.register_forward_hook(note) for layer in self._products]
 
 
 def _length(dataloader: Any) -> int | None:

@@ -61,6 +61,12 @@ def test_a_norm_keeps_what_is_not_finite(bad: float, place: int, order: float) -
     assert not math.isfinite(spoilt)
 
 
+@given(values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40))
+def test_the_largest_norm_is_the_largest_absolute_value(values: list[float]) -> None:
+    """Whatever the signs are."""
+    assert norms([torch.tensor(values)], math.inf).tolist() == [torch.tensor(values).abs().max().item()]
+
+
 def test_float16_norms_do_not_overflow() -> None:
     """Squares from 256 on exceed float16; the norm is taken wider."""
     assert norms([torch.full((4,), 1000.0, dtype=torch.float16)], 2).tolist() == [2000.0]
