@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_sftguard.engine.tensors import combined, digests
+from pytest_sftguard.engine.tensors import combined, digests, dtype_name
 from pytest_sftguard.records import Names, RoundTripRecord
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -91,7 +91,7 @@ def _adapts_parameter(module: nn.Module) -> bool:
 def weights_dtypes(model: nn.Module) -> dict[str, int]:
     """Types of the adapted layers' own weights, with the number of layers."""
     weights = [getattr(layer, "weight", None) for layer in adapted_layers(model)]
-    return dict(Counter(str(w.dtype).removeprefix("torch.") for w in weights if isinstance(w, Tensor)))
+    return dict(Counter(dtype_name(w.dtype) for w in weights if isinstance(w, Tensor)))
 
 
 def round_trip(

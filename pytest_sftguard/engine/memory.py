@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_flatten
 
 from pytest_sftguard.engine.building import build
 from pytest_sftguard.engine.isolation import isolated
+from pytest_sftguard.engine.probe import available_host_memory
 from pytest_sftguard.engine.targets import TargetError, resolve
 from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.precision import mode_named
@@ -242,17 +243,8 @@ def free_bytes(kind: str) -> int | None:
         return int(free + cached)
     if kind != "cpu":
         return None
-    sizes = [size for size in (_available(), _control_group()) if size is not None]
+    sizes = [size for size in (available_host_memory(), _control_group()) if size is not None]
     return min(sizes, default=None)
-
-
-def _available() -> int | None:
-    """Memory that the kernel could give without swapping."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError, StopIteration):
-        return None
 
 
 def _control_group() -> int | None:

@@ -52,7 +52,7 @@ def probe(kind: str) -> HardwareProfile:
     if kind == "cpu":
         return HardwareProfile(
             kind="cpu", name=_cpu_name(), total_memory_bytes=host, threads=torch.get_num_threads(),
-            free_memory_bytes=_available_host_memory(), host_memory_bytes=host,
+            free_memory_bytes=available_host_memory(), host_memory_bytes=host,
         )  # fmt: skip
     if kind == "mps":
         return _probe_mps(asking, host)
@@ -151,11 +151,10 @@ def _host_memory() -> int | None:
         return None
 
 
-def _available_host_memory() -> int | None:
+def available_host_memory() -> int | None:
     """What programs can still get without swapping, as Linux reckons it; None elsewhere."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
         return None
-    kib = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
-    return None if kib is None else int(kib) * 1024

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_sftguard.engine.adapters import base_digests, base_tensors, lora_layers, partial_factors, trainables
-from pytest_sftguard.engine.tensors import combined, norms, to_host
+from pytest_sftguard.engine.tensors import combined, dtype_name, norms, to_host
 from pytest_sftguard.records import BaseRecord, Names, OptimizerRecord, StepRecord, TensorRecord
 
 
@@ -150,9 +150,9 @@ class Recorder:
             changed = ((move > 0) & end.isfinite()).float().mean().item() if end.numel() else 0.0
             records.append(
                 TensorRecord(
-                    name=name, dtype=_dtype(parameter), elements=parameter.numel(), initial_norm=begin.norm().item(),
-                    final_norm=end.norm().item(), delta_norm=(end - begin).norm().item(), changed_fraction=changed,
-                    partial=name in partial,
+                    name=name, dtype=dtype_name(parameter.dtype), elements=parameter.numel(),
+                    initial_norm=begin.norm().item(), final_norm=end.norm().item(),
+                    delta_norm=(end - begin).norm().item(), changed_fraction=changed, partial=name in partial,
                 )
             )  # fmt: skip
         return tuple(records)
@@ -181,7 +181,7 @@ class Recorder:
             fused=bool(group.get("fused")),
             eps=_number(group.get("eps")),
             weight_decay=_number(group.get("weight_decay")),
-            state_dtypes=tuple(sorted({_dtype(t) for t in states})),
+            state_dtypes=tuple(sorted({dtype_name(t.dtype) for t in states})),
             owns_trainables=owned == {id(p) for p in self.parameters.values()},
         )
 
@@ -246,10 +246,6 @@ def _largest(values: list[float]) -> float:
 
 def _hypot(values: list[float]) -> float:
     return math.nan if any(math.isnan(v) for v in values) else math.hypot(*values)
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _number(value: Any) -> float | None:

@@ -32,6 +32,11 @@ def norms(tensors: Sequence[Tensor], order: float) -> Tensor:
     return torch.stack([n.to(device, torch.float32) for n in torch._foreach_norm(wide, order)])
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float16` for `torch.float16`: how records name types."""
+    return str(dtype).removeprefix("torch.")
+
+
 def to_host(parts: Sequence[Tensor]) -> list[list[float]]:
     """Each 1-d tensor as a list of Python floats, with one transfer for all of them."""
     if not parts:

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from pytest_sftguard.engine.adapters import lora_layers, product_layers
 from pytest_sftguard.engine.recording import Recorder
+from pytest_sftguard.engine.tensors import dtype_name
 from pytest_sftguard.records import LogRecord
 
 if TYPE_CHECKING:
@@ -193,10 +194,10 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
 
         def note(module: Any, inputs: Any, output: Any) -> None:
             if isinstance(output, torch.Tensor):
-                self._returned.setdefault(str(output.dtype).removeprefix("torch."), set()).add(id(module))
+                self._returned.setdefault(dtype_name(output.dtype), set()).add(id(module))
                 kind = output.device.type
                 if torch.is_autocast_enabled(kind):
-                    self.autocast_dtype = str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
+                    self.autocast_dtype = dtype_name(torch.get_autocast_dtype(kind))
 
         return [layer.register_forward_hook(note) for layer in self._products]
 
