@@ -108,5 +108,11 @@ class RunConfig:
     """Questions that the reloaded adapter is asked, where the target has any."""
     training_arguments: dict[str, Any] = field(default_factory=dict)
     """Further `TrainingArguments` by name; they win over the guard's own."""
+    looks: tuple[str, ...] = ()
+    """Extra looks of the engine, by name; see `tiers.LOOKS`."""
+    variant: str = ""
+    """Empty for a cell's own run, else the kind of reference that this run is for it; see `tiers.REFERENCES`."""
+    stop_after: int | None = None
+    """Optimizer steps after which the run ends early; None: it goes to its end."""
     fit_margin: float | str = "off"
     """Share of the free memory that a cell must leave, or else it is not trained; `auto`: on CUDA; `off`: nowhere."""

@@ -71,6 +71,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         CellTest(
             config=c,
             invariants=resolved.invariants,
+            references=resolved.references,
+            waived=resolved.waive,
             strict=resolved.strict or resolved.require_gpu,
             folder=metafunc.config.rootpath / resolved.dir,
         )
@@ -107,7 +109,8 @@ def sft_run(request: pytest.FixtureRequest, sft_cell: Cell, _sft_test: CellTest)
 
     node, cannot = request.node, ""
     try:
-        run = _runs(request.config).judged(_sft_test, node.nodeid, _progress(request.config, _sft_test))
+        session = [t.config for item in request.session.items if (t := _cell_test(item)) is not None]
+        run = _runs(request.config).judged(_sft_test, node.nodeid, _progress(request.config, _sft_test), session)
     except CannotRunError as error:
         cannot = str(error)
     if cannot:  # not inside of `except`, where pytest would print the causes and the message again for each
@@ -252,6 +255,12 @@ def _runs(config: pytest.Config) -> Runs:
 
         config.stash[RUNS] = Runs()
     return config.stash[RUNS]
+
+
+def _cell_test(item: pytest.Item) -> CellTest | None:
+    """What a marked test asks for; None for every other one."""
+    parameters: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
+    return parameters.get("_sft_test")
 
 
 def _properties(run: JudgedRun) -> list[tuple[str, str]]:

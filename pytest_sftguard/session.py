@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_sftguard import registry
+from pytest_sftguard import registry, tiers
 from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.reports import failure, json_files
-from pytest_sftguard.verdicts import Finding, JudgedRun, Outcome, Verdict, judge
+from pytest_sftguard.verdicts import Checks, Finding, JudgedRun, Outcome, Verdict, judge
 
 if TYPE_CHECKING:
     from pytest_sftguard.matrix import RunConfig
@@ -33,6 +33,10 @@ class CellTest:
     """Dotted paths of invariants beside the built-in ones."""
     strict: bool = False
     """Whether the test fails where the cell is not evaluated."""
+    references: tuple[str, ...] = ()
+    """Kinds of runs to compare with, beside the session's own cells."""
+    waived: tuple[str, ...] = ()
+    """Invariants that the user knows not to hold."""
     folder: Path = Path(".sftguard")
     """Where the record goes."""
 
@@ -46,8 +50,17 @@ class Runs:
     def __init__(self) -> None:
         self._records: dict[str, RunRecord] = {}
 
-    def judged(self, test: CellTest, nodeid: str, progress: Callable[[int], None] | None = None) -> JudgedRun:
+    def judged(
+        self,
+        test: CellTest,
+        nodeid: str,
+        progress: Callable[[int], None] | None = None,
+        session: Sequence[RunConfig] = (),
+    ) -> JudgedRun:
         """Train the cell (or take it from an earlier test), judge it, and write its record.
+
+        It is compared with its siblings among `session`, the runs of all tests, and with the references that `test`
+        asks for.
 
         Raises CannotRunError for a target, invariant, device or folder that cannot be used.
         """
@@ -57,10 +70,29 @@ class Runs:
             raise CannotRunError(f"invariant {error}") from error
         with _writing(test.folder):
             json_files.prepare(test.folder)  # before the training, which a full disk would make useless
-        run = JudgedRun(record := self._record(test.config, progress), judge(record, invariants))
+        run = self.compared(test, invariants, progress, session)
         with _writing(test.folder):
-            json_files.write(test.folder, nodeid, record)
+            json_files.write(test.folder, nodeid, run.record)
         return run
+
+    def compared(
+        self,
+        test: CellTest,
+        invariants: Sequence[Checks],
+        progress: Callable[[int], None] | None = None,
+        session: Sequence[RunConfig] = (),
+    ) -> JudgedRun:
+        """The run of `test`, judged beside its references; a reference that there cannot be is left out."""
+        record = self._record(test.config, progress)
+        references = {}
+        for kind in tiers.REFERENCES if record.not_run is None else ():
+            try:
+                config = tiers.reference_config(test.config, kind, session)
+            except tiers.NoReferenceError:
+                continue
+            if not config.variant or kind in test.references:
+                references[kind] = self._record(config, None)
+        return JudgedRun(record, judge(record, invariants, references, test.waived), references)
 
     def _record(self, config: RunConfig, progress: Callable[[int], None] | None) -> RunRecord:
         key = json.dumps(asdict(config), sort_keys=True, default=repr)

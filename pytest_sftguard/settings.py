@@ -119,6 +119,28 @@ def _margin(value: Any) -> float | str:
     return number
 
 
+def _tier(value: Any) -> str:
+    from pytest_sftguard.tiers import TIERS
+
+    if value not in TIERS:
+        raise ValueError(f"choose from {', '.join(TIERS)}")
+    return str(value)
+
+
+def _looks(value: Any) -> tuple[str, ...]:
+    from pytest_sftguard.tiers import LOOKS, REFERENCES
+
+    items = tuple(_text(item) for item in _items(value))
+    for item in items:
+        if item not in (*LOOKS, *REFERENCES):
+            raise ValueError(f"there is no look {item!r}: choose from {', '.join((*LOOKS, *REFERENCES))}")
+    return items
+
+
+def _invariant_names(value: Any) -> tuple[str, ...]:
+    return tuple(_text(item) for item in _items(value))
+
+
 def _mapping(value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         import json
@@ -181,6 +203,20 @@ SETTINGS: tuple[Setting, ...] = (
         {},
         'further TrainingArguments for the target, as JSON such as {"learning_rate": 1e-4}; they win',
     ),
+    Setting(
+        "tier",
+        _tier,
+        "quick",
+        "how much is looked at beyond the training: quick, standard (a few forward passes and short runs more) or"
+        " thorough (whole trainings more) (default: quick)",
+    ),
+    Setting("looks", _looks, (), "looks and reference runs beside those of the tier, by name, such as `merging rerun`"),
+    Setting(
+        "waive",
+        _invariant_names,
+        (),
+        "invariants that you know not to hold, such as fp32_master: reported as waived, and no failure",
+    ),
     Setting("invariants", _paths, (), "your own invariants, module:Class, judged beside the built-in ones"),
     Setting(
         "fit_margin",
@@ -225,6 +261,7 @@ class Settings:
     def configs(self) -> list[RunConfig]:
         """One RunConfig for each cell of the matrix. SettingError where the axes do not go together."""
         from pytest_sftguard.matrix import RunConfig, expand, parse_batch
+        from pytest_sftguard.tiers import LOOKS, TIERS
 
         device = "cuda" if self.require_gpu and self.device == "auto" else self.device
         default = ("fp32", *(("tf32",) if device == "cuda" else ()), "bf16-mixed", "fp16-mixed")
@@ -233,13 +270,21 @@ class Settings:
             cells = expand(self.precision or default, batches, self.effective_batch)
         except ValueError as error:
             raise SettingError(str(error)) from None
+        looks = tuple(dict.fromkeys((*TIERS[self.tier].looks, *(n for n in self.looks if n in LOOKS))))
         return [
             RunConfig(
                 cell=cell, target=self.target, steps=self.steps, model=self.model, seed=self.seed, device=device,
-                questions=self.questions, training_arguments=self.training_arguments, fit_margin=self.fit_margin,
+                looks=looks, questions=self.questions, training_arguments=self.training_arguments, fit_margin=self.fit_margin,
             )
             for cell in cells
         ]  # fmt: skip
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """Kinds of reference runs that are trained for the purpose, in the order of the table of tiers."""
+        from pytest_sftguard.tiers import REFERENCES, TIERS
+
+        return tuple(r for r in REFERENCES if r in TIERS[self.tier].references or r in self.looks)
 
 
 def marker_line(name: str) -> str:

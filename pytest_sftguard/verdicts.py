@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, ClassVar, Protocol, cast
 
@@ -58,6 +59,8 @@ class Invariant:
     """Code in the catalogue of failures, such as B7."""
     required: ClassVar[bool] = True
     """Whether a cell cannot pass while this is not evaluated."""
+    reference: ClassVar[str | None] = None
+    """Kind of the other run that `check` is given beside the record, one of `tiers.REFERENCES`."""
 
     @property
     def name(self) -> str:
@@ -77,6 +80,36 @@ class Invariant:
         """A finding that the record holds nothing to decide by."""
         needed = self.required if required is None else required
         return Finding(invariant=self.name, outcome=Outcome.NOT_EVALUATED, message=message, required=needed)
+
+    def not_looked(self, record: RunRecord, name: str) -> Finding:
+        """The finding where the extra look `name` left nothing to decide by: not asked for, inapplicable, or broken."""
+        look = record.look(name)
+        if look is None:
+            return self.not_evaluated(f"{UNASKED} `{name}`", required=False)
+        if look.inapplicable:
+            return self.not_evaluated(look.inapplicable, required=False)
+        if look.error:
+            return self.failed(f"the look `{name}` ended in {look.error}")
+        return self.not_evaluated(f"the look `{name}` left nothing to judge by", required=True)
+
+    def not_compared(self, reference: RunRecord | None) -> Finding | None:
+        """The finding where there is no other run to compare with, or where it did not come to its end; else None."""
+        if reference is None:
+            return self.not_evaluated(f"{UNASKED} `{self.reference}`", required=False)
+        if reference.not_run is not None:
+            return self.not_evaluated(
+                f"its {self.reference} reference was not run: {reference.not_run}", required=False
+            )
+        if reference.error is not None:
+            error = reference.error
+            return self.failed(
+                f"its {self.reference} reference {reference.cell} ended in {error.type}: {error.message}"
+            )
+        return None
+
+
+UNASKED = "not asked for: the look or reference"
+"""How the message begins of what was not evaluated because a higher tier would look at it."""
 
 
 def invariant_name(invariant: object) -> str:
@@ -120,19 +153,34 @@ class Verdict:
         return tuple(f for f in self.findings if f.invariant == invariant)
 
 
-def judge(record: RunRecord, invariants: Sequence[Checks], reference: RunRecord | None = None) -> Verdict:
-    """Hold `record` against `invariants`, and against `reference` where an invariant compares.
+def judge(
+    record: RunRecord,
+    invariants: Sequence[Checks],
+    references: Mapping[str, RunRecord] | None = None,
+    waived: Iterable[str] = (),
+) -> Verdict:
+    """Hold `record` against `invariants`, and against the one of `references` that an invariant compares with.
+
+    What an invariant named in `waived` would have failed is *not evaluated* instead, in so many words.
 
     An invariant that raises, or yields something that is no finding, has failed itself: that is reported as a
     failure under its name, and the others are judged all the same.
     """
     if record.not_run is not None:
         return Verdict((Finding(invariant="cell_ran", outcome=Outcome.NOT_EVALUATED, message=record.not_run),))
-    return Verdict(tuple(f for invariant in invariants for f in _findings(invariant, record, reference)))
+    found = [f for invariant in invariants for f in _findings(invariant, record, references or {})]
+    names = set(waived)
+    return Verdict(tuple(_waived(f) if f.invariant in names and f.outcome is Outcome.FAILED else f for f in found))
 
 
-def _findings(invariant: Checks, record: RunRecord, reference: RunRecord | None) -> list[Finding]:
+def _waived(finding: Finding) -> Finding:
+    message = f"waived by the user: {finding.message}"
+    return dataclasses.replace(finding, outcome=Outcome.NOT_EVALUATED, message=message, required=False)
+
+
+def _findings(invariant: Checks, record: RunRecord, references: Mapping[str, RunRecord]) -> list[Finding]:
     name = invariant_name(invariant)
+    reference = references.get(getattr(invariant, "reference", None) or "")
     found: list[Finding] = []
     try:
         for finding in cast("Iterable[Any]", invariant.check(record, reference)):
@@ -167,6 +215,8 @@ class JudgedRun:
     """Everything that was seen."""
     verdict: Verdict
     """What it means."""
+    references: Mapping[str, RunRecord] = field(default_factory=dict)
+    """The other runs that it was compared with, by their kind."""
 
     @property
     def losses(self) -> list[float]:

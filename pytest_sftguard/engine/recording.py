@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_sftguard.engine.adapters import base_digests, base_tensors, lora_layers, partial_factors, trainables
-from pytest_sftguard.engine.tensors import combined, dtype_name, norms, to_host
+from pytest_sftguard.engine.tensors import combined, digests, dtype_name, norms, to_host
 from pytest_sftguard.records import BaseRecord, Names, OptimizerRecord, StepRecord, TensorRecord
 
 
@@ -156,6 +156,15 @@ class Recorder:
                 )
             )  # fmt: skip
         return tuple(records)
+
+    def adapter_digest(self) -> str:
+        """One digest of the bits of every trainable tensor as it is now; empty where there is none."""
+        return combined(digests(self.parameters.items())) if self.parameters else ""
+
+    @property
+    def initial(self) -> dict[str, Tensor]:
+        """The trainable tensors as they were before the first step."""
+        return dict(zip(self.parameters, self._start, strict=True))
 
     def base(self) -> BaseRecord:
         """The base's tensors, now compared with how they were."""

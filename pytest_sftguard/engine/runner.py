@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_sftguard.engine import adapters, generation
+from pytest_sftguard.engine import adapters, generation, variants
 from pytest_sftguard.engine.building import build
 from pytest_sftguard.engine.isolation import isolated
 from pytest_sftguard.engine.memory import Forecast, free_bytes, overhead_bytes
 from pytest_sftguard.engine.probe import choose_device, probe, versions
+from pytest_sftguard.engine.probes import Probes, Scene
 from pytest_sftguard.engine.recording import Recorder
 from pytest_sftguard.engine.targets import Target, TargetError, resolve
 from pytest_sftguard.engine.watching import Watch
@@ -53,6 +54,7 @@ def run(config: RunConfig, progress: Callable[[int], None] | None = None) -> Run
         target=config.target,
         model=config.model,
         device=profile,
+        variant=config.variant,
         versions=versions(),
         not_run=unavailable or profile.lacks(mode),
     )
@@ -104,35 +106,51 @@ class _Cell:
         self.target, self.folder, self.progress = target, folder, progress
         self.seen: dict[str, Any] = {}
         self.unused: set[str] = set()
+        self.stage = "build"
+        self.probes = Probes(config.looks)
+        self.scene = Scene(config, mode, kind, target, folder, self._build)
 
     def run(self) -> dict[str, Any]:
         """All stages in order; the fields of a RunRecord that they filled."""
-        stage = "build"
+        self.stage = "build"
         try:
-            trainer = self._build("training")
-            stage = "train"
-            self._train(trainer)
-            stage = "round_trip"
-            reloaded = self._round_trip(trainer)
-            stage = "answers"
-            pairs = self.target.pairs(self.config.questions, trainer.processing_class)
-            self.seen["questions"] = len(pairs)
-            self.seen["answers"] = generation.answers(reloaded, trainer.processing_class, self.target, pairs)
+            self._stages()
         except TargetError:
             raise
         except Exception as error:  # whatever the code under test raises is evidence, not a crash of the guard
-            _log.debug("cell %s ended in %s", self.config.cell, stage, exc_info=True)
-            self.seen["error"] = _described(error, stage)
+            _log.debug("cell %s ended in %s", self.config.cell, self.stage, exc_info=True)
+            self.seen["error"] = _described(error, self.stage)
+        self.seen.update(self.probes.conclude(self.scene))
         return self.seen
 
-    def _build(self, name: str) -> Trainer:
-        return build(self.target, self.config, self.mode, self.kind, self.folder / name)
+    def _stages(self) -> None:
+        scene = self.scene
+        scene.trainer = trainer = variants.prepared(self._build("training"), self.config)
+        self.probes.prepare(scene)
+        self.stage = "train"
+        self._train(trainer)
+        if self.config.variant:
+            return  # a reference has been trained, and that is all that it is for
+        scene.trained = True
+        self.stage = "round_trip"
+        scene.reloaded = reloaded = self._round_trip(trainer)
+        self.stage = "answers"
+        pairs = self.target.pairs(self.config.questions, trainer.processing_class)
+        self.seen["questions"] = len(pairs)
+        self.seen["answers"] = generation.answers(reloaded, trainer.processing_class, self.target, pairs)
+
+    def _build(self, name: str, **training_arguments: Any) -> Trainer:
+        config = dataclasses.replace(
+            self.config, training_arguments={**self.config.training_arguments, **training_arguments}
+        )
+        return build(self.target, config, self.mode, self.kind, self.folder / name)
 
     def _train(self, trainer: Trainer) -> None:
-        recorder = Recorder(trainer.model)
-        watch = Watch(trainer, recorder, self.progress)
+        self.scene.recorder = recorder = Recorder(trainer.model)
+        self.scene.watch = watch = Watch(trainer, recorder, self.progress)
+        self.probes.attach(self.scene)
         try:
-            trainer.train()
+            variants.train(trainer, self.config)
         finally:
             watch.detach()
             self.seen.update(
@@ -149,14 +167,16 @@ class _Cell:
             )
             if watch.optimizer is not None:
                 self.seen["optimizer"] = recorder.optimizer(watch.optimizer)
-            self.seen.update(adapter=recorder.adapter(), base=recorder.base())
+            self.seen.update(adapter=recorder.adapter(), base=recorder.base(), adapter_digest=recorder.adapter_digest())
+            self.scene.initial = recorder.initial
             self.unused = recorder.unused
 
     def _round_trip(self, trainer: Trainer) -> torch.nn.Module:
-        trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        scene = self.scene
+        scene.trained_model = trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         saved = self.folder / "adapter"
         trainer.save_model(str(saved))
-        fresh = self._build("reloading")
+        scene.fresh_trainer = fresh = self._build("reloading")
         self.seen["round_trip"], reloaded = adapters.round_trip(
             trained, saved, fresh.model, _probe_batch(trainer), self.unused
         )

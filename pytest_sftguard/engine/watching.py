@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
+_BATCHES_KEPT = 32
+"""Micro-batches that are remembered for the looks after the training; a few hundred rows of integers."""
+_STEP = "sftguard_step"
+
+
 class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its callbacks as Any
     """Attaches a Recorder to `trainer`; `progress` is told the number of each step that is done."""
 
@@ -34,6 +39,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
         self.optimizer: torch.optim.Optimizer | None = None
         self._watched: Any = None
         self._in_training_step = False
+        self.batches: list[dict[str, Any]] = []
         self._dtypes_of_step: int | None = None
         trainer.compute_loss = self._compute_loss(trainer.compute_loss)
         trainer.training_step = self._training_step(trainer.training_step)
@@ -77,6 +83,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
             if not self._in_training_step:  # an evaluation
                 return original(model, inputs, *args, **kwargs)
             labels = inputs.get("labels") if hasattr(inputs, "get") else None
+            self._keep(inputs)
             hooks = self._watch_dtypes()
             try:
                 result = original(model, inputs, *args, **kwargs)
@@ -88,6 +95,11 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
             return result
 
         return wrapped
+
+    def _keep(self, inputs: Any) -> None:
+        """Remember the first micro-batches as the model is given them: the tensors themselves, no copies."""
+        if len(self.batches) < _BATCHES_KEPT and hasattr(inputs, "items"):
+            self.batches.append({**inputs, _STEP: len(self.recorder.steps) + 1})
 
     def _training_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)

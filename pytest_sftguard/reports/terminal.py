@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from pytest_sftguard.reports import failure
-from pytest_sftguard.verdicts import JudgedRun, Outcome
+from pytest_sftguard.verdicts import UNASKED, JudgedRun, Outcome
 
 _WORDS = {Outcome.PASSED: "ok", Outcome.FAILED: "FAILED", Outcome.NOT_EVALUATED: "not evaluated"}
 _HEADINGS = ("precision", "batch", "verdict", "grad_norm", "raw loss", "answers", "seconds")
@@ -31,12 +31,21 @@ def lines(runs: Sequence[tuple[str, JudgedRun, str]]) -> list[str]:
 
 
 def _open_questions(runs: Sequence[tuple[str, JudgedRun, str]]) -> list[str]:
-    """What was not evaluated, once for each invariant and reason; a run that ended early goes without saying."""
+    """What was not evaluated, once for each invariant and reason; a run that ended early goes without saying.
+
+    What a higher tier would have looked at fills one line.
+    """
     reasons: dict[str, list[str]] = {}
+    unasked: dict[str, None] = {}
     for run in (run for _, run, _ in runs if run.record.error is None):
         for finding in run.verdict.not_evaluated:
-            reasons.setdefault(f"{finding.invariant}: not evaluated -- {finding.message}", []).append(run.record.cell)
-    return [f"{reason} ({_cells(cells, len(runs))})" for reason, cells in reasons.items()]
+            if finding.message.startswith(UNASKED):
+                unasked[finding.invariant] = None
+            else:
+                reason = f"{finding.invariant}: not evaluated -- {finding.message}"
+                reasons.setdefault(reason, []).append(run.record.cell)
+    made = [f"{reason} ({_cells(cells, len(runs))})" for reason, cells in reasons.items()]
+    return [*made, f"left to a higher --sftguard-tier: {', '.join(unasked)}"] if unasked else made
 
 
 def _cells(cells: list[str], total: int) -> str:

@@ -14,6 +14,7 @@ LIGHT = {"pytest_sftguard", "pytest", "hypothesis"}
 ORDER = (
     {"registry", "precision"},
     {"matrix", "hardware", "sizes"},
+    {"tiers"},
     {"records"},
     {"verdicts", "bundles"},
     {"invariants", "diagnosis", "strategies"},
@@ -21,7 +22,7 @@ ORDER = (
     {"settings", "session"},
     {"plugin", "__main__"},
 )
-ENGINE_SEES = {"registry", "precision", "matrix", "hardware", "sizes", "records", "engine"}
+ENGINE_SEES = {"registry", "precision", "matrix", "hardware", "sizes", "tiers", "records", "engine"}
 MODULES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
 
 

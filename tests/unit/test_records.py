@@ -139,7 +139,7 @@ def test_interrupted_write_keeps_the_old_record(tmp_path, monkeypatch):
     """A write that is cut short leaves the file as it was."""
     path = tmp_path / "record.json"
     canned.healthy(seed=1).write(path)
-    monkeypatch.setattr(records.os, "replace", _interrupted)
+    monkeypatch.setattr(os, "replace", _interrupted)
     with pytest.raises(KeyboardInterrupt):
         canned.healthy(seed=2).write(path)
 
@@ -148,7 +148,7 @@ def test_interrupted_write_keeps_the_old_record(tmp_path, monkeypatch):
 
 def test_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch):
     """A write that is cut short takes its temporary file away."""
-    monkeypatch.setattr(records.os, "replace", _interrupted)
+    monkeypatch.setattr(os, "replace", _interrupted)
     with pytest.raises(KeyboardInterrupt):
         canned.healthy().write(tmp_path / "record.json")
 

@@ -1,0 +1,9 @@
+"""To be written."""
+
+from __future__ import annotations
+
+from pytest_sftguard.engine.probes import Probe
+
+
+class Evaluation(Probe):
+    """To be written."""

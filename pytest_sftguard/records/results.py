@@ -1,0 +1,59 @@
+"""What was seen of the trained adapter: its file, and its answers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pytest_sftguard.records.names import Names
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundTripRecord:
+    """The adapter's way into a file and back onto a fresh base."""
+
+    file_bytes: int
+    """Size of the adapter's weight file."""
+    tensors: int
+    """Tensors in the file."""
+    missing: Names = Names()
+    """Tensors of the adapter that the file lacks, or holds in another shape."""
+    unexpected: Names = Names()
+    """Tensors in the file that the adapter does not have."""
+    nonfinite: Names = Names()
+    """Tensors in the file that hold NaN or infinity."""
+    zero: Names = Names()
+    """Low-rank factors in the file that are zero throughout, so that their layer is the base's."""
+    differing: Names = Names()
+    """Tensors that are not the same bits in the trained model and in the reloaded one."""
+    load_warnings: tuple[str, ...] = ()
+    """Warnings of the load that speak of missing, unexpected or mismatched tensors."""
+    fresh_base_digest: str = ""
+    """Digest of the fresh base that the adapter was loaded onto."""
+    restored: bool = False
+    """Whether that base was put together again by merging, as pissa and its like take their factors out of it."""
+    max_abs_logit: float | None = None
+    """Largest absolute logit of the trained model on the probe batch."""
+    max_logit_change: float | None = None
+    """Largest absolute difference between the trained and the reloaded model's logits."""
+    max_logit_effect: float | None = None
+    """Largest absolute difference between the reloaded model's logits with and without its adapter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerRecord:
+    """One answer of the reloaded adapter, generated greedily."""
+
+    prompt: str
+    """What the model was given."""
+    text: str
+    """What came back, the seeded prefix included."""
+    expected: float
+    """The number that would be right."""
+    parsed: float | None = None
+    """The number that the target's `parse_answer` read, or None."""
+
+    @property
+    def is_number(self) -> bool:
+        """Whether a finite number was read."""
+        return self.parsed is not None and math.isfinite(self.parsed)
