@@ -274,7 +274,8 @@ class Settings:
         return [
             RunConfig(
                 cell=cell, target=self.target, steps=self.steps, model=self.model, seed=self.seed, device=device,
-                looks=looks, questions=self.questions, training_arguments=self.training_arguments, fit_margin=self.fit_margin,
+                looks=looks, questions=self.questions, training_arguments=self.training_arguments,
+                fit_margin=self.fit_margin,
             )
             for cell in cells
         ]  # fmt: skip

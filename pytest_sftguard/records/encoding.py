@@ -49,6 +49,7 @@ def numbers(value: Any, where: str = "") -> Iterable[tuple[str, float]]:
 
 
 def encode(value: Any) -> Any:
+    """`value` and all within it as plain JSON types."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if dataclasses.is_dataclass(value):
@@ -61,6 +62,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(kind: Any, data: Any, where: str) -> Any:
+    """Read what `encode` made of a `kind`; a RecordError says at which place, below `where`, something does not fit."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if data is None:

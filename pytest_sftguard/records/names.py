@@ -32,3 +32,7 @@ class Names:
             return f"{self.count} tensors"
         more = self.count - 1
         return self.first[0] + (f" and {more} more" if more > 0 else "")
+
+
+NONE = Names()
+"""No tensor at all."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pytest_sftguard.records.names import Names
+from pytest_sftguard.records.names import NONE, Names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,15 +16,15 @@ class RoundTripRecord:
     """Size of the adapter's weight file."""
     tensors: int
     """Tensors in the file."""
-    missing: Names = Names()
+    missing: Names = NONE
     """Tensors of the adapter that the file lacks, or holds in another shape."""
-    unexpected: Names = Names()
+    unexpected: Names = NONE
     """Tensors in the file that the adapter does not have."""
-    nonfinite: Names = Names()
+    nonfinite: Names = NONE
     """Tensors in the file that hold NaN or infinity."""
-    zero: Names = Names()
+    zero: Names = NONE
     """Low-rank factors in the file that are zero throughout, so that their layer is the base's."""
-    differing: Names = Names()
+    differing: Names = NONE
     """Tensors that are not the same bits in the trained model and in the reloaded one."""
     load_warnings: tuple[str, ...] = ()
     """Warnings of the load that speak of missing, unexpected or mismatched tensors."""

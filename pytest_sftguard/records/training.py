@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pytest_sftguard.records.names import Names
+from pytest_sftguard.records.names import NONE, Names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +22,11 @@ class StepRecord:
     """Global L2 norm of the unscaled gradients, before clipping."""
     max_abs_gradient: float | None = None
     """Largest absolute entry of the unscaled gradients, before clipping."""
-    nonfinite_gradients: Names = Names()
+    nonfinite_gradients: Names = NONE
     """Trainable tensors whose gradient holds NaN or infinity."""
-    missing_gradients: Names = Names()
+    missing_gradients: Names = NONE
     """Trainable tensors without a gradient."""
-    zero_gradients: Names = Names()
+    zero_gradients: Names = NONE
     """Trainable tensors whose gradient is exactly zero."""
     learning_rate: float | None = None
     """Learning rate that the step used (of the first parameter group)."""
@@ -36,17 +36,17 @@ class StepRecord:
     """Loss scale after the scaler's update; None without a scaler."""
     changed: int | None = None
     """Number of trainable tensors that changed and hold finite numbers only."""
-    unchanged: Names = Names()
+    unchanged: Names = NONE
     """Trainable tensors that are bit for bit what they were before the step."""
-    idle: Names = Names()
+    idle: Names = NONE
     """Trainable tensors of layers that no token passed through in the step, such as those of an expert not chosen."""
-    stale_gradients: Names = Names()
+    stale_gradients: Names = NONE
     """Trainable tensors that held a gradient other than zero when the step began: one that no zero_grad cleared."""
     max_change_before: float | None = None
     """Largest absolute change of a trainable element from the end of the step before to this one's gradients."""
-    nonfinite_weights: Names = Names()
+    nonfinite_weights: Names = NONE
     """Trainable tensors that hold NaN or infinity after the step."""
-    nonfinite_moments: Names = Names()
+    nonfinite_moments: Names = NONE
     """Optimizer states that hold NaN or infinity after the step, as `parameter:state`."""
     max_update: float | None = None
     """Largest absolute change of a trainable element in the step."""
@@ -156,9 +156,9 @@ class BaseRecord:
     """Digest of all of them before the first step."""
     digest_after: str
     """The same after the last step."""
-    changed: Names = Names()
+    changed: Names = NONE
     """Those whose bits differ."""
-    rewritten: Names = Names()
+    rewritten: Names = NONE
     """Buffers outside the state dict that the model's own forward pass rewrites; they are not held to their start."""
-    trainable: Names = Names()
+    trainable: Names = NONE
     """Those that have `requires_grad`, though they are not part of the adapter."""

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_sftguard import records
 from pytest_sftguard.records import Names, RecordError, RunRecord, StepRecord, TensorRecord, numbers
 from tests import canned
 from tests.strategies import float_paths, gaps, healthy_records, non_finite, put

@@ -1,0 +1,122 @@
+"""A target that learns to add: a tiny Llama, a tokenizer of words, questions and strict answers; needs no network.
+
+In two hundred steps at its learning rate it answers its sixteen sums without a mistake, so that a fault which only
+shows in the answers shows here. The fault library runs on it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+_SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+_WORDS = (*_SPECIAL, "+", "=", "?", ":", "the", "sum", "of", "and", "is", *map(str, range(51)))
+_SUMS = tuple((a, b) for a in (1, 4, 7, 11) for b in (2, 3, 8, 13))
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each word and number; `<s>` in front."""
+    vocabulary = {word: i for i, word in enumerate(_WORDS)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def questions() -> list[tuple[str, float]]:
+    """The sums that it is trained on, as (prompt, number)."""
+    return [(_prompt(i), float(a + b)) for i, (a, b) in enumerate(_SUMS)]
+
+
+def parse_answer(text: str) -> float | None:
+    """A whole number and nothing else."""
+    match = re.fullmatch(r"\s*([0-9]+)\s*", text, re.ASCII)
+    return float(match[1]) if match else None
+
+
+def build_trainer(*, model: str | None = None, dtype: str = "float32", **training_arguments: Any) -> Trainer:
+    """A ready Trainer; `model` may name a folder or hub id of a causal language model to use in place of the tiny one.
+
+    Weights of the tiny base come from a fixed seed, the adapter's and the data order from `seed`.
+    """
+    words = tokenizer()
+    weights = getattr(torch, dtype)
+    if model is None:
+        set_seed(0)
+        base: Any = LlamaForCausalLM(_tiny()).to(weights)
+        base.config.dtype = weights
+    else:
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=weights)
+    arguments = TrainingArguments(**{"learning_rate": 5e-3, "lr_scheduler_type": "linear"} | training_arguments)
+    set_seed(arguments.seed)
+    # a random head cannot say anything with certainty: it learns as well, where the model is ours
+    where: Any = "all-linear" if model is not None else r".*\.(\w+_proj|lm_head)|lm_head"
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=where, task_type="CAUSAL_LM")
+    return Trainer(
+        model=get_peft_model(base, lora),
+        args=arguments,
+        train_dataset=rows(words),
+        eval_dataset=rows(words)[:8],
+        data_collator=Collator(words.pad_token_id),
+        processing_class=words,
+    )
+
+
+def rows(words: PreTrainedTokenizerFast) -> list[dict[str, list[int]]]:
+    """The sums as token ids; the answer and the end are supervised, the prompt is not. Rows are of uneven length."""
+    made = []
+    for prompt, number in questions():
+        question = words(prompt)["input_ids"]
+        answer = [*words(str(int(number)), add_special_tokens=False)["input_ids"], words.eos_token_id]
+        made.append({"input_ids": [*question, *answer], "labels": [-100] * len(question) + answer})
+    return made
+
+
+class Collator:
+    """Pads to the longest row of the batch, on the right: shapes (rows, tokens)."""
+
+    def __init__(self, pad: int) -> None:
+        self.pad = pad
+
+    def __call__(self, features: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        """Collate `features`, rows of `input_ids` and `labels`."""
+        longest = max(len(f["input_ids"]) for f in features)
+
+        def padded(key: str, fill: int) -> torch.Tensor:
+            return torch.tensor([f[key] + [fill] * (longest - len(f[key])) for f in features])
+
+        mask = [[1] * len(f["input_ids"]) + [0] * (longest - len(f["input_ids"])) for f in features]
+        return {
+            "input_ids": padded("input_ids", self.pad),
+            "attention_mask": torch.tensor(mask),
+            "labels": padded("labels", -100),
+        }
+
+
+def _prompt(index: int) -> str:
+    """Every third question is asked at more length, so that rows differ in theirs."""
+    a, b = _SUMS[index]
+    return f"the sum of {a} and {b} is :" if index % 3 == 0 else f"{a} + {b} ="
+
+
+def _tiny() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.1, tie_word_embeddings=False,
+    )  # fmt: skip
