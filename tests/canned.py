@@ -15,6 +15,7 @@ from pytest_sftguard.records import (
     AnswerRecord,
     BaseRecord,
     LogRecord,
+    LookRecord,
     Names,
     OptimizerRecord,
     RoundTripRecord,
@@ -22,6 +23,7 @@ from pytest_sftguard.records import (
     StepRecord,
     TensorRecord,
 )
+from pytest_sftguard.tiers import LOOKS
 
 CPU = HardwareProfile(kind="cpu", name="Some CPU", total_memory_bytes=2**34, threads=1)
 T4 = HardwareProfile(kind="cuda", name="Tesla T4", total_memory_bytes=2**34, capability="7.5")
@@ -117,8 +119,20 @@ def healthy(
         ),
         seconds=next(draw),
     )
-    record = dataclasses.replace(record, questions=len(record.answers))
+    from tests.unit.cases import modules
+
+    record = dataclasses.replace(
+        record,
+        questions=len(record.answers),
+        looks=tuple(LookRecord(name=name) for name in LOOKS),
+    )
+    for module in modules():
+        record = dataclasses.replace(record, **getattr(module, "FIELDS", _nothing)(cell, names))
     return dataclasses.replace(record, **changes)
+
+
+def _nothing(cell: Cell, names: list[str]) -> dict[str, Any]:
+    return {}
 
 
 def of(config: RunConfig, **changes: Any) -> RunRecord:

@@ -18,20 +18,21 @@ from pytest_sftguard.verdicts import Outcome
 from tests import canned
 from tests.canned import HEAD, A, B, healthy, with_step, with_steps, with_tensor, within
 from tests.strategies import healthy_records, non_finite
+from tests.unit.cases import gathered
 
 BUILT_IN = {i.name: i for i in load_invariants()}
 SCALED = Cell("fp16-mixed", 2, 1)
 NAN = math.nan
 
 
-def findings(name, record, **thresholds):
-    """What the invariant `name` says of `record`, with `thresholds` set."""
-    return list(dataclasses.replace(BUILT_IN[name], **thresholds).check(record))
+def findings(name, record, reference=None, **thresholds):
+    """What the invariant `name` says of `record` beside `reference`, with `thresholds` set."""
+    return list(dataclasses.replace(BUILT_IN[name], **thresholds).check(record, reference))
 
 
-def failures(name, record, **thresholds):
+def failures(name, record, reference=None, **thresholds):
     """The messages of its findings that failed."""
-    return [f.message for f in findings(name, record, **thresholds) if f.outcome is Outcome.FAILED]
+    return [f.message for f in findings(name, record, reference, **thresholds) if f.outcome is Outcome.FAILED]
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -219,13 +220,18 @@ FAILURES = {
 }
 
 
+FAILURES |= gathered("FAILURES")
+
+
 @pytest.mark.parametrize(
-    ("name", "record", "said"),
-    [pytest.param(n, *case, id=f"{n}-{i}") for n, cases in FAILURES.items() for i, case in cases.items()],
+    ("name", "case"),
+    [pytest.param(n, case, id=f"{n}-{i}") for n, cases in FAILURES.items() for i, case in cases.items()],
 )
-def test_invariant_fails(name, record, said):
+def test_invariant_fails(name, case):
     """An invariant fails for each of the things that it is there for, and says what it saw."""
-    assert any(re.search(said, message) for message in failures(name, record)), failures(name, record)
+    record, said, *reference = case
+    messages = failures(name, record, *reference)
+    assert any(re.search(said, message) for message in messages), messages
 
 
 GPU = canned.H100
@@ -285,14 +291,19 @@ NOT_EVALUATED = {
 }
 
 
+NOT_EVALUATED |= gathered("NOT_EVALUATED")
+
+
 @pytest.mark.parametrize(
-    ("name", "record", "said"),
-    [pytest.param(n, *case, id=f"{n}-{i}") for n, cases in NOT_EVALUATED.items() for i, case in cases.items()],
+    ("name", "case"),
+    [pytest.param(n, case, id=f"{n}-{i}") for n, cases in NOT_EVALUATED.items() for i, case in cases.items()],
 )
-def test_invariant_is_not_evaluated(name, record, said):
+def test_invariant_is_not_evaluated(name, case):
     """An invariant that saw nothing to decide by says so, in a way that keeps the cell from passing."""
-    said_so = [f.message for f in findings(name, record) if f.outcome is Outcome.NOT_EVALUATED and f.required]
-    assert any(said in message for message in said_so), findings(name, record)
+    record, said, *reference = case
+    found = findings(name, record, *reference)
+    said_so = [f.message for f in found if f.outcome is Outcome.NOT_EVALUATED and f.required]
+    assert any(said in message for message in said_so), found
 
 
 @pytest.mark.parametrize(
@@ -392,6 +403,9 @@ THRESHOLDS = {
 }
 
 
+THRESHOLDS |= gathered("THRESHOLDS")
+
+
 def test_every_threshold_is_tried():
     """Every field of every invariant is a threshold in the table here."""
     assert {(n, f.name) for n, i in BUILT_IN.items() for f in dataclasses.fields(i)} == set(THRESHOLDS)
@@ -400,8 +414,8 @@ def test_every_threshold_is_tried():
 @pytest.mark.parametrize(("name", "field"), THRESHOLDS, ids="-".join)
 def test_threshold_decides(name, field):
     """A record on the edge fails under the tightest threshold, and passes under the loosest."""
-    record, tightest, step = THRESHOLDS[name, field]
-    outcomes = [bool(failures(name, record, **{field: tightest + step * i})) for i in (0, 10)]
+    record, tightest, step, *reference = THRESHOLDS[name, field]
+    outcomes = [bool(failures(name, record, *reference, **{field: tightest + step * i})) for i in (0, 10)]
     assert outcomes == [True, False]
 
 
@@ -409,8 +423,8 @@ def test_threshold_decides(name, field):
 @given(tighter=WORSE, looser=WORSE)
 def test_loosening_never_fails_what_passed(name, field, tighter, looser):
     """What passes under a threshold passes under every looser one."""
-    record, tightest, step = THRESHOLDS[name, field]
+    record, tightest, step, *reference = THRESHOLDS[name, field]
     tight, loose = sorted((tighter, looser))
-    before = failures(name, record, **{field: tightest + step * tight})
-    after = failures(name, record, **{field: tightest + step * loose})
+    before = failures(name, record, *reference, **{field: tightest + step * tight})
+    after = failures(name, record, *reference, **{field: tightest + step * loose})
     assert before or not after

@@ -18,6 +18,7 @@ from pytest_sftguard.verdicts import Finding, JudgedRun, Outcome, Verdict, judge
 from tests import canned
 from tests.canned import healthy, with_step, with_steps
 from tests.strategies import cells, float_paths, gaps, healthy_records, non_finite, put, remove, spelled
+from tests.unit.cases import gathered
 
 ALL = load_invariants()
 
@@ -40,9 +41,11 @@ OPTIONAL = {
     "log[].loss": "as for the whole line",
     "log[].grad_norm": "as for the whole line",
     "log[].learning_rate": "as for the whole line",
+    "looks[]": "a look that was not asked for holds up no cell",
     "answers[].parsed": "None says that the answer holds no number, which a part of them may",
 }
 """What a healthy record may lack, and why that is no gap in the evidence."""
+OPTIONAL |= gathered("OPTIONAL")
 
 
 def outcome(record):
