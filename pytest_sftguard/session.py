@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_sftguard import registry, tiers
-from pytest_sftguard.invariants import load_invariants
+from pytest_sftguard import tiers
+from pytest_sftguard.invariants import usable_invariants
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.reports import failure, json_files
 from pytest_sftguard.verdicts import Checks, Finding, JudgedRun, Outcome, Verdict, judge
@@ -62,12 +62,9 @@ class Runs:
         It is compared with its siblings among `session`, the runs of all tests, and with the references that `test`
         asks for.
 
-        Raises CannotRunError for a target, invariant, device or folder that cannot be used.
+        Raises CannotRunError for a target, device or folder that cannot be used.
         """
-        try:
-            invariants = load_invariants(test.invariants)
-        except registry.NotFoundError as error:
-            raise CannotRunError(f"invariant {error}") from error
+        invariants = usable_invariants(test.invariants)
         with _writing(test.folder):
             json_files.prepare(test.folder)  # before the training, which a full disk would make useless
         run = self.compared(test, invariants, progress, session)

@@ -273,17 +273,19 @@ def test_rest_is_judged_beside_a_broken_outsider(pytester, engine, one_cell):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("absent:It", "invariant 'absent:It' does not import: ModuleNotFoundError"),
-        ("json:loads", "invariant 'json:loads' is no invariant: it has no check"),
-        ("loss_falls", "invariant unknown name 'loss_falls': choose from"),
+        ("absent:It", "it: the invariant cannot be used: 'absent:It' does not import: ModuleNotFoundError"),
+        ("json:loads", "loads: the invariant cannot be used: 'json:loads' is no invariant: it has no check"),
+        ("loss_falls", "loss_falls: the invariant cannot be used: unknown name 'loss_falls': choose from"),
     ],
     ids=["absent", "no-check", "unknown-name"],
 )
 def test_outsider_that_cannot_be_used(pytester, engine, one_cell, clean, path, message):
-    """What is wrong with a named invariant is told in a line or two."""
+    """What is wrong with a named invariant is told as a failure of that one, beside the verdict of the others."""
+    engine.make = canned.failing
     result = pytester.runpytest_inprocess(f"--sftguard-invariants={path}")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
-    clean(result, message)
+    clean(result, message[:100], lines=12)
+    result.stdout.fnmatch_lines(["fp32-b2x1 FAILED: *raw_loss_finite*"])
 
 
 def test_required_gpu_that_was_there(pytester, engine, one_cell):

@@ -20,6 +20,7 @@ ORDER = (
     {"invariants", "diagnosis", "strategies"},
     {"reports"},
     {"settings", "session"},
+    {"detection"},
     {"plugin", "__main__"},
 )
 ENGINE_SEES = {"registry", "precision", "matrix", "hardware", "sizes", "tiers", "records", "engine"}
