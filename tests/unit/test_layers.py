@@ -21,7 +21,8 @@ ORDER = (
     {"reports"},
     {"settings", "session"},
     {"detection"},
-    {"plugin", "__main__"},
+    {"plugin", "commands"},
+    {"__main__"},
 )
 ENGINE_SEES = {"registry", "precision", "matrix", "hardware", "sizes", "tiers", "records", "engine"}
 MODULES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
