@@ -288,15 +288,27 @@ def _mechanism(a: Attempt) -> str:
 
 
 def markdown(detection: Detection) -> Iterator[str]:
-    """The table and the rates as lines of Markdown."""
+    """A page of Markdown, line by line: the rates, and the table of all attempts."""
+    from pytest_sftguard.engine.probe import versions
+
+    seen = ", ".join(f"{name} {version}" for name, version in versions().items())
+    yield "# Detection"
+    yield ""
+    yield f"What the guard made of the fault library on `{detection.target}`,"
+    yield f"in fresh processes of one thread each, with {seen}. Made with"
+    yield "`python -m pytest_sftguard faults --json FILE --markdown docs/detection.md`."
+    yield ""
+    for line in detection.summary():
+        yield f"- {' '.join(line.split())}"
+    yield ""
+    yield "*Step* is the first that a finding names, *late* how many steps after the fault struck. A fault counts as"
+    yield "caught if one of the invariants that must report it does, and does not of the target as it is, `(none)`."
+    yield ""
     yield f"| {' | '.join(HEADINGS)} |"
     yield f"|{'---|' * len(HEADINGS)}"
     for a in detection.attempts:
         fault, *others = row(a)
         yield f"| {f'[{fault}]({a.source})' if a.source else fault} | {' | '.join(others)} |"
-    yield ""
-    for line in detection.summary():
-        yield f"- {line}"
 
 
 def _rate(outcomes: Iterable[bool | None]) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pytest_sftguard import registry
 from pytest_sftguard.records import RunRecord
-from pytest_sftguard.verdicts import Checks, Finding, Outcome
+from pytest_sftguard.verdicts import Checks, Finding, Outcome, invariant_name
 
 
 def load_invariants(extra: Iterable[str] = ()) -> list[Checks]:
@@ -30,6 +31,23 @@ def usable_invariants(extra: Iterable[str] = ()) -> list[Checks]:
         except registry.NotFoundError as error:
             found.append(Unusable(path, str(error)))
     return found
+
+
+def with_thresholds(invariants: Iterable[Checks], thresholds: Mapping[str, Any]) -> list[Checks]:
+    """`invariants` with `thresholds`, by `invariant.field`; NotFoundError for one that there is not."""
+    made, left = [], dict(thresholds)
+    for invariant in invariants:
+        name = invariant_name(invariant)
+        own = {f.name: left.pop(f"{name}.{f.name}") for f in _fields(invariant) if f"{name}.{f.name}" in left}
+        made.append(dataclasses.replace(invariant, **own) if own else invariant)  # type: ignore[type-var]
+    if left:
+        known = sorted(f"{invariant_name(i)}.{f.name}" for i in made for f in _fields(i))
+        raise registry.NotFoundError(f"there is no threshold {min(left)!r}: choose from {', '.join(known)}")
+    return made
+
+
+def _fields(invariant: Checks) -> tuple[Any, ...]:
+    return dataclasses.fields(invariant) if dataclasses.is_dataclass(invariant) else ()
 
 
 class Unusable:

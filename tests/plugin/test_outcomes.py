@@ -288,6 +288,29 @@ def test_outsider_that_cannot_be_used(pytester, engine, one_cell, clean, path, m
     result.stdout.fnmatch_lines(["fp32-b2x1 FAILED: *raw_loss_finite*"])
 
 
+def test_waived_invariant_fails_nothing(pytester, engine, one_cell):
+    """What an invariant that the user waived would have failed is reported, and holds up nothing else."""
+    engine.make = lambda c: canned.with_step(canned.of(c), 2, loss=float("nan"))
+    waived = "--sftguard-waive=raw_loss_finite,evidence_complete"
+    result = pytester.runpytest_inprocess(waived)
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["raw_loss_finite: not evaluated -- waived by the user: loss is not finite*"])
+
+
+@pytest.mark.parametrize(("share", "outcome"), [("1.0", "failed"), ("0.5", "passed")])
+def test_threshold_of_the_user(pytester, engine, one_cell, share, outcome):
+    """A threshold is what the user sets it to."""
+    engine.make = lambda c: canned.of(c, answers=[1.0, None])
+    result = pytester.runpytest_inprocess(f'--sftguard-thresholds={{"strict_answers.min_parsed_fraction": {share}}}')
+    result.assert_outcomes(**{outcome: 1})
+
+
+def test_threshold_that_there_is_not(pytester, engine, one_cell, clean):
+    """A threshold's name that is none is told, with those that there are."""
+    result = pytester.runpytest_inprocess('--sftguard-thresholds={"strict_answers.min_parsed": 1}')
+    clean(result, "there is no threshold 'strict_answers.min_parsed': choose from", lines=3)
+
+
 def test_required_gpu_that_was_there(pytester, engine, one_cell):
     """Cells that ran on a GPU are what --sftguard-require-gpu asks for."""
     engine.make = lambda c: canned.of(c, device=canned.H100, tf32=False)

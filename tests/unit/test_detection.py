@@ -13,8 +13,8 @@ from tests import canned
 
 CAUGHT = Attempt(
     fault="one", expected=("raw_loss_finite", "gradients_finite"), reported=("gradients_finite", "stops"),
-    step=3, seen_at=4, tensor="lora_A", pointed=True, mechanism="overflow", named=("overflow", "other"), cell="fp32-b4x1",
-    precision="fp32", silent=True, seconds=2.0,
+    step=3, seen_at=4, tensor="lora_A", pointed=True, mechanism="overflow", named=("overflow", "other"),
+    cell="fp32-b4x1", precision="fp32", silent=True, seconds=2.0,
 )  # fmt: skip
 CONTROL = Attempt(fault="healthy", precision="fp32")
 
