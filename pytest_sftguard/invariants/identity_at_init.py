@@ -52,7 +52,7 @@ class IdentityAtInit(Invariant):
             )  # fmt: skip
         if initial.zero_a:
             yield self.failed(
-                f"{initial.zero_a.count} factors are zero and begin a pair, so that nothing passes it: {initial.zero_a}",
+                f"{initial.zero_a.count} factors are zero that must not be, so that nothing passes: {initial.zero_a}",
                 observed=initial.zero_a.count, limit=0,
             )  # fmt: skip
         if initial.nonzero_b and initial.loaded is None:
@@ -77,7 +77,7 @@ class IdentityAtInit(Invariant):
         if not initial.logits >= 1:
             yield self.not_evaluated("no logits were compared with the base's")
         if initial.identical:
-            if not initial.changed_logits == 0:
+            if initial.changed_logits != 0:
                 yield self.failed(
                     f"{initial.changed_logits} of {initial.logits} logits are not the base's bit for bit before the"
                     " first step",

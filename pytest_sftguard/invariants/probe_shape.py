@@ -35,7 +35,7 @@ class ProbeShape(Invariant):
                 observed=seen.tokens, limit=self.min_tokens,
             )  # fmt: skip
         yield from self._circumstances(seen)
-        if not seen.nonfinite == 0:
+        if seen.nonfinite != 0:
             yield self.failed(
                 f"{seen.nonfinite} of {seen.logits} logits of the finished models are not finite",
                 observed=seen.nonfinite, limit=0,
@@ -45,6 +45,6 @@ class ProbeShape(Invariant):
         if not seen.padded_rows >= 1:
             why = seen.unpadded or "no row of the batch had padding in front"
             yield self.not_evaluated(why, required=not seen.unpadded)
-        if not seen.attention == "eager":
+        if seen.attention != "eager":
             why = seen.not_eager or "attention was not written out"
             yield self.not_evaluated(why, required=not seen.not_eager)

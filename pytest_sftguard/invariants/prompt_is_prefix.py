@@ -37,5 +37,5 @@ class PromptIsPrefix(Invariant):
             ("ends of the prompts are others in training than in generation", seen.strange_forms, "forms"),
         ):
             total = seen.matched if of == "rows" else seen.forms
-            if not count == 0:
+            if count != 0:
                 yield self.failed(f"{count} of {total} {what}: {seen.example}", observed=count, limit=0)
