@@ -14,6 +14,7 @@ from pytest_sftguard.precision import mode_named
 from pytest_sftguard.records import (
     AnswerRecord,
     BaseRecord,
+    FinitenessRecord,
     LogRecord,
     LookRecord,
     Names,
@@ -112,6 +113,8 @@ def healthy(
             max_abs_logit=logit,
             max_logit_change=logit * mode.logits_rtol / 2,
             max_logit_effect=next(draw),
+            other_seed=1,
+            finiteness=FinitenessRecord(rows=2, tokens=18, padded_rows=1, attention="eager", logits=2048),
         ),
         answers=tuple(
             AnswerRecord(prompt=f"{i} km in m", text=f"<answer>{parsed}", expected=1000.0 * i, parsed=parsed)
@@ -204,6 +207,7 @@ def _tensor(name: str, moved: bool, draw: Iterable[float]) -> TensorRecord:
     return TensorRecord(
         name=name,
         dtype="float32",
+        initial_dtype="float32",
         elements=128,
         initial_norm=start,
         final_norm=next(number) if moved else start,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -151,6 +152,7 @@ class Recorder:
             records.append(
                 TensorRecord(
                     name=name, dtype=dtype_name(parameter.dtype), elements=parameter.numel(),
+                    initial_dtype=dtype_name(start.dtype),
                     initial_norm=begin.norm().item(), final_norm=end.norm().item(),
                     delta_norm=(end - begin).norm().item(), changed_fraction=changed, partial=name in partial,
                 )
@@ -160,6 +162,11 @@ class Recorder:
     def adapter_digest(self) -> str:
         """One digest of the bits of every trainable tensor as it is now; empty where there is none."""
         return combined(digests(self.parameters.items())) if self.parameters else ""
+
+    @property
+    def base_before(self) -> dict[str, str]:
+        """Digest of each base tensor before the first step."""
+        return dict(self._base_before)
 
     @property
     def initial(self) -> dict[str, Tensor]:
@@ -183,7 +190,10 @@ class Recorder:
     def optimizer(self, optimizer: torch.optim.Optimizer) -> OptimizerRecord:
         """What the optimizer is, and in which types it keeps its states."""
         group: dict[str, Any] = optimizer.param_groups[0] if optimizer.param_groups else {}
-        owned = {id(p) for g in optimizer.param_groups for p in g["params"]}
+        places = Counter(id(p) for g in optimizer.param_groups for p in g["params"])
+        owned = set(places)
+        now = trainables(self.model)
+        learning = self.parameters | now
         states = [t for _, t in self._states(optimizer) if t.numel() > 1]
         return OptimizerRecord(
             name=type(optimizer).__name__,
@@ -192,6 +202,10 @@ class Recorder:
             weight_decay=_number(group.get("weight_decay")),
             state_dtypes=tuple(sorted({dtype_name(t.dtype) for t in states})),
             owns_trainables=owned == {id(p) for p in self.parameters.values()},
+            lacking=Names.of(n for n, p in learning.items() if id(p) not in owned),
+            foreign=Names.of(n for n, p in now.items() if id(p) in owned and n not in self.parameters),
+            twice=Names.of(n for n, p in self.model.named_parameters() if places[id(p)] > 1),
+            idle=len(owned - {id(p) for p in learning.values()}),
         )
 
     @property

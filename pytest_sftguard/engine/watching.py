@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 _BATCHES_KEPT = 32
 """Micro-batches that are remembered for the looks after the training; a few hundred rows of integers."""
-_STEP = "sftguard_step"
+STEP = "sftguard_step"
+"""Key of a remembered micro-batch that holds the number of its optimizer step."""
 
 
 class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its callbacks as Any
@@ -99,7 +100,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
     def _keep(self, inputs: Any) -> None:
         """Remember the first micro-batches as the model is given them: the tensors themselves, no copies."""
         if len(self.batches) < _BATCHES_KEPT and hasattr(inputs, "items"):
-            self.batches.append({**inputs, _STEP: len(self.recorder.steps) + 1})
+            self.batches.append({**inputs, STEP: len(self.recorder.steps) + 1})
 
     def _training_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)

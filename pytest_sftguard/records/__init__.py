@@ -1,26 +1,35 @@
 """Records: everything that was seen of one training, as plain numbers. A record knows nothing of torch."""
 
+from pytest_sftguard.records.audit import DefectRecord, PromptsRecord, SupervisionRecord
 from pytest_sftguard.records.encoding import RecordError, numbers, write_text
 from pytest_sftguard.records.looks import LookRecord
 from pytest_sftguard.records.names import Names
-from pytest_sftguard.records.results import AnswerRecord, RoundTripRecord
+from pytest_sftguard.records.results import AnswerRecord, FinitenessRecord, RoundTripRecord
 from pytest_sftguard.records.run import SCHEMA, ErrorRecord, RunRecord
 from pytest_sftguard.records.training import BaseRecord, LogRecord, OptimizerRecord, StepRecord, TensorRecord
+from pytest_sftguard.records.wiring import FoundationRecord, InitialRecord, WiringRecord
 
 __all__ = [
     "SCHEMA",
     "AnswerRecord",
     "BaseRecord",
+    "DefectRecord",
     "ErrorRecord",
+    "FinitenessRecord",
+    "FoundationRecord",
+    "InitialRecord",
     "LogRecord",
     "LookRecord",
     "Names",
     "OptimizerRecord",
+    "PromptsRecord",
     "RecordError",
     "RoundTripRecord",
     "RunRecord",
     "StepRecord",
+    "SupervisionRecord",
     "TensorRecord",
+    "WiringRecord",
     "numbers",
     "write_text",
 ]

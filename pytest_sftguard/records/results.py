@@ -9,6 +9,28 @@ from pytest_sftguard.records.names import NONE, Names
 
 
 @dataclass(frozen=True, kw_only=True)
+class FinitenessRecord:
+    """The batch that the trained and the reloaded model were given, and what became of their logits."""
+
+    rows: int
+    """Rows of the batch."""
+    tokens: int
+    """Tokens of each."""
+    padded_rows: int
+    """Rows with padding in front, under an attention mask."""
+    attention: str
+    """The kind of attention that both models said they ran with; empty where they do not say."""
+    logits: int
+    """Logits that were looked at: those of tokens that the mask lets through."""
+    nonfinite: int = 0
+    """Those of them that are NaN or infinite."""
+    unpadded: str = ""
+    """Why no row could be padded; empty where one was."""
+    not_eager: str = ""
+    """Why attention could not be written out; empty where it was."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundTripRecord:
     """The adapter's way into a file and back onto a fresh base."""
 
@@ -38,6 +60,12 @@ class RoundTripRecord:
     """Largest absolute difference between the trained and the reloaded model's logits."""
     max_logit_effect: float | None = None
     """Largest absolute difference between the reloaded model's logits with and without its adapter."""
+    other_seed: int | None = None
+    """Seed that the fresh base was built under; None where a base is drawn from the seed as a whole."""
+    drawn: Names = NONE
+    """Base tensors that came out otherwise under the other seed, with their first such row: nobody else has them."""
+    finiteness: FinitenessRecord | None = None
+    """The batch that the logits are of."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from pytest_sftguard.hardware import HardwareProfile
+from pytest_sftguard.records.audit import PromptsRecord, SupervisionRecord
 from pytest_sftguard.records.encoding import RecordError, decode, encode, write_text
 from pytest_sftguard.records.looks import LookRecord
 from pytest_sftguard.records.results import AnswerRecord, RoundTripRecord
 from pytest_sftguard.records.training import BaseRecord, LogRecord, OptimizerRecord, StepRecord, TensorRecord
+from pytest_sftguard.records.wiring import FoundationRecord, InitialRecord, WiringRecord
 
 SCHEMA = 1
 """Number of the file format; it moves with every change of a field."""
@@ -98,6 +100,16 @@ class RunRecord:
     """Answers of the reloaded adapter."""
     looks: tuple[LookRecord, ...] = ()
     """The extra looks that were asked for."""
+    wiring: WiringRecord | None = None
+    """What takes a gradient; None without the look `wiring`."""
+    initial: InitialRecord | None = None
+    """The factors before the first step; None without the look `wiring`."""
+    foundation: FoundationRecord | None = None
+    """The base before the first step; None without the look `wiring`."""
+    supervision: SupervisionRecord | None = None
+    """The rows' labels; None without the look `supervision`."""
+    prompts: PromptsRecord | None = None
+    """What generation is given; None without the look `prompts`."""
     adapter_digest: str = ""
     """Digest of the bits of every trainable tensor after the last step; empty where none was seen."""
     seconds: float | None = None

@@ -108,7 +108,9 @@ class TensorRecord:
     name: str
     """Name of the parameter in the model."""
     dtype: str
-    """Type it is stored in, a torch dtype name."""
+    """Type it is stored in at the end, a torch dtype name."""
+    initial_dtype: str | None = None
+    """Type it was stored in before the first step."""
     elements: int
     """Number of elements."""
     initial_norm: float | None = None
@@ -144,6 +146,14 @@ class OptimizerRecord:
     """Types of its floating-point states of more than one element."""
     owns_trainables: bool | None = None
     """Whether its parameters are exactly the trainable ones."""
+    lacking: Names = NONE
+    """Tensors that were trainable when the training began, or are at its end, and that it does not own."""
+    foreign: Names = NONE
+    """Tensors of the model that it owns, that take a gradient, and that did not when the training began."""
+    twice: Names = NONE
+    """Tensors that it owns in more than one place."""
+    idle: int = 0
+    """Parameters that it owns and that no gradient reaches: frozen ones, and ones outside the model."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,6 @@ OPTIONAL = {
     "optimizer.eps": "SGD has none; read for the diagnosis alone",
     "optimizer.weight_decay": "not every optimizer has one; nothing is judged by it",
     "optimizer.state_dtypes[]": "SGD keeps no state; read for the diagnosis alone",
-    "optimizer.owns_trainables": "read for the diagnosis alone: whether the tensors moved is seen at the tensors",
     "max_grad_norm": "None means no clipping",
     "tf32": "there is none on a CPU, and it concerns float32 products alone",
     "steps[].supervised_tokens": "None where the batches hold no labels",

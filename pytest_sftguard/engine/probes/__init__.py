@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from pytest_sftguard import registry
+from pytest_sftguard.engine.foundation import Loads
 from pytest_sftguard.engine.isolation import isolated
 from pytest_sftguard.engine.targets import Target, TargetError
 from pytest_sftguard.matrix import RunConfig
@@ -66,6 +67,10 @@ class Scene:
     """The Trainer that was built for reloading; its model's base is `reloaded`'s."""
     initial: dict[str, Tensor] = field(default_factory=dict)
     """The trainable tensors as they were before the first step, on the device."""
+    loads: Loads = field(default_factory=Loads)
+    """What transformers said of the checkpoints that the training's model was loaded from."""
+    redrawn: set[str] | None = None
+    """Trainable tensors that came out otherwise where the target was built under another seed."""
 
 
 class Probe:
@@ -79,6 +84,9 @@ class Probe:
 
     def attach(self, scene: Scene) -> None:
         """The recorder and its watch are there; the training begins next."""
+
+    def rebuilt(self, scene: Scene) -> None:
+        """The target has been built once more, as `scene.fresh_trainer`, and nothing was loaded into it yet."""
 
     def conclude(self, scene: Scene) -> dict[str, Any]:
         """The run is over: the fields of a RunRecord that this look fills.
@@ -104,6 +112,11 @@ class Probes:
         """Let each attach itself."""
         for name, probe in self._probes.items():
             self._guarded(name, probe.attach, scene)
+
+    def rebuilt(self, scene: Scene) -> None:
+        """Let each look at the second model."""
+        for name, probe in self._probes.items():
+            self._guarded(name, probe.rebuilt, scene)
 
     def conclude(self, scene: Scene) -> dict[str, Any]:
         """The fields that all of them fill, `looks` among them."""
