@@ -3,8 +3,10 @@
 from pytest_sftguard.records.encoding import RecordError, numbers, write_text
 from pytest_sftguard.records.looks import LookRecord
 from pytest_sftguard.records.names import Names
+from pytest_sftguard.records.replay import ReplayedStepRecord, ReplayedTensorRecord, ReplayRecord
 from pytest_sftguard.records.results import AnswerRecord, RoundTripRecord
 from pytest_sftguard.records.run import SCHEMA, ErrorRecord, RunRecord
+from pytest_sftguard.records.schedule import ScheduleRecord
 from pytest_sftguard.records.training import BaseRecord, LogRecord, OptimizerRecord, StepRecord, TensorRecord
 
 __all__ = [
@@ -17,8 +19,12 @@ __all__ = [
     "Names",
     "OptimizerRecord",
     "RecordError",
+    "ReplayRecord",
+    "ReplayedStepRecord",
+    "ReplayedTensorRecord",
     "RoundTripRecord",
     "RunRecord",
+    "ScheduleRecord",
     "StepRecord",
     "TensorRecord",
     "numbers",

@@ -11,7 +11,9 @@ from typing import Any
 from pytest_sftguard.hardware import HardwareProfile
 from pytest_sftguard.records.encoding import RecordError, decode, encode, write_text
 from pytest_sftguard.records.looks import LookRecord
+from pytest_sftguard.records.replay import ReplayRecord
 from pytest_sftguard.records.results import AnswerRecord, RoundTripRecord
+from pytest_sftguard.records.schedule import ScheduleRecord
 from pytest_sftguard.records.training import BaseRecord, LogRecord, OptimizerRecord, StepRecord, TensorRecord
 
 SCHEMA = 1
@@ -98,6 +100,10 @@ class RunRecord:
     """Answers of the reloaded adapter."""
     looks: tuple[LookRecord, ...] = ()
     """The extra looks that were asked for."""
+    schedule: ScheduleRecord | None = None
+    """What the learning rate should have been; None if no training began."""
+    replay: ReplayRecord | None = None
+    """The optimizer's steps in float32; None where nothing was replayed."""
     adapter_digest: str = ""
     """Digest of the bits of every trainable tensor after the last step; empty where none was seen."""
     seconds: float | None = None
