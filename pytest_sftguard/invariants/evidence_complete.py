@@ -24,7 +24,7 @@ class EvidenceComplete(Invariant):
         """Count first, then look for gaps."""
         if record.error is not None:
             yield self._ended_early(record, record.error)
-        else:
+        if record.error is None or record.error.stage not in ("build", "train"):
             yield from self._counts(record)
         yield from self._gaps(record)
         yield from self._tensors(record)

@@ -33,7 +33,7 @@ class LrTrace(Invariant):
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Compare step by step, then count the zeros."""
         taken = [s for s in record.steps if s.effect != "skipped_by_scaler"]
-        unseen = [s.step for s in taken if s.learning_rate is None]
+        unseen = [s.step for s in record.steps if s.learning_rate is None]
         if not record.steps or unseen:
             yield self.not_evaluated(f"no learning rate was seen{f' at step {unseen[0]}' if unseen else ''}")
             return
@@ -60,12 +60,10 @@ class LrTrace(Invariant):
     def _compared(self, record: RunRecord, schedule: ScheduleRecord) -> Iterator[Finding]:
         skips = 0
         for i, s in enumerate(record.steps):
-            if s.effect == "skipped_by_scaler":
-                skips += 1
-                continue
             due = i - skips
             ahead = min(skips, self._budget(s.step))
             if any(self._same(s.learning_rate, rate) for rate in schedule.rates[due : due + ahead + 1]):
+                skips += s.scale_fell and not s.changed
                 continue
             at = next((k for k, r in enumerate(schedule.rates) if self._same(s.learning_rate, r)), None)
             place = "" if at is None else f", which is that of step {at + 1}"

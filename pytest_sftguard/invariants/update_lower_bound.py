@@ -31,7 +31,7 @@ class UpdateLowerBound(Invariant):
             lacking = {t.name for t in record.adapter} - {t.name for t in replay.tensors}
             if lacking or not replay.tensors:
                 yield self.not_evaluated(f"{len(lacking)} tensors were not replayed", required=True)
-        taken = sum(s.effect != "skipped_by_scaler" for s in record.steps)
+        taken = sum(not (s.scale_fell and not s.changed) for s in record.steps)
         if len(replay.steps) != taken:
             yield self.not_evaluated(f"{len(replay.steps)} of {taken} steps were replayed", required=True)
         yield from self._off(replay)

@@ -26,13 +26,17 @@ NAN = math.nan
 def DERIVED(record: RunRecord) -> dict[str, Any]:  # noqa: N802 - one of the tables
     """What the recorder, the schedule and the replay would have seen of the steps of `record`."""
     taken = [s for s in record.steps if s.effect != "skipped_by_scaler"]
-    rates = [s.learning_rate or 0.0 for s in taken]
+    rates = [s.learning_rate or 0.0 for s in taken or record.steps]
     rates += rates[-1:] * (len(record.steps) - len(rates))
+    steps, due = [], 0
+    for s in record.steps:  # the schedule waits for skipped steps
+        steps.append(dataclasses.replace(_with_update(s), learning_rate=rates[due]))
+        due += s.effect != "skipped_by_scaler"
     assert record.optimizer is not None
     norm = record.grad_norms[-1]
     replayed = {"update_norm": norm, "replay_norm": norm} if math.isfinite(norm) else _ONE
     return {
-        "steps": tuple(_with_update(s) for s in record.steps),
+        "steps": tuple(steps),
         "max_grad_norm": 1e4,
         "optimizer": dataclasses.replace(record.optimizer, betas=(0.9, 0.999)),
         "schedule": ScheduleRecord(name="LambdaLR", rates=tuple(rates)),
