@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pytest_sftguard.engine import updates
 from pytest_sftguard.engine.adapters import base_digests, base_tensors, lora_layers, partial_factors, trainables
 from pytest_sftguard.engine.tensors import combined, digests, dtype_name, norms, to_host
 from pytest_sftguard.records import BaseRecord, Names, OptimizerRecord, StepRecord, TensorRecord
@@ -31,6 +32,7 @@ class Recorder:
         self._start = [p.detach().clone() for p in self.parameters.values()]
         self._previous = [p.clone() for p in self._start]
         self._largest_move = [torch.zeros_like(p) for p in self._start]
+        [self._largest_weights] = to_host([norms(self._start, math.inf)])
         self._base_before = base_digests(model)
         self._layer_of = _holders(self.parameters, lora_layers(model))
         self.used_layers: set[str] = set()
@@ -43,6 +45,7 @@ class Recorder:
         self._returned: list[Tensor] = []
         self._tokens: list[Tensor] = []
         self._gradients: dict[str, Any] | None = None
+        self._received: Tensor | None = None
         self._started: float | None = None
         self._stale: tuple[list[str], Tensor] = ([], torch.empty(0))
         self.used_layers = set()
@@ -85,6 +88,11 @@ class Recorder:
             "moved": norms(moved, math.inf),
         }
 
+    def at_optimizer(self, loss_scale: Tensor | None = None) -> None:
+        """The optimizer is about to step: these are the gradients that it gets, still scaled where `loss_scale` is."""
+        tensors = [_dense(p.grad) for p in self.parameters.values() if p.grad is not None]
+        self._received = norms(tensors, 2) / (1.0 if loss_scale is None else loss_scale)
+
     def after_step(
         self, optimizer: torch.optim.Optimizer, learning_rate: float | None, loss_scale: Tensor | None = None
     ) -> None:
@@ -96,12 +104,14 @@ class Recorder:
             "names": [],
             **dict.fromkeys(("l2", "largest", "moved", "scale"), torch.empty(0)),
         }
-        scale, scale_after, loss, micro, tokens, l2, largest, moved, stale, update, weights, moments = to_host(
+        received = torch.empty(0) if self._received is None else self._received
+        scale, scale_after, loss, micro, tokens, l2, largest, moved, stale, update, weights, moments, given = to_host(
             [
                 gradients["scale"], _one(loss_scale),
                 _stacked(self._returned), _stacked(self._micro_losses), _stacked(self._tokens),
                 gradients["l2"], gradients["largest"], gradients["moved"], self._stale[1],
                 norms(difference, math.inf), norms(now, math.inf), norms([t for _, t in states], math.inf),
+                received,
             ]
         )  # fmt: skip
         if now:
@@ -112,6 +122,8 @@ class Recorder:
         names = list(self.parameters)
         finite = [math.isfinite(w) for w in weights]
         seen = self._gradients is not None
+        ratio, furthest = updates.largest(optimizer, self.parameters, update, self._largest_weights, weights)
+        self._largest_weights = weights
         self.steps.append(
             StepRecord(
                 step=len(self.steps) + 1,
@@ -133,6 +145,9 @@ class Recorder:
                 nonfinite_weights=_named(names, (not f for f in finite)),
                 nonfinite_moments=_named([n for n, _ in states], (not math.isfinite(v) for v in moments)),
                 max_update=_largest(update),
+                max_update_ratio=ratio,
+                max_update_tensor=furthest,
+                received_grad_norm=None if self._received is None else _hypot(given),
                 supervised_tokens=int(sum(tokens)) if tokens else None,
                 seconds=time.perf_counter() - self._started if self._started is not None else None,
                 peak_memory_bytes=self._peak_memory(),
@@ -200,6 +215,7 @@ class Recorder:
             fused=bool(group.get("fused")),
             eps=_number(group.get("eps")),
             weight_decay=_number(group.get("weight_decay")),
+            betas=updates.betas(optimizer),
             state_dtypes=tuple(sorted({dtype_name(t.dtype) for t in states})),
             owns_trainables=owned == {id(p) for p in self.parameters.values()},
             lacking=Names.of(n for n, p in learning.items() if id(p) not in owned),

@@ -167,6 +167,7 @@ class _Cell:
                 log=watch.log(),
                 global_step=trainer.state.global_step,
                 micro_batches_per_epoch=watch.micro_batches_per_epoch,
+                schedule=watch.schedule.record(self.config.steps) if watch.schedule else None,
             )
             if watch.optimizer is not None:
                 self.seen["optimizer"] = recorder.optimizer(watch.optimizer)

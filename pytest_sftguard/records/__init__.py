@@ -5,7 +5,9 @@ from pytest_sftguard.records.encoding import RecordError, numbers, write_text
 from pytest_sftguard.records.looks import LookRecord
 from pytest_sftguard.records.names import Names
 from pytest_sftguard.records.results import AnswerRecord, FinitenessRecord, RoundTripRecord
+from pytest_sftguard.records.replay import ReplayedStepRecord, ReplayedTensorRecord, ReplayRecord
 from pytest_sftguard.records.run import SCHEMA, ErrorRecord, RunRecord
+from pytest_sftguard.records.schedule import ScheduleRecord
 from pytest_sftguard.records.training import BaseRecord, LogRecord, OptimizerRecord, StepRecord, TensorRecord
 from pytest_sftguard.records.wiring import FoundationRecord, InitialRecord, WiringRecord
 
@@ -24,8 +26,12 @@ __all__ = [
     "OptimizerRecord",
     "PromptsRecord",
     "RecordError",
+    "ReplayRecord",
+    "ReplayedStepRecord",
+    "ReplayedTensorRecord",
     "RoundTripRecord",
     "RunRecord",
+    "ScheduleRecord",
     "StepRecord",
     "SupervisionRecord",
     "TensorRecord",

@@ -12,7 +12,9 @@ from pytest_sftguard.hardware import HardwareProfile
 from pytest_sftguard.records.audit import PromptsRecord, SupervisionRecord
 from pytest_sftguard.records.encoding import RecordError, decode, encode, write_text
 from pytest_sftguard.records.looks import LookRecord
+from pytest_sftguard.records.replay import ReplayRecord
 from pytest_sftguard.records.results import AnswerRecord, RoundTripRecord
+from pytest_sftguard.records.schedule import ScheduleRecord
 from pytest_sftguard.records.training import BaseRecord, LogRecord, OptimizerRecord, StepRecord, TensorRecord
 from pytest_sftguard.records.wiring import FoundationRecord, InitialRecord, WiringRecord
 
@@ -110,6 +112,10 @@ class RunRecord:
     """The rows' labels; None without the look `supervision`."""
     prompts: PromptsRecord | None = None
     """What generation is given; None without the look `prompts`."""
+    schedule: ScheduleRecord | None = None
+    """What the learning rate should have been; None if no training began."""
+    replay: ReplayRecord | None = None
+    """The optimizer's steps in float32; None where nothing was replayed."""
     adapter_digest: str = ""
     """Digest of the bits of every trainable tensor after the last step; empty where none was seen."""
     seconds: float | None = None

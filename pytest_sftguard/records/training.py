@@ -50,6 +50,13 @@ class StepRecord:
     """Optimizer states that hold NaN or infinity after the step, as `parameter:state`."""
     max_update: float | None = None
     """Largest absolute change of a trainable element in the step."""
+    max_update_ratio: float | None = None
+    """Largest change of an element in learning rates of its own group, less weight decay and rounding, over all
+    tensors; None where the optimizer is none of Adam's kin."""
+    max_update_tensor: str = ""
+    """The tensor in which that was; empty where nothing changed."""
+    received_grad_norm: float | None = None
+    """Global L2 norm of the unscaled gradients that the optimizer was given, after clipping and all else."""
     supervised_tokens: int | None = None
     """Labels of the step that count after the shift; None where the batches hold no labels."""
     seconds: float | None = None
@@ -142,6 +149,8 @@ class OptimizerRecord:
     """The `eps` of the first group, where it has one."""
     weight_decay: float | None = None
     """The `weight_decay` of the first group, where it has one."""
+    betas: tuple[float, ...] = ()
+    """Decay rates of Adam's moments, those of the group with the largest possible update; empty for another kind."""
     state_dtypes: tuple[str, ...] = ()
     """Types of its floating-point states of more than one element."""
     owns_trainables: bool | None = None

@@ -71,7 +71,7 @@ def test_non_finite_number_never_passes(record, value, data):
 
 def _of_a_skipped_step(record, path):
     """Whether `path` is a gradient of a step that the loss scaler skipped, or the log's copy of it: healthy (law 3)."""
-    if path[-1] not in ("grad_norm", "max_abs_gradient"):
+    if path[-1] not in ("grad_norm", "max_abs_gradient", "received_grad_norm"):
         return False
     held = getattr(record, path[0])[path[1]]
     return any(s.step == held.step and s.effect == "skipped_by_scaler" for s in record.steps)
