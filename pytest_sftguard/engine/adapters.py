@@ -118,11 +118,14 @@ def round_trip(
     base_names = {_in_file(n) for n in base_tensors(trained)}
 
     fresh_digest = combined(base_digests(fresh))
-    restored = _takes_from_the_base(fresh)
+    restored, fresh_config = _takes_from_the_base(fresh), _config(fresh)
     base = fresh.merge_and_unload() if restored else fresh.unload() if hasattr(fresh, "unload") else fresh
     if hasattr(base, "peft_config"):
         del base.peft_config  # left behind by `unload`, and peft warns of it
     device = next(trained.parameters()).device
+    base = base.to(device).eval()
+    with torch.no_grad(), _eager(base):
+        base_logits = base(**probe).logits
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         reloaded = PeftModel.from_pretrained(base, str(folder)).to(device).eval()
@@ -132,8 +135,8 @@ def round_trip(
     with torch.no_grad(), _eager(trained), _eager(reloaded):
         trained.eval()
         before, after = trained(**probe).logits, reloaded(**probe).logits
-        with reloaded.disable_adapter():
-            base_logits = reloaded(**probe).logits
+        with _disabled(trained):
+            without = trained(**probe).logits
     wrong_shape = {n for n in expected if n in saved and saved[n].shape != expected[n].shape}
     return RoundTripRecord(
         file_bytes=path.stat().st_size if path.exists() else 0,
@@ -149,6 +152,8 @@ def round_trip(
         max_abs_logit=before.float().abs().max().item(),
         max_logit_change=(before.float() - after.float()).abs().max().item(),
         max_logit_effect=(after.float() - base_logits.float()).abs().max().item(),
+        max_base_change=(without.float() - base_logits.float()).abs().max().item(),
+        base_differs=base_differs(fresh_config),
     ), reloaded
 
 
@@ -165,10 +170,33 @@ def _same_numbers(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one.double(), other.double(), rtol=0, atol=0, equal_nan=True)
 
 
+def base_differs(config: Any) -> str:
+    """Why a model with the adapter of `config` disabled is not the base, soundly; empty where it must be."""
+    if str(getattr(config, "init_lora_weights", "")).lower().startswith(_TAKEN_FROM_THE_BASE):
+        return "the adapter starts as a part of the base's weights, which the base lacks without it"
+    if getattr(config, "bias", "none") not in ("none", None):
+        return "the base's own biases are trained, and stay where the adapter is disabled"
+    return ""
+
+
 def _takes_from_the_base(fresh: Any) -> bool:
     """Whether the adapter starts as a part of the base's weights, which the base loses, and gets back by merging."""
-    config = getattr(fresh, "peft_config", {}).get(_active(fresh)[0])
-    return str(getattr(config, "init_lora_weights", "")).lower().startswith(_TAKEN_FROM_THE_BASE)
+    init = getattr(_config(fresh), "init_lora_weights", "")
+    return str(init).lower().startswith(_TAKEN_FROM_THE_BASE)
+
+
+def _config(model: Any) -> Any:
+    """The configuration of the active adapter."""
+    return getattr(model, "peft_config", {}).get(_active(model)[0])
+
+
+@contextlib.contextmanager
+def _disabled(model: Any) -> Iterator[None]:
+    """Run without the adapter. Peft warns of trained biases, which `base_differs` knows."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with model.disable_adapter():
+            yield
 
 
 def _active(model: nn.Module) -> list[str]:

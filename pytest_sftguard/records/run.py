@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_sftguard.hardware import HardwareProfile
+from pytest_sftguard.records.afterwards import BaseAnswersRecord, MergeRecord, ParserRecord
 from pytest_sftguard.records.encoding import RecordError, decode, encode, write_text
 from pytest_sftguard.records.looks import LookRecord
 from pytest_sftguard.records.results import AnswerRecord, RoundTripRecord
@@ -98,6 +99,12 @@ class RunRecord:
     """Answers of the reloaded adapter."""
     looks: tuple[LookRecord, ...] = ()
     """The extra looks that were asked for."""
+    parser: ParserRecord | None = None
+    """How the target reads answers; None where it is asked no questions."""
+    base_answers: BaseAnswersRecord | None = None
+    """The base's answers to the same questions; None where they were not looked at."""
+    merge: MergeRecord | None = None
+    """The adapter merged into its base; None where it was not looked at."""
     adapter_digest: str = ""
     """Digest of the bits of every trainable tensor after the last step; empty where none was seen."""
     seconds: float | None = None
