@@ -33,7 +33,8 @@ class AnswersBeatBase(Invariant):
     """How many answers more than the base's the adapter may lose, in standard deviations of a coin toss about each
     answer that only one of them has right: five lost and none won is too much, four may be chance."""
     max_rise: float = 1.5
-    """Largest mean loss of four steps in a row, relative to the first step's, before the training counts as blown up.
+    """Largest mean loss of four steps in a row, relative to the base's, before the training counts as blown up; the
+    base's is that of the first step or of the first rows, whichever is more, as a single row may be an easy one.
     Measured on sums: 1.0 at sound learning rates, 1.4 at six times the best, 7 at twenty times, 170 at a hundred."""
     min_distinct: float = 0.25
     """Share of distinct answers, of the distinct expected ones, below which a training that blew up has collapsed.
@@ -108,12 +109,13 @@ class AnswersBeatBase(Invariant):
     def _collapse(self, record: RunRecord, base: BaseAnswersRecord, learning: Learning, gained: int) -> Finding | None:
         expected = len({a.expected for a in record.answers})
         given = len({a.text for a in record.answers})
-        if learning.peak <= self.max_rise * learning.first or expected < 2 or gained > max(1, self._noise(expected)):
+        start = max(learning.first, base.loss or 0.0)
+        if learning.peak <= self.max_rise * start or expected < 2 or gained > max(1, self._noise(expected)):
             return None
-        if given >= self.min_distinct * expected and learning.last <= learning.first:
+        if given >= self.min_distinct * expected and learning.last <= start:
             return None
         return self.failed(
-            f"the training blew up and collapsed: the loss rose to {learning.peak:.3g} from {learning.first:.3g}, ended"
+            f"the training blew up and collapsed: the loss rose to {learning.peak:.3g} from {start:.3g}, ended"
             f" at {learning.last:.3g}, and {given} distinct answers are given where {expected} are expected;"
             f" {self._counts(record, base)}",
             observed=given, limit=self.min_distinct * expected,

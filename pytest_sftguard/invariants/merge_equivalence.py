@@ -77,8 +77,8 @@ class MergeEquivalence(Invariant):
             yield self.not_evaluated("it was not seen what merging made of the adapter's change of the weights")
         elif not merge.swallowed <= self.max_swallowed:
             what = (
-                f"merging into {merge.dtype} leaves {merge.swallowed:.1%} of the adapted weights as they were, and keeps"
-                f" {merge.kept:.0%} of the adapter's change (least of it in {merge.least_kept})"
+                f"merging into {merge.dtype} leaves {merge.swallowed:.1%} of the adapted weights as they were,"
+                f" and keeps {merge.kept:.0%} of the adapter's change (least of it in {merge.least_kept})"
             )
             if len(record.steps) < MIN_STEPS and math.isfinite(merge.swallowed):
                 yield self.not_evaluated(

@@ -21,7 +21,7 @@ class Stops(Invariant):
     """As in `answers_beat_base`: the share of the first loss that is left then."""
     min_stopped_fraction: float = 0.75
     """Share of the answers that must end. The losses promise 71 % of the trained rows and more, in practice all:
-    16 of 16 sums after 100 steps. Measured: 0 where labels are shifted twice, or the end token is masked with padding."""
+    16 of 16 sums after 100 steps. Measured: 0 where labels are shifted twice, or the end is masked with padding."""
 
     code: ClassVar[str] = "D6"
     required: ClassVar[bool] = False

@@ -34,6 +34,8 @@ class BaseAnswersRecord:
     """Rows that were looked through."""
     ends_taught: int | None = None
     """Those of the rows whose supervised tokens hold an end token; None where generation knows no end token."""
+    loss: float | None = None
+    """Mean loss of the base on the first micro-batches that were trained on; None where it has none of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 from pytest_sftguard.engine import adapters, generation
 from pytest_sftguard.engine.probes import InapplicableError, Probe, Scene
 from pytest_sftguard.records import BaseAnswersRecord
+
+_BATCHES = 8
+"""Micro-batches that the base's loss is the mean of: enough rows to even out, few passes."""
 
 
 class BaseAnswers(Probe):
@@ -33,10 +37,10 @@ class BaseAnswers(Probe):
         if adapters.base_differs(model.peft_config[model.active_adapters[0]]):
             other: Any = scene.build("base").model  # the reloaded one is not its base without the adapter
             base = other.merge_and_unload().to(next(model.parameters()).device).eval()
-            answers = generation.answers(base, words, scene.target, pairs, budget)
+            answers, loss = generation.answers(base, words, scene.target, pairs, budget), _loss(base, batches)
         else:
             with model.disable_adapter():
-                answers = generation.answers(model, words, scene.target, pairs, budget)
+                answers, loss = generation.answers(model, words, scene.target, pairs, budget), _loss(model, batches)
         prompts = [_spelled(words(prompt + scene.target.answer_prefix)["input_ids"][:-1]) for prompt, _ in pairs]
         texts = [_spelled(ids) for ids, _ in rows]
         record = BaseAnswersRecord(
@@ -44,8 +48,21 @@ class BaseAnswers(Probe):
             taught=sum(any(prompt in text for text in texts) for prompt in prompts),
             rows=len(rows),
             ends_taught=sum(bool(ends & set(labels)) for _, labels in rows) if ends else None,
+            loss=loss,
         )
         return {"base_answers": record}
+
+
+def _loss(model: Any, batches: list[dict[str, Any]]) -> float | None:
+    """Mean loss of the first micro-batches, as the model itself computes it."""
+    losses = []
+    for batch in batches[:_BATCHES]:
+        inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "labels")}
+        with torch.no_grad():
+            loss = model(**inputs).loss if len(inputs) == 3 else None
+        if loss is not None and math.isfinite(loss.item()):  # a micro-batch without labels has none
+            losses.append(loss.item())
+    return math.fsum(losses) / len(losses) if losses else None
 
 
 def _rows(batch: dict[str, Any]) -> Iterator[tuple[list[int], list[int]]]:
