@@ -13,11 +13,13 @@ from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.precision import mode_named
 from pytest_sftguard.records import (
     AnswerRecord,
+    BaseAnswersRecord,
     BaseRecord,
     LogRecord,
     LookRecord,
     Names,
     OptimizerRecord,
+    ParserRecord,
     RoundTripRecord,
     RunRecord,
     StepRecord,
@@ -112,9 +114,12 @@ def healthy(
             max_abs_logit=logit,
             max_logit_change=logit * mode.logits_rtol / 2,
             max_logit_effect=next(draw),
+            max_base_change=0.0,
         ),
         answers=tuple(
-            AnswerRecord(prompt=f"{i} km in m", text=f"<answer>{parsed}", expected=1000.0 * i, parsed=parsed)
+            AnswerRecord(
+                prompt=f"{i} km in m", text=f"<answer>{parsed}", expected=1000.0 * i, parsed=parsed, stopped=True
+            )
             for i, parsed in enumerate(answers, 1)
         ),
         seconds=next(draw),
@@ -124,11 +129,18 @@ def healthy(
     record = dataclasses.replace(
         record,
         questions=len(record.answers),
-        looks=tuple(LookRecord(name=name) for name in LOOKS),
+        parser=ParserRecord(tried=20) if record.answers else None,
+        base_answers=BaseAnswersRecord(answers=record.answers, taught=0, rows=8) if record.answers else None,
+        looks=tuple(_look(name, bool(record.answers)) for name in LOOKS),
     )
     for module in modules():
         record = dataclasses.replace(record, **getattr(module, "FIELDS", _nothing)(cell, names))
     return dataclasses.replace(record, **changes)
+
+
+def _look(name: str, asked: bool) -> LookRecord:
+    """A look that came to its end; the one at answers has none to look at where nothing is asked."""
+    return LookRecord(name=name, inapplicable="" if asked or name != "base_answers" else "no questions are asked")
 
 
 def _nothing(cell: Cell, names: list[str]) -> dict[str, Any]:

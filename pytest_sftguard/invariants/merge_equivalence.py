@@ -23,13 +23,13 @@ class MergeEquivalence(Invariant):
     other as the rounding is large.
     """
 
-    ulps: float = 8.0
+    ulps: float = 24.0
     """Largest change of a logit in half precision, in units of the last place of the weights' type at the largest
-    logit. The product of one rounded sum is rounded otherwise than the sum of two products. Measured: 0.5 to 2.4 on
-    tiny models, 5.4 on the one of six layers in bfloat16; 8 times as much and more where a tied head is merged."""
+    logit. The product of one rounded sum is rounded otherwise than the sum of two products, and layers add that up.
+    Measured: 0.5 to 4 on tiny models, 2 to 7.7 on the one of six layers; 74 and more where a tied head is merged."""
     float32_rtol: float = 1e-4
     """The same in float32, relative to the largest logit: its last place is so fine that the depth of a model decides.
-    Measured: 3e-7 on the tiny models, 4.5e-6 on the one of six layers; 1 and more where a tied head is merged."""
+    Measured: 3e-7 on the tiny models, 4.5e-6 on the one of six layers; 0.4 and more where a tied head is merged."""
     max_swallowed: float = 0.4
     """Share of the weights that merging may leave as they were, because half of their last place is more than the
     adapter adds. Measured in bfloat16 after 30 steps: 0.03 at the learning rate 1e-3, 0.28 at 1e-4, 0.47 to 0.86 at
@@ -45,8 +45,7 @@ class MergeEquivalence(Invariant):
             return
         if merge.touched:
             yield self.failed(
-                f"merging changed {merge.touched}, which the adapter does not target: they share their numbers with"
-                " what it does",
+                f"merging changed {merge.touched}, which the adapter does not target: tied to what it does",
                 observed=merge.touched.count, limit=0,
             )  # fmt: skip
         yield from self._logits(record, merge)

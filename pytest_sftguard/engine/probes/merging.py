@@ -37,14 +37,14 @@ class Merging(Probe):
         _refuse(model)
         probe = _probe(scene.watch.batches)
         layers = {n: m for n, m in lora_layers(model).items() if hasattr(m, "merge") and hasattr(m, "merged_adapters")}
-        before = _digests(model, model.active_adapters[0])
         unmerged = _logits(model, probe)
         changes = {n: _change(layer) for n, layer in _outermost(layers)}
+        targets = tuple(f"{_plain(n)}." for n in layers)
+        before = _digests(model, model.active_adapters[0])  # no forward pass from here to `after`: it may write buffers
         merged = _merged(model)
+        after = {n: d for n, d in _digests(merged, "").items() if not f"{n}.".startswith(targets)}
         logits = _logits(merged, probe)
         again, not_saved = _saved_and_loaded(merged, scene.folder / "merged", probe)
-        targets = tuple(f"{_plain(n)}." for n in layers)
-        after = {n: d for n, d in _digests(merged, "").items() if not f"{n}.".startswith(targets)}
         return {
             "merge": MergeRecord(
                 layers=len(layers),
