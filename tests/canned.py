@@ -13,12 +13,14 @@ from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.precision import mode_named
 from pytest_sftguard.records import (
     AnswerRecord,
+    BaseAnswersRecord,
     BaseRecord,
     FinitenessRecord,
     LogRecord,
     LookRecord,
     Names,
     OptimizerRecord,
+    ParserRecord,
     RoundTripRecord,
     RunRecord,
     StepRecord,
@@ -115,9 +117,12 @@ def healthy(
             max_logit_effect=next(draw),
             other_seed=1,
             finiteness=FinitenessRecord(rows=2, tokens=18, padded_rows=1, attention="eager", logits=2048),
+            max_base_change=0.0,
         ),
         answers=tuple(
-            AnswerRecord(prompt=f"{i} km in m", text=f"<answer>{parsed}", expected=1000.0 * i, parsed=parsed)
+            AnswerRecord(
+                prompt=f"{i} km in m", text=f"<answer>{parsed}", expected=1000.0 * i, parsed=parsed, stopped=True
+            )
             for i, parsed in enumerate(answers, 1)
         ),
         seconds=next(draw),
@@ -127,13 +132,20 @@ def healthy(
     record = dataclasses.replace(
         record,
         questions=len(record.answers),
-        looks=tuple(LookRecord(name=name) for name in LOOKS),
+        parser=ParserRecord(tried=20) if record.answers else None,
+        base_answers=BaseAnswersRecord(answers=record.answers, taught=0, rows=8) if record.answers else None,
+        looks=tuple(_look(name, bool(record.answers)) for name in LOOKS),
     )
     for module in modules():
         record = dataclasses.replace(record, **getattr(module, "FIELDS", _nothing)(cell, names))
     for module in modules():
         record = dataclasses.replace(record, **getattr(module, "DERIVED", _nothing_more)(record))
     return dataclasses.replace(record, **changes)
+
+
+def _look(name: str, asked: bool) -> LookRecord:
+    """A look that came to its end; the one at answers has none to look at where nothing is asked."""
+    return LookRecord(name=name, inapplicable="" if asked or name != "base_answers" else "no questions are asked")
 
 
 def _nothing(cell: Cell, names: list[str]) -> dict[str, Any]:

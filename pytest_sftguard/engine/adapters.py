@@ -117,11 +117,14 @@ def round_trip(
     every_name = {in_file(n, name) for n, _ in trained.named_parameters(remove_duplicate=False)}  # tied ones too
     base_names = {in_file(n) for n in base_tensors(trained)}
 
-    restored = takes_from_the_base(fresh)
+    restored, fresh_config = takes_from_the_base(fresh), _config(fresh)
     base = fresh.merge_and_unload() if restored else fresh.unload() if hasattr(fresh, "unload") else fresh
     if hasattr(base, "peft_config"):
         del base.peft_config  # left behind by `unload`, and peft warns of it
     device = next(trained.parameters()).device
+    base = base.to(device).eval()
+    with torch.no_grad(), _eager(base):
+        inputs, (base_logits,), unpadded = probe.answers(base)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         reloaded = PeftModel.from_pretrained(base, str(folder)).to(device).eval()
@@ -130,11 +133,13 @@ def round_trip(
 
     with torch.no_grad(), _eager(trained) as one, _eager(reloaded) as other:
         trained.eval()
-        inputs, (before, after), unpadded = probe.answers(trained, reloaded)
-        with reloaded.disable_adapter():
-            base_logits = reloaded(**inputs).logits
+        before, after = trained(**inputs).logits, reloaded(**inputs).logits
+        with _disabled(trained):
+            without = trained(**inputs).logits
     seen = finiteness.seen(inputs, [before, after], unpadded, one and other)
-    before, after, base_logits = (finiteness.attended(t, inputs) for t in (before, after, base_logits))
+    before, after, without, base_logits = (
+        finiteness.attended(t, inputs) for t in (before, after, without, base_logits)
+    )
     wrong_shape = {n for n in expected if n in saved and saved[n].shape != expected[n].shape}
     return RoundTripRecord(
         file_bytes=path.stat().st_size if path.exists() else 0,
@@ -150,6 +155,8 @@ def round_trip(
         max_logit_change=(before.float() - after.float()).abs().max().item(),
         max_logit_effect=(after.float() - base_logits.float()).abs().max().item(),
         finiteness=seen,
+        max_base_change=(without.float() - base_logits.float()).abs().max().item(),
+        base_differs=base_differs(fresh_config),
     ), reloaded
 
 
@@ -180,10 +187,33 @@ def _same_numbers(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one.double(), other.double(), rtol=0, atol=0, equal_nan=True)
 
 
+def base_differs(config: Any) -> str:
+    """Why a model with the adapter of `config` disabled is not the base, soundly; empty where it must be."""
+    if str(getattr(config, "init_lora_weights", "")).lower().startswith(_TAKEN_FROM_THE_BASE):
+        return "the adapter starts as a part of the base's weights, which the base lacks without it"
+    if getattr(config, "bias", "none") not in ("none", None):
+        return "the base's own biases are trained, and stay where the adapter is disabled"
+    return ""
+
+
 def takes_from_the_base(fresh: Any) -> bool:
     """Whether the adapter starts as a part of the base's weights, which the base loses, and gets back by merging."""
-    config = getattr(fresh, "peft_config", {}).get(active_adapters(fresh)[0])
-    return str(getattr(config, "init_lora_weights", "")).lower().startswith(_TAKEN_FROM_THE_BASE)
+    init = getattr(_config(fresh), "init_lora_weights", "")
+    return str(init).lower().startswith(_TAKEN_FROM_THE_BASE)
+
+
+def _config(model: Any) -> Any:
+    """The configuration of the active adapter."""
+    return getattr(model, "peft_config", {}).get(active_adapters(model)[0])
+
+
+@contextlib.contextmanager
+def _disabled(model: Any) -> Iterator[None]:
+    """Run without the adapter. Peft warns of trained biases, which `base_differs` knows."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with model.disable_adapter():
+            yield
 
 
 def active_adapters(model: nn.Module) -> list[str]:

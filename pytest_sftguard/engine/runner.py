@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_sftguard.engine import adapters, finiteness, generation, variants
+from pytest_sftguard.engine import adapters, finiteness, generation, parsing, variants
 from pytest_sftguard.engine.building import build
 from pytest_sftguard.engine.isolation import isolated
 from pytest_sftguard.engine.memory import Forecast, free_bytes, overhead_bytes
@@ -140,7 +140,10 @@ class _Cell:
         self.stage = "answers"
         pairs = self.target.pairs(self.config.questions, trainer.processing_class)
         self.seen["questions"] = len(pairs)
-        self.seen["answers"] = generation.answers(reloaded, trainer.processing_class, self.target, pairs)
+        batches = scene.watch.batches if scene.watch is not None else []
+        budget = generation.budget(batches)
+        self.seen["answers"] = generation.answers(reloaded, trainer.processing_class, self.target, pairs, budget)
+        self.seen["parser"] = parsing.tried(self.target, trainer.processing_class, pairs, batches)
 
     def _build(self, name: str, **training_arguments: Any) -> Trainer:
         config = dataclasses.replace(

@@ -1,11 +1,13 @@
 """Records: everything that was seen of one training, as plain numbers. A record knows nothing of torch."""
 
+from pytest_sftguard.records.afterwards import BaseAnswersRecord, MergeRecord, ParserRecord
 from pytest_sftguard.records.audit import DefectRecord, PromptsRecord, SupervisionRecord
 from pytest_sftguard.records.encoding import RecordError, numbers, write_text
+from pytest_sftguard.records.learning import Learning
 from pytest_sftguard.records.looks import LookRecord
 from pytest_sftguard.records.names import Names
-from pytest_sftguard.records.results import AnswerRecord, FinitenessRecord, RoundTripRecord
 from pytest_sftguard.records.replay import ReplayedStepRecord, ReplayedTensorRecord, ReplayRecord
+from pytest_sftguard.records.results import AnswerRecord, FinitenessRecord, RoundTripRecord
 from pytest_sftguard.records.run import SCHEMA, ErrorRecord, RunRecord
 from pytest_sftguard.records.schedule import ScheduleRecord
 from pytest_sftguard.records.training import BaseRecord, LogRecord, OptimizerRecord, StepRecord, TensorRecord
@@ -14,16 +16,20 @@ from pytest_sftguard.records.wiring import FoundationRecord, InitialRecord, Wiri
 __all__ = [
     "SCHEMA",
     "AnswerRecord",
+    "BaseAnswersRecord",
     "BaseRecord",
     "DefectRecord",
     "ErrorRecord",
     "FinitenessRecord",
     "FoundationRecord",
     "InitialRecord",
+    "Learning",
     "LogRecord",
     "LookRecord",
+    "MergeRecord",
     "Names",
     "OptimizerRecord",
+    "ParserRecord",
     "PromptsRecord",
     "RecordError",
     "ReplayRecord",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_sftguard.hardware import HardwareProfile
+from pytest_sftguard.records.afterwards import BaseAnswersRecord, MergeRecord, ParserRecord
 from pytest_sftguard.records.audit import PromptsRecord, SupervisionRecord
 from pytest_sftguard.records.encoding import RecordError, decode, encode, write_text
 from pytest_sftguard.records.looks import LookRecord
@@ -116,6 +117,12 @@ class RunRecord:
     """What the learning rate should have been; None if no training began."""
     replay: ReplayRecord | None = None
     """The optimizer's steps in float32; None where nothing was replayed."""
+    parser: ParserRecord | None = None
+    """How the target reads answers; None where it is asked no questions."""
+    base_answers: BaseAnswersRecord | None = None
+    """The base's answers to the same questions; None where they were not looked at."""
+    merge: MergeRecord | None = None
+    """The adapter merged into its base; None where it was not looked at."""
     adapter_digest: str = ""
     """Digest of the bits of every trainable tensor after the last step; empty where none was seen."""
     seconds: float | None = None
