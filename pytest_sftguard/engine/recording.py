@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from pytest_sftguard.engine.adapters import base_digests, base_tensors, lora_layers, partial_factors, trainables
+from pytest_sftguard.engine.moments import Moments
+from pytest_sftguard.engine.packed import Packed
 from pytest_sftguard.engine.tensors import combined, digests, dtype_name, norms, to_host
 from pytest_sftguard.records import BaseRecord, Names, OptimizerRecord, StepRecord, TensorRecord
 
@@ -27,9 +29,13 @@ class Recorder:
         self.model = model
         self.steps: list[StepRecord] = []
         self.parameters = trainables(model)
-        self._start = [p.detach().clone() for p in self.parameters.values()]
-        self._previous = [p.clone() for p in self._start]
-        self._largest_move = [torch.zeros_like(p) for p in self._start]
+        now = list(self.parameters.values())
+        self._kinds = _kinds(now)
+        self._all_moved = False
+        self._start, self._previous, self._scratch, self._largest_move = (Packed(now) for _ in range(4))
+        self._largest_move.clear()
+        self._places = {n: i for i, n in enumerate(self.parameters)}
+        self._moments = Moments(self.parameters)
         self._base_before = base_digests(model)
         self._layer_of = _holders(self.parameters, lora_layers(model))
         self.used_layers: set[str] = set()
@@ -57,56 +63,69 @@ class Recorder:
 
     def micro_batch(self, loss: Tensor, labels: Tensor | None = None) -> None:
         """The raw loss of a micro-batch (any shape; its mean counts), and its labels, shape (rows, tokens)."""
-        self._micro_losses.append(loss.detach().float().mean())
+        self._micro_losses.append(_mean(loss))
         if labels is not None:
             self._tokens.append((labels[..., 1:] != -100).sum())
 
     def micro_batch_done(self, returned: Tensor) -> None:
         """What the training loop adds up for the step's loss."""
-        self._returned.append(returned.detach().float().mean())
+        self._returned.append(_mean(returned))
 
     def before_step(self, loss_scale: Tensor | None = None) -> None:
         """All gradients of the step are there: unclipped, and multiplied by `loss_scale` where there is a scaler.
 
         The scale is a tensor of one element, on the device, so that nothing waits for it here.
         """
-        gradients = [(n, p.grad) for n, p in self.parameters.items() if p.grad is not None]
-        tensors = [_dense(g) for _, g in gradients]
-        now = [p.detach() for p in self.parameters.values()]
-        moved = list(torch._foreach_sub(now, self._previous)) if now and self.steps else []
+        self._follow()
+        names = [n for n, p in self.parameters.items() if p.grad is not None]
+        there = set(names)
+        packed, places = self._packed_gradients(names)
+        l2, largest, moved = packed.l2(), packed.largest(), torch.empty(0)
+        if self.steps and self.parameters:
+            self._scratch.fill(list(self.parameters.values()))
+            self._scratch.subtract(self._previous)
+            moved = self._scratch.largest()
         scale = 1.0 if loss_scale is None else loss_scale
         self._gradients = {
-            "names": [n for n, _ in gradients],
-            "missing": Names.of(n for n, p in self.parameters.items() if p.grad is None),
-            "l2": norms(tensors, 2) / scale,
-            "largest": norms(tensors, math.inf) / scale,
+            "names": names,
+            "missing": Names.of(n for n in self.parameters if n not in there),
+            "packed": packed,
+            "places": places,
+            "l2": l2 / scale,
+            "largest": largest / scale,
             "scale": _one(loss_scale),
-            "moved": norms(moved, math.inf),
+            "moved": moved,
         }
 
     def after_step(
         self, optimizer: torch.optim.Optimizer, learning_rate: float | None, loss_scale: Tensor | None = None
     ) -> None:
         """The optimizer has stepped, or was kept from it by the scaler, whose scale is now `loss_scale`."""
-        now = [p.detach() for p in self.parameters.values()]
-        difference = list(torch._foreach_sub(now, self._previous)) if now else []
-        states = self._states(optimizer)
+        self._follow()
+        self._scratch.fill(list(self.parameters.values()))
+        weights_seen = self._scratch.largest()
+        self._previous.subtract(self._scratch)
+        update_seen = self._previous.largest()
+        least_move = self._least_move()
+        self._previous, self._scratch = self._scratch, self._previous
         gradients = self._gradients or {
             "names": [],
+            "places": [],
             **dict.fromkeys(("l2", "largest", "moved", "scale"), torch.empty(0)),
         }
-        scale, scale_after, loss, micro, tokens, l2, largest, moved, stale, update, weights, moments = to_host(
+        scale, scale_after, loss, micro, tokens, l2, largest, moved, stale, update, weights, least, moments = to_host(
             [
                 gradients["scale"], _one(loss_scale),
                 _stacked(self._returned), _stacked(self._micro_losses), _stacked(self._tokens),
                 gradients["l2"], gradients["largest"], gradients["moved"], self._stale[1],
-                norms(difference, math.inf), norms(now, math.inf), norms([t for _, t in states], math.inf),
+                update_seen, weights_seen, least_move, self._moments.finite(optimizer, self._scratch),
             ]
         )  # fmt: skip
-        if now:
-            torch._foreach_copy_(self._previous, now)
-            torch._foreach_abs_(difference)
-            torch._foreach_maximum_(self._largest_move, difference)
+        self._all_moved = self._all_moved or (bool(least) and all(v > 0 for v in least))
+        if "packed" in gradients:
+            largest = gradients["packed"].ordered(largest)
+            largest = [largest[i] for i in gradients["places"]]
+        update, weights = self._previous.ordered(update), self._previous.ordered(weights)
         self.ever_used |= self.used_layers
         names = list(self.parameters)
         finite = [math.isfinite(w) for w in weights]
@@ -130,7 +149,7 @@ class Recorder:
                 max_change_before=_largest(moved) if moved else None,
                 idle=Names.of(n for n, layer in self._layer_of.items() if layer not in self.used_layers),
                 nonfinite_weights=_named(names, (not f for f in finite)),
-                nonfinite_moments=_named([n for n, _ in states], (not math.isfinite(v) for v in moments)),
+                nonfinite_moments=Names() if all(map(math.isfinite, moments)) else self._moments.nonfinite(optimizer),
                 max_update=_largest(update),
                 supervised_tokens=int(sum(tokens)) if tokens else None,
                 seconds=time.perf_counter() - self._started if self._started is not None else None,
@@ -144,7 +163,7 @@ class Recorder:
         records = []
         partial = partial_factors(self.model)
         for (name, parameter), start, move in zip(
-            self.parameters.items(), self._start, self._largest_move, strict=True
+            self.parameters.items(), self._start.views, self._largest_move.views, strict=True
         ):
             end, begin = parameter.detach().float(), start.float()
             changed = ((move > 0) & end.isfinite()).float().mean().item() if end.numel() else 0.0
@@ -164,7 +183,7 @@ class Recorder:
     @property
     def initial(self) -> dict[str, Tensor]:
         """The trainable tensors as they were before the first step."""
-        return dict(zip(self.parameters, self._start, strict=True))
+        return dict(zip(self.parameters, self._start.views, strict=True))
 
     def base(self) -> BaseRecord:
         """The base's tensors, now compared with how they were."""
@@ -184,7 +203,7 @@ class Recorder:
         """What the optimizer is, and in which types it keeps its states."""
         group: dict[str, Any] = optimizer.param_groups[0] if optimizer.param_groups else {}
         owned = {id(p) for g in optimizer.param_groups for p in g["params"]}
-        states = [t for _, t in self._states(optimizer) if t.numel() > 1]
+        states = [t for _, t in self._moments.named(optimizer) if t.numel() > 1]
         return OptimizerRecord(
             name=type(optimizer).__name__,
             fused=bool(group.get("fused")),
@@ -206,26 +225,59 @@ class Recorder:
 
     @property
     def _device(self) -> torch.device:
-        return next(iter(self.model.parameters())).device
+        first = next(iter(self.parameters.values()), None)
+        return (next(self.model.parameters()) if first is None else first).device
 
     def _peak_memory(self) -> int | None:
         if self._device.type != "cuda":
             return None
         return torch.cuda.max_memory_allocated(self._device)
 
-    def _states(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
-        return [
-            (f"{name}:{key}", value)
-            for name, parameter in self.parameters.items()
-            for key, value in optimizer.state.get(parameter, {}).items()
-            # Adam's `step` stays on the host beside parameters on a GPU, and is a count
-            if isinstance(value, Tensor) and value.is_floating_point() and value.device == parameter.device
-        ]
+    def _follow(self) -> None:
+        """Take over the types and devices of the parameters, where the loop has moved them since."""
+        now = list(self.parameters.values())
+        kinds = _kinds(now)
+        if kinds != self._kinds:
+            self._kinds = kinds
+            self._start, self._previous, self._scratch, self._largest_move = (
+                Packed([v.to(p.device, p.dtype) for v, p in zip(packed.views, now, strict=True)])
+                for packed in (self._start, self._previous, self._scratch, self._largest_move)
+            )
+
+    def _least_move(self) -> Tensor:
+        """Note what has moved in the step that `_previous` holds; the least that an element ever did, by its largest.
+
+        Nothing once all have moved, which is soon: what comes after cannot change that.
+        """
+        if self._all_moved:
+            return torch.empty(0)
+        self._largest_move.raise_to(self._previous)
+        return self._largest_move.least()
+
+    def _packed_gradients(self, names: list[str]) -> tuple[Packed, list[int]]:
+        """The gradients of the parameters called `names`, and their places: packed, and nothing is waited for."""
+        gradients = [_dense(g) for n in names if (g := self.parameters[n].grad) is not None]
+        places = [self._places[n] for n in names]
+        if [g.dtype for g in gradients] != [
+            self._kinds[0][i] for i in places
+        ]:  # gradients may be kept in a type of their own
+            return Packed(gradients), list(range(len(names)))
+        self._scratch.fill(gradients, places)
+        return self._scratch, places
+
+
+def _kinds(parameters: list[Tensor]) -> tuple[list[torch.dtype], list[torch.device]]:
+    return [p.dtype for p in parameters], [p.device for p in parameters[:1]]  # models move as a whole
 
 
 def _one(scalar: Tensor | None) -> Tensor:
     """A copy of a scalar that may be changed in place, shape (1,); shape (0,) for None."""
     return torch.empty(0) if scalar is None else scalar.detach().clone().reshape(1)
+
+
+def _mean(loss: Tensor) -> Tensor:
+    """A copy of the mean that later changes in place leave alone."""
+    return loss.detach().clone() if loss.dim() == 0 else loss.detach().float().mean()
 
 
 def _holders(parameters: Iterable[str], layers: Iterable[str]) -> dict[str, str]:
@@ -235,7 +287,7 @@ def _holders(parameters: Iterable[str], layers: Iterable[str]) -> dict[str, str]
 
 
 def _dense(gradient: Tensor) -> Tensor:
-    return gradient.coalesce().values() if gradient.is_sparse else gradient.detach()
+    return gradient.to_dense() if gradient.is_sparse else gradient.detach()
 
 
 def _stacked(scalars: list[Tensor]) -> Tensor:
