@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,8 @@ class Moments:
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self._parameters = parameters
-        self._held: list[Tensor] = []
+        self._held: list[Any] = []
+        self._tensors_alone = True
         self._alike: list[tuple[list[int], list[Tensor]]] = []
         self._scalars: list[Tensor] = []
         self._others: list[Tensor] = []
@@ -55,29 +58,27 @@ class Moments:
 
     def _sort(self, optimizer: torch.optim.Optimizer, scratch: Packed) -> None:
         """Sort the states by how they can be looked at, unless they are the tensors that have been sorted before."""
-        states = [optimizer.state.get(p, {}) for p in self._parameters.values()]
-        held = [v for state in states for v in state.values() if isinstance(v, Tensor)]
-        if len(held) == len(self._held) and all(map(_is, held, self._held)):
+        held = [v for state in optimizer.state.values() for v in state.values()]
+        if not self._tensors_alone:
+            held = [v for v in held if isinstance(v, Tensor)]
+        if len(held) == len(self._held) and all(map(operator.is_, held, self._held)):
             return
+        self._tensors_alone = all(isinstance(v, Tensor) for v in held)
         self._held, self._alike, self._scalars, self._others = held, [], [], []
         alike: dict[str, tuple[list[int], list[Tensor]]] = {}
-        for place, (parameter, state) in enumerate(zip(self._parameters.values(), states, strict=True)):
-            for key, value in state.items():
+        for place, parameter in enumerate(self._parameters.values()):
+            for key, value in optimizer.state.get(parameter, {}).items():
                 if not _counts(value, parameter):
                     continue
                 if scratch.takes([value], [place]):
                     places, tensors = alike.setdefault(key, ([], []))
                     places.append(place)
                     tensors.append(value)
-                elif value.dim() == 0 and value.dtype == torch.float32 and value.device == self._held[0].device:
+                elif value.dim() == 0 and value.dtype == torch.float32 and value.device == parameter.device:
                     self._scalars.append(value)
                 else:
                     self._others.append(value)
         self._alike = list(alike.values())
-
-
-def _is(one: Tensor, other: Tensor) -> bool:
-    return one is other
 
 
 def _counts(value: object, parameter: Tensor) -> bool:

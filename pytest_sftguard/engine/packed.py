@@ -90,6 +90,11 @@ class Packed:
         """Largest absolute element of each tensor, NaN where it holds one; float32, nothing is waited for."""
         return self._of_each_row(lambda rows: torch.maximum(rows.amax(1), rows.amin(1).neg()))
 
+    def extremes(self) -> Tensor:
+        """The largest element of each buffer and its smallest, negated, NaN where there is one."""
+        found = [x for b in self._buffers if b.numel() for x in (b.amax(), b.amin().neg())]
+        return torch.stack([x.to(found[0].device, torch.float32) for x in found]) if found else torch.empty(0)
+
     def l2(self) -> Tensor:
         """L2 norm of each tensor; half precision, whose squares overflow from 256 on, is widened first."""
         return self._of_each_row(

@@ -19,7 +19,7 @@ from pytest_sftguard.engine.adapters import base_digests, base_tensors, lora_lay
 from pytest_sftguard.engine.moments import Moments
 from pytest_sftguard.engine.packed import Packed
 from pytest_sftguard.engine.tensors import combined, digests, dtype_name, norms, to_host
-from pytest_sftguard.records import BaseRecord, Names, OptimizerRecord, StepRecord, TensorRecord
+from pytest_sftguard.records import NONE, BaseRecord, Names, OptimizerRecord, StepRecord, TensorRecord
 
 
 class Recorder:
@@ -29,15 +29,16 @@ class Recorder:
         self.model = model
         self.steps: list[StepRecord] = []
         self.parameters = trainables(model)
-        now = list(self.parameters.values())
+        self._tensors = now = list(self.parameters.values())
         self._kinds = _kinds(now)
         self._all_moved = False
         self._start, self._previous, self._scratch, self._largest_move = (Packed(now) for _ in range(4))
         self._largest_move.clear()
-        self._places = {n: i for i, n in enumerate(self.parameters)}
+        self._names = list(self.parameters)
         self._moments = Moments(self.parameters)
         self._base_before = base_digests(model)
         self._layer_of = _holders(self.parameters, lora_layers(model))
+        self._layers = set(self._layer_of.values())
         self.used_layers: set[str] = set()
         self.ever_used: set[str] = set()
         self.rewritten: set[str] = set()
@@ -57,7 +58,7 @@ class Recorder:
         if self._started is None:
             self._started = time.perf_counter()
             left = [(n, p.grad) for n, p in self.parameters.items() if p.grad is not None]
-            self._stale = ([n for n, _ in left], norms([_dense(g) for _, g in left], math.inf))
+            self._stale = ([n for n, _ in left], norms([g.to_dense() if g.is_sparse else g for _, g in left], math.inf))
             if torch.cuda.is_available() and self._device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self._device)
 
@@ -77,20 +78,18 @@ class Recorder:
         The scale is a tensor of one element, on the device, so that nothing waits for it here.
         """
         self._follow()
-        names = [n for n, p in self.parameters.items() if p.grad is not None]
-        there = set(names)
-        packed, places = self._packed_gradients(names)
+        gradients = [p.grad for p in self._tensors]
+        places = [i for i, g in enumerate(gradients) if g is not None]
+        packed = self._packed([g.to_dense() if g.is_sparse else g for g in gradients if g is not None], places)
         l2, largest, moved = packed.l2(), packed.largest(), torch.empty(0)
         if self.steps and self.parameters:
-            self._scratch.fill(list(self.parameters.values()))
+            self._scratch.fill(self._tensors)
             self._scratch.subtract(self._previous)
-            moved = self._scratch.largest()
+            moved = self._scratch.extremes()
         scale = 1.0 if loss_scale is None else loss_scale
         self._gradients = {
-            "names": names,
-            "missing": Names.of(n for n in self.parameters if n not in there),
-            "packed": packed,
             "places": places,
+            "packed": packed,
             "l2": l2 / scale,
             "largest": largest / scale,
             "scale": _one(loss_scale),
@@ -102,17 +101,14 @@ class Recorder:
     ) -> None:
         """The optimizer has stepped, or was kept from it by the scaler, whose scale is now `loss_scale`."""
         self._follow()
-        self._scratch.fill(list(self.parameters.values()))
+        self._scratch.fill(self._tensors)
         weights_seen = self._scratch.largest()
         self._previous.subtract(self._scratch)
         update_seen = self._previous.largest()
         least_move = self._least_move()
         self._previous, self._scratch = self._scratch, self._previous
-        gradients = self._gradients or {
-            "names": [],
-            "places": [],
-            **dict.fromkeys(("l2", "largest", "moved", "scale"), torch.empty(0)),
-        }
+        seen = self._gradients is not None
+        gradients = self._gradients or dict.fromkeys(("l2", "largest", "moved", "scale"), torch.empty(0))
         scale, scale_after, loss, micro, tokens, l2, largest, moved, stale, update, weights, least, moments = to_host(
             [
                 gradients["scale"], _one(loss_scale),
@@ -122,14 +118,11 @@ class Recorder:
             ]
         )  # fmt: skip
         self._all_moved = self._all_moved or (bool(least) and all(v > 0 for v in least))
-        if "packed" in gradients:
-            largest = gradients["packed"].ordered(largest)
-            largest = [largest[i] for i in gradients["places"]]
+        with_gradient, largest = self._of_gradients(largest)
         update, weights = self._previous.ordered(update), self._previous.ordered(weights)
         self.ever_used |= self.used_layers
-        names = list(self.parameters)
-        finite = [math.isfinite(w) for w in weights]
-        seen = self._gradients is not None
+        sound = _finite(weights)  # nearly always, so that nothing needs to be asked of each
+        finite = [True] * len(weights) if sound else [math.isfinite(w) for w in weights]
         self.steps.append(
             StepRecord(
                 step=len(self.steps) + 1,
@@ -137,19 +130,21 @@ class Recorder:
                 loss=math.fsum(loss) if all(map(math.isfinite, loss)) and loss else (math.nan if loss else None),
                 grad_norm=_hypot(l2) if seen else None,
                 max_abs_gradient=_largest(largest) if seen else None,
-                nonfinite_gradients=_named(gradients["names"], (not math.isfinite(v) for v in largest)),
-                missing_gradients=gradients.get("missing", Names()),
-                zero_gradients=_named(gradients["names"], (v == 0 for v in largest)),
+                nonfinite_gradients=NONE
+                if _finite(largest)
+                else _named(with_gradient, (not math.isfinite(v) for v in largest)),
+                missing_gradients=self._missing_gradients(),
+                zero_gradients=_zeros(with_gradient, largest),
                 learning_rate=learning_rate,
                 loss_scale=scale[0] if scale else None,
                 loss_scale_after=scale_after[0] if scale_after else None,
                 changed=sum(f and u > 0 for f, u in zip(finite, update, strict=True)),
-                unchanged=_named(names, (u == 0 for u in update)),
+                unchanged=_zeros(self._names, update),
                 stale_gradients=_named(self._stale[0], (v != 0 for v in stale)),
                 max_change_before=_largest(moved) if moved else None,
-                idle=Names.of(n for n, layer in self._layer_of.items() if layer not in self.used_layers),
-                nonfinite_weights=_named(names, (not f for f in finite)),
-                nonfinite_moments=Names() if all(map(math.isfinite, moments)) else self._moments.nonfinite(optimizer),
+                idle=Names.of(self._idle(self.used_layers)),
+                nonfinite_weights=NONE if sound else _named(self._names, (not f for f in finite)),
+                nonfinite_moments=NONE if _finite(moments) else self._moments.nonfinite(optimizer),
                 max_update=_largest(update),
                 supervised_tokens=int(sum(tokens)) if tokens else None,
                 seconds=time.perf_counter() - self._started if self._started is not None else None,
@@ -216,7 +211,7 @@ class Recorder:
     @property
     def unused(self) -> set[str]:
         """Trainable tensors of layers that no token of the training reached."""
-        return {n for n, layer in self._layer_of.items() if layer not in self.ever_used}
+        return set(self._idle(self.ever_used))
 
     @property
     def gradients_seen(self) -> bool:
@@ -235,7 +230,7 @@ class Recorder:
 
     def _follow(self) -> None:
         """Take over the types and devices of the parameters, where the loop has moved them since."""
-        now = list(self.parameters.values())
+        now = self._tensors
         kinds = _kinds(now)
         if kinds != self._kinds:
             self._kinds = kinds
@@ -254,16 +249,31 @@ class Recorder:
         self._largest_move.raise_to(self._previous)
         return self._largest_move.least()
 
-    def _packed_gradients(self, names: list[str]) -> tuple[Packed, list[int]]:
-        """The gradients of the parameters called `names`, and their places: packed, and nothing is waited for."""
-        gradients = [_dense(g) for n in names if (g := self.parameters[n].grad) is not None]
-        places = [self._places[n] for n in names]
-        if [g.dtype for g in gradients] != [
-            self._kinds[0][i] for i in places
-        ]:  # gradients may be kept in a type of their own
-            return Packed(gradients), list(range(len(names)))
+    def _of_gradients(self, largest: list[float]) -> tuple[list[str], list[float]]:
+        """Names of the parameters that have a gradient, and the largest element of each, in the same order."""
+        if self._gradients is None:
+            return [], []
+        places, largest = self._gradients["places"], self._gradients["packed"].ordered(largest)
+        if len(largest) != len(places):
+            largest = [largest[i] for i in places]
+        return [self._names[i] for i in places], largest
+
+    def _missing_gradients(self) -> Names:
+        if self._gradients is None or len(self._gradients["places"]) == len(self._names):
+            return NONE
+        there = set(self._gradients["places"])
+        return Names.of(n for i, n in enumerate(self._names) if i not in there)
+
+    def _idle(self, used: set[str]) -> list[str]:
+        """Tensors of layers that are not among those that are `used`."""
+        return [] if used >= self._layers else [n for n, layer in self._layer_of.items() if layer not in used]
+
+    def _packed(self, gradients: list[Tensor], places: list[int]) -> Packed:
+        """The gradients of the parameters at `places`, packed; those of the others are zero, or left out."""
+        if [g.dtype for g in gradients] != [self._kinds[0][i] for i in places]:  # a type of their own
+            return Packed(gradients)
         self._scratch.fill(gradients, places)
-        return self._scratch, places
+        return self._scratch
 
 
 def _kinds(parameters: list[Tensor]) -> tuple[list[torch.dtype], list[torch.device]]:
@@ -286,10 +296,6 @@ def _holders(parameters: Iterable[str], layers: Iterable[str]) -> dict[str, str]
     return {n: layer for n in parameters for layer in innermost if n.startswith(f"{layer}.")}
 
 
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.to_dense() if gradient.is_sparse else gradient.detach()
-
-
 def _stacked(scalars: list[Tensor]) -> Tensor:
     return torch.stack([s.float() for s in scalars]) if scalars else torch.empty(0)
 
@@ -298,15 +304,26 @@ def _named(names: list[str], flags: Any) -> Names:
     return Names.of(n for n, flag in zip(names, flags, strict=True) if flag)
 
 
+def _zeros(names: list[str], values: list[float]) -> Names:
+    return _named(names, (v == 0 for v in values)) if 0.0 in values else NONE
+
+
+def _finite(values: list[float]) -> bool:
+    """Whether all of `values` are finite, but for sums that overflow: what is not is found out one by one."""
+    return math.isfinite(sum(values))
+
+
 def _largest(values: list[float]) -> float:
     """The largest value, NaN if there is one: `max` would drop it or keep it by its place."""
-    if any(math.isnan(v) for v in values):
+    if not _finite(values) and any(math.isnan(v) for v in values):
         return math.nan
     return max(values, default=0.0)
 
 
 def _hypot(values: list[float]) -> float:
-    return math.nan if any(math.isnan(v) for v in values) else math.hypot(*values)
+    if not _finite(values) and any(math.isnan(v) for v in values):
+        return math.nan
+    return math.hypot(*values)
 
 
 def _number(value: Any) -> float | None:

@@ -2,12 +2,13 @@
 
 from pytest_sftguard.records.encoding import RecordError, numbers, write_text
 from pytest_sftguard.records.looks import LookRecord
-from pytest_sftguard.records.names import Names
+from pytest_sftguard.records.names import NONE, Names
 from pytest_sftguard.records.results import AnswerRecord, RoundTripRecord
 from pytest_sftguard.records.run import SCHEMA, ErrorRecord, RunRecord
 from pytest_sftguard.records.training import BaseRecord, LogRecord, OptimizerRecord, StepRecord, TensorRecord
 
 __all__ = [
+    "NONE",
     "SCHEMA",
     "AnswerRecord",
     "BaseRecord",
