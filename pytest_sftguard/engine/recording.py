@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from pytest_sftguard.engine import updates
 from pytest_sftguard.engine.adapters import base_digests, base_tensors, lora_layers, partial_factors, trainables
+from pytest_sftguard.engine.moments import Moments
+from pytest_sftguard.engine.packed import Packed
 from pytest_sftguard.engine.tensors import combined, digests, dtype_name, norms, to_host
-from pytest_sftguard.records import BaseRecord, Names, OptimizerRecord, StepRecord, TensorRecord
+from pytest_sftguard.records import NONE, BaseRecord, Names, OptimizerRecord, StepRecord, TensorRecord
 
 
 class Recorder:
@@ -29,12 +31,17 @@ class Recorder:
         self.model = model
         self.steps: list[StepRecord] = []
         self.parameters = trainables(model)
-        self._start = [p.detach().clone() for p in self.parameters.values()]
-        self._previous = [p.clone() for p in self._start]
-        self._largest_move = [torch.zeros_like(p) for p in self._start]
-        [self._largest_weights] = to_host([norms(self._start, math.inf)])
+        self._tensors = now = list(self.parameters.values())
+        self._kinds = _kinds(now)
+        self._all_moved = False
+        self._start, self._previous, self._scratch, self._largest_move = (Packed(now) for _ in range(4))
+        self._largest_move.clear()
+        self._names = list(self.parameters)
+        self._moments = Moments(self.parameters)
+        self._largest_weights = self._start.ordered(to_host([self._start.largest()])[0])
         self._base_before = base_digests(model)
         self._layer_of = _holders(self.parameters, lora_layers(model))
+        self._layers = set(self._layer_of.values())
         self.used_layers: set[str] = set()
         self.ever_used: set[str] = set()
         self.rewritten: set[str] = set()
@@ -55,73 +62,79 @@ class Recorder:
         if self._started is None:
             self._started = time.perf_counter()
             left = [(n, p.grad) for n, p in self.parameters.items() if p.grad is not None]
-            self._stale = ([n for n, _ in left], norms([_dense(g) for _, g in left], math.inf))
+            self._stale = ([n for n, _ in left], norms([g.to_dense() if g.is_sparse else g for _, g in left], math.inf))
             if torch.cuda.is_available() and self._device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self._device)
 
     def micro_batch(self, loss: Tensor, labels: Tensor | None = None) -> None:
         """The raw loss of a micro-batch (any shape; its mean counts), and its labels, shape (rows, tokens)."""
-        self._micro_losses.append(loss.detach().float().mean())
+        self._micro_losses.append(_mean(loss))
         if labels is not None:
             self._tokens.append((labels[..., 1:] != -100).sum())
 
     def micro_batch_done(self, returned: Tensor) -> None:
         """What the training loop adds up for the step's loss."""
-        self._returned.append(returned.detach().float().mean())
+        self._returned.append(_mean(returned))
 
     def before_step(self, loss_scale: Tensor | None = None) -> None:
         """All gradients of the step are there: unclipped, and multiplied by `loss_scale` where there is a scaler.
 
         The scale is a tensor of one element, on the device, so that nothing waits for it here.
         """
-        gradients = [(n, p.grad) for n, p in self.parameters.items() if p.grad is not None]
-        tensors = [_dense(g) for _, g in gradients]
-        now = [p.detach() for p in self.parameters.values()]
-        moved = list(torch._foreach_sub(now, self._previous)) if now and self.steps else []
+        self._follow()
+        gradients = [p.grad for p in self._tensors]
+        places = [i for i, g in enumerate(gradients) if g is not None]
+        packed = self._packed([g.to_dense() if g.is_sparse else g for g in gradients if g is not None], places)
+        l2, largest, moved = packed.l2(), packed.largest(), torch.empty(0)
+        if self.steps and self.parameters:
+            self._scratch.fill(self._tensors)
+            self._scratch.subtract(self._previous)
+            moved = self._scratch.extremes()
         scale = 1.0 if loss_scale is None else loss_scale
         self._gradients = {
-            "names": [n for n, _ in gradients],
-            "missing": Names.of(n for n, p in self.parameters.items() if p.grad is None),
-            "l2": norms(tensors, 2) / scale,
-            "largest": norms(tensors, math.inf) / scale,
+            "places": places,
+            "packed": packed,
+            "l2": l2 / scale,
+            "largest": largest / scale,
             "scale": _one(loss_scale),
-            "moved": norms(moved, math.inf),
+            "moved": moved,
         }
 
     def at_optimizer(self, loss_scale: Tensor | None = None) -> None:
         """The optimizer is about to step: these are the gradients that it gets, still scaled where `loss_scale` is."""
-        tensors = [_dense(p.grad) for p in self.parameters.values() if p.grad is not None]
-        self._received = norms(tensors, 2) / (1.0 if loss_scale is None else loss_scale)
+        gradients = [p.grad for p in self._tensors]
+        places = [i for i, g in enumerate(gradients) if g is not None]
+        packed = self._packed([g.to_dense() if g.is_sparse else g for g in gradients if g is not None], places)
+        self._received = packed.l2() / (1.0 if loss_scale is None else loss_scale)
 
     def after_step(
         self, optimizer: torch.optim.Optimizer, learning_rate: float | None, loss_scale: Tensor | None = None
     ) -> None:
         """The optimizer has stepped, or was kept from it by the scaler, whose scale is now `loss_scale`."""
-        now = [p.detach() for p in self.parameters.values()]
-        difference = list(torch._foreach_sub(now, self._previous)) if now else []
-        states = self._states(optimizer)
-        gradients = self._gradients or {
-            "names": [],
-            **dict.fromkeys(("l2", "largest", "moved", "scale"), torch.empty(0)),
-        }
+        self._follow()
+        self._scratch.fill(self._tensors)
+        weights_seen = self._scratch.largest()
+        self._previous.subtract(self._scratch)
+        update_seen = self._previous.largest()
+        least_move = self._least_move()
+        self._previous, self._scratch = self._scratch, self._previous
+        seen = self._gradients is not None
+        gradients = self._gradients or dict.fromkeys(("l2", "largest", "moved", "scale"), torch.empty(0))
         received = torch.empty(0) if self._received is None else self._received
-        scale, scale_after, loss, micro, tokens, l2, largest, moved, stale, update, weights, moments, given = to_host(
-            [
+        scale, scale_after, loss, micro, tokens, l2, largest, moved, stale, update, weights, least, moments, given = (
+            to_host([
                 gradients["scale"], _one(loss_scale),
                 _stacked(self._returned), _stacked(self._micro_losses), _stacked(self._tokens),
                 gradients["l2"], gradients["largest"], gradients["moved"], self._stale[1],
-                norms(difference, math.inf), norms(now, math.inf), norms([t for _, t in states], math.inf),
-                received,
-            ]
+                update_seen, weights_seen, least_move, self._moments.finite(optimizer, self._scratch), received,
+            ])
         )  # fmt: skip
-        if now:
-            torch._foreach_copy_(self._previous, now)
-            torch._foreach_abs_(difference)
-            torch._foreach_maximum_(self._largest_move, difference)
+        self._all_moved = self._all_moved or (bool(least) and all(v > 0 for v in least))
+        with_gradient, largest = self._of_gradients(largest)
+        update, weights = self._previous.ordered(update), self._previous.ordered(weights)
         self.ever_used |= self.used_layers
-        names = list(self.parameters)
-        finite = [math.isfinite(w) for w in weights]
-        seen = self._gradients is not None
+        sound = _finite(weights)  # nearly always, so that nothing needs to be asked of each
+        finite = [True] * len(weights) if sound else [math.isfinite(w) for w in weights]
         ratio, furthest = updates.largest(optimizer, self.parameters, update, self._largest_weights, weights)
         self._largest_weights = weights
         self.steps.append(
@@ -131,19 +144,21 @@ class Recorder:
                 loss=math.fsum(loss) if all(map(math.isfinite, loss)) and loss else (math.nan if loss else None),
                 grad_norm=_hypot(l2) if seen else None,
                 max_abs_gradient=_largest(largest) if seen else None,
-                nonfinite_gradients=_named(gradients["names"], (not math.isfinite(v) for v in largest)),
-                missing_gradients=gradients.get("missing", Names()),
-                zero_gradients=_named(gradients["names"], (v == 0 for v in largest)),
+                nonfinite_gradients=NONE
+                if _finite(largest)
+                else _named(with_gradient, (not math.isfinite(v) for v in largest)),
+                missing_gradients=self._missing_gradients(),
+                zero_gradients=_zeros(with_gradient, largest),
                 learning_rate=learning_rate,
                 loss_scale=scale[0] if scale else None,
                 loss_scale_after=scale_after[0] if scale_after else None,
                 changed=sum(f and u > 0 for f, u in zip(finite, update, strict=True)),
-                unchanged=_named(names, (u == 0 for u in update)),
+                unchanged=_zeros(self._names, update),
                 stale_gradients=_named(self._stale[0], (v != 0 for v in stale)),
                 max_change_before=_largest(moved) if moved else None,
-                idle=Names.of(n for n, layer in self._layer_of.items() if layer not in self.used_layers),
-                nonfinite_weights=_named(names, (not f for f in finite)),
-                nonfinite_moments=_named([n for n, _ in states], (not math.isfinite(v) for v in moments)),
+                idle=Names.of(self._idle(self.used_layers)),
+                nonfinite_weights=NONE if sound else _named(self._names, (not f for f in finite)),
+                nonfinite_moments=NONE if _finite(moments) else self._moments.nonfinite(optimizer),
                 max_update=_largest(update),
                 max_update_ratio=ratio,
                 max_update_tensor=furthest,
@@ -160,7 +175,7 @@ class Recorder:
         records = []
         partial = partial_factors(self.model)
         for (name, parameter), start, move in zip(
-            self.parameters.items(), self._start, self._largest_move, strict=True
+            self.parameters.items(), self._start.views, self._largest_move.views, strict=True
         ):
             end, begin = parameter.detach().float(), start.float()
             changed = ((move > 0) & end.isfinite()).float().mean().item() if end.numel() else 0.0
@@ -186,7 +201,7 @@ class Recorder:
     @property
     def initial(self) -> dict[str, Tensor]:
         """The trainable tensors as they were before the first step."""
-        return dict(zip(self.parameters, self._start, strict=True))
+        return dict(zip(self.parameters, self._start.views, strict=True))
 
     def base(self) -> BaseRecord:
         """The base's tensors, now compared with how they were."""
@@ -209,7 +224,7 @@ class Recorder:
         owned = set(places)
         now = trainables(self.model)
         learning = self.parameters | now
-        states = [t for _, t in self._states(optimizer) if t.numel() > 1]
+        states = [t for _, t in self._moments.named(optimizer) if t.numel() > 1]
         return OptimizerRecord(
             name=type(optimizer).__name__,
             fused=bool(group.get("fused")),
@@ -227,7 +242,7 @@ class Recorder:
     @property
     def unused(self) -> set[str]:
         """Trainable tensors of layers that no token of the training reached."""
-        return {n for n, layer in self._layer_of.items() if layer not in self.ever_used}
+        return set(self._idle(self.ever_used))
 
     @property
     def gradients_seen(self) -> bool:
@@ -236,21 +251,64 @@ class Recorder:
 
     @property
     def _device(self) -> torch.device:
-        return next(iter(self.model.parameters())).device
+        first = next(iter(self.parameters.values()), None)
+        return (next(self.model.parameters()) if first is None else first).device
 
     def _peak_memory(self) -> int | None:
         if self._device.type != "cuda":
             return None
         return torch.cuda.max_memory_allocated(self._device)
 
-    def _states(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
-        return [
-            (f"{name}:{key}", value)
-            for name, parameter in self.parameters.items()
-            for key, value in optimizer.state.get(parameter, {}).items()
-            # Adam's `step` stays on the host beside parameters on a GPU, and is a count
-            if isinstance(value, Tensor) and value.is_floating_point() and value.device == parameter.device
-        ]
+    def _follow(self) -> None:
+        """Take over the types and devices of the parameters, where the loop has moved them since."""
+        now = self._tensors
+        kinds = _kinds(now)
+        if kinds != self._kinds:
+            self._kinds = kinds
+            self._start, self._previous, self._scratch, self._largest_move = (
+                Packed([v.to(p.device, p.dtype) for v, p in zip(packed.views, now, strict=True)])
+                for packed in (self._start, self._previous, self._scratch, self._largest_move)
+            )
+
+    def _least_move(self) -> Tensor:
+        """Note what has moved in the step that `_previous` holds; the least that an element ever did, by its largest.
+
+        Nothing once all have moved, which is soon: what comes after cannot change that.
+        """
+        if self._all_moved:
+            return torch.empty(0)
+        self._largest_move.raise_to(self._previous)
+        return self._largest_move.least()
+
+    def _of_gradients(self, largest: list[float]) -> tuple[list[str], list[float]]:
+        """Names of the parameters that have a gradient, and the largest element of each, in the same order."""
+        if self._gradients is None:
+            return [], []
+        places, largest = self._gradients["places"], self._gradients["packed"].ordered(largest)
+        if len(largest) != len(places):
+            largest = [largest[i] for i in places]
+        return [self._names[i] for i in places], largest
+
+    def _missing_gradients(self) -> Names:
+        if self._gradients is None or len(self._gradients["places"]) == len(self._names):
+            return NONE
+        there = set(self._gradients["places"])
+        return Names.of(n for i, n in enumerate(self._names) if i not in there)
+
+    def _idle(self, used: set[str]) -> list[str]:
+        """Tensors of layers that are not among those that are `used`."""
+        return [] if used >= self._layers else [n for n, layer in self._layer_of.items() if layer not in used]
+
+    def _packed(self, gradients: list[Tensor], places: list[int]) -> Packed:
+        """The gradients of the parameters at `places`, packed; those of the others are zero, or left out."""
+        if [g.dtype for g in gradients] != [self._kinds[0][i] for i in places]:  # a type of their own
+            return Packed(gradients)
+        self._scratch.fill(gradients, places)
+        return self._scratch
+
+
+def _kinds(parameters: list[Tensor]) -> tuple[list[torch.dtype], list[torch.device]]:
+    return [p.dtype for p in parameters], [p.device for p in parameters[:1]]  # models move as a whole
 
 
 def _one(scalar: Tensor | None) -> Tensor:
@@ -258,14 +316,15 @@ def _one(scalar: Tensor | None) -> Tensor:
     return torch.empty(0) if scalar is None else scalar.detach().clone().reshape(1)
 
 
+def _mean(loss: Tensor) -> Tensor:
+    """A copy of the mean that later changes in place leave alone."""
+    return loss.detach().clone() if loss.dim() == 0 else loss.detach().float().mean()
+
+
 def _holders(parameters: Iterable[str], layers: Iterable[str]) -> dict[str, str]:
     """The innermost of `layers` that holds each parameter; those that none holds are left out."""
     innermost = sorted(layers, key=len)
     return {n: layer for n in parameters for layer in innermost if n.startswith(f"{layer}.")}
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.coalesce().values() if gradient.is_sparse else gradient.detach()
 
 
 def _stacked(scalars: list[Tensor]) -> Tensor:
@@ -276,15 +335,26 @@ def _named(names: list[str], flags: Any) -> Names:
     return Names.of(n for n, flag in zip(names, flags, strict=True) if flag)
 
 
+def _zeros(names: list[str], values: list[float]) -> Names:
+    return _named(names, (v == 0 for v in values)) if 0.0 in values else NONE
+
+
+def _finite(values: list[float]) -> bool:
+    """Whether all of `values` are finite, but for sums that overflow: what is not is found out one by one."""
+    return math.isfinite(sum(values))
+
+
 def _largest(values: list[float]) -> float:
     """The largest value, NaN if there is one: `max` would drop it or keep it by its place."""
-    if any(math.isnan(v) for v in values):
+    if not _finite(values) and any(math.isnan(v) for v in values):
         return math.nan
     return max(values, default=0.0)
 
 
 def _hypot(values: list[float]) -> float:
-    return math.nan if any(math.isnan(v) for v in values) else math.hypot(*values)
+    if not _finite(values) and any(math.isnan(v) for v in values):
+        return math.nan
+    return math.hypot(*values)
 
 
 def _number(value: Any) -> float | None:

@@ -44,14 +44,13 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
         self._watched: Any = None
         self._in_training_step = False
         self.batches: list[dict[str, Any]] = []
-        self._dtypes_of_step: int | None = None
+        self._looking = False
         trainer.compute_loss = self._compute_loss(trainer.compute_loss)
         trainer.training_step = self._training_step(trainer.training_step)
         trainer.accelerator.backward = self._backward(trainer.accelerator.backward)
         trainer.accelerator.clip_grad_norm_ = self._before(trainer.accelerator.clip_grad_norm_)
         trainer.add_callback(self)
         self.micro_batches_per_epoch: int | None = None
-        self._products = product_layers(recorder.model)
         self._hooks = [*self._watch_layers(), *self._watch_buffers()]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -89,12 +88,11 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
                 return original(model, inputs, *args, **kwargs)
             labels = inputs.get("labels") if hasattr(inputs, "get") else None
             self._keep(inputs)
-            hooks = self._watch_dtypes()
+            self._looking = True
             try:
                 result = original(model, inputs, *args, **kwargs)
             finally:
-                for hook in hooks:
-                    hook.remove()
+                self._looking = False
             loss = result[0] if isinstance(result, tuple) else result
             self.recorder.micro_batch(loss, labels if isinstance(labels, torch.Tensor) else None)
             return result
@@ -176,14 +174,45 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
         return self.scaler is not None and state.get("stage", OptState.READY) is OptState.READY
 
     def _watch_layers(self) -> list[Any]:
-        """Hooks that note which layers a token passed through: an expert without one has no gradient, soundly."""
+        """Hooks that note which layers a token passed through: an expert without one has no gradient, soundly.
 
-        def note(name: str, module: Any, inputs: Any) -> None:
+        And of what type their products are. Where the product is a module within the layer, one hook does for both.
+        """
+        products = {id(layer): layer for layer in product_layers(self.recorder.model)}
+        hooks = []
+        for name, layer in lora_layers(self.recorder.model).items():
+            product = products.pop(id(layer.base_layer), None)
+            if product is None:
+                hooks.append(layer.register_forward_pre_hook(self._note_use(name)))
+            else:
+                hooks.append(product.register_forward_hook(self._note_product(name)))
+        return hooks + [layer.register_forward_hook(self._note_product("")) for layer in products.values()]
+
+    def _note_use(self, name: str) -> Callable[..., None]:
+        def note(module: Any, inputs: Any, output: Any = None) -> None:
             if not (inputs and isinstance(inputs[0], torch.Tensor) and not inputs[0].numel()):
                 self.recorder.used_layers.add(name)
 
-        layers = lora_layers(self.recorder.model).items()
-        return [layer.register_forward_pre_hook(functools.partial(note, name)) for name, layer in layers]
+        return note
+
+    def _note_product(self, name: str) -> Callable[..., None]:
+        """Note the type of what the layer returned, and that a token passed through the layer called `name`."""
+        seen: set[Any] = set()
+
+        def note(module: Any, inputs: Any, output: Any) -> None:
+            if name and not (inputs and isinstance(inputs[0], torch.Tensor) and not inputs[0].numel()):
+                self.recorder.used_layers.add(name)
+            if not self._looking or not isinstance(output, torch.Tensor):
+                return
+            kind = output.device.type
+            what = (output.dtype, torch.is_autocast_enabled(kind))
+            if what not in seen:
+                seen.add(what)
+                self._returned.setdefault(dtype_name(output.dtype), set()).add(id(module))
+                if what[1]:
+                    self.autocast_dtype = dtype_name(torch.get_autocast_dtype(kind))
+
+        return note
 
     def _watch_buffers(self) -> list[Any]:
         """Hooks that note which buffers outside the state dict the model's own forward pass rewrites.
@@ -209,21 +238,6 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
         if not places:
             return []
         return [model.register_forward_pre_hook(remember), model.register_forward_hook(compare)]
-
-    def _watch_dtypes(self) -> list[Any]:
-        """Hooks on the adapted layers that note what their products returned, in each step's first micro-batch."""
-        if self._dtypes_of_step == len(self.recorder.steps):
-            return []
-        self._dtypes_of_step = len(self.recorder.steps)
-
-        def note(module: Any, inputs: Any, output: Any) -> None:
-            if isinstance(output, torch.Tensor):
-                self._returned.setdefault(dtype_name(output.dtype), set()).add(id(module))
-                kind = output.device.type
-                if torch.is_autocast_enabled(kind):
-                    self.autocast_dtype = dtype_name(torch.get_autocast_dtype(kind))
-
-        return [layer.register_forward_hook(note) for layer in self._products]
 
 
 def _length(dataloader: Any) -> int | None:

@@ -5,7 +5,7 @@ from pytest_sftguard.records.audit import DefectRecord, PromptsRecord, Supervisi
 from pytest_sftguard.records.encoding import RecordError, numbers, write_text
 from pytest_sftguard.records.learning import Learning
 from pytest_sftguard.records.looks import LookRecord
-from pytest_sftguard.records.names import Names
+from pytest_sftguard.records.names import NONE, Names
 from pytest_sftguard.records.replay import ReplayedStepRecord, ReplayedTensorRecord, ReplayRecord
 from pytest_sftguard.records.results import AnswerRecord, FinitenessRecord, RoundTripRecord
 from pytest_sftguard.records.run import SCHEMA, ErrorRecord, RunRecord
@@ -14,6 +14,7 @@ from pytest_sftguard.records.training import BaseRecord, LogRecord, OptimizerRec
 from pytest_sftguard.records.wiring import FoundationRecord, InitialRecord, WiringRecord
 
 __all__ = [
+    "NONE",
     "SCHEMA",
     "AnswerRecord",
     "BaseAnswersRecord",
