@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from pytest_sftguard.hardware import HardwareProfile
+from pytest_sftguard.records.context import ContextRecord
+from pytest_sftguard.records.decoding import DecodingRecord, GenerationRecord
 from pytest_sftguard.records.encoding import RecordError, decode, encode, write_text
+from pytest_sftguard.records.evaluation import EvaluationRecord
 from pytest_sftguard.records.looks import LookRecord
+from pytest_sftguard.records.paths import PathsRecord
 from pytest_sftguard.records.results import AnswerRecord, RoundTripRecord
 from pytest_sftguard.records.training import BaseRecord, LogRecord, OptimizerRecord, StepRecord, TensorRecord
 
@@ -98,6 +102,16 @@ class RunRecord:
     """Answers of the reloaded adapter."""
     looks: tuple[LookRecord, ...] = ()
     """The extra looks that were asked for."""
+    context: ContextRecord | None = None
+    """Rows alone, padded and packed, of the look `context`."""
+    paths: PathsRecord | None = None
+    """One micro-batch on the training's way and on plain ones, of the look `paths`."""
+    evaluation: EvaluationRecord | None = None
+    """Raw losses of the evaluation set, of the look `evaluation`."""
+    generation: GenerationRecord | None = None
+    """The scores that the answers were decoded from; None where nothing was asked."""
+    decoding: DecodingRecord | None = None
+    """Answers in a batch and alone, of the look `decoding`."""
     adapter_digest: str = ""
     """Digest of the bits of every trainable tensor after the last step; empty where none was seen."""
     seconds: float | None = None
