@@ -129,7 +129,7 @@ def round_trip(
     loaded: dict[str, Tensor] = {_in_file(n, _active(reloaded)[0]): p for n, p in reloaded.named_parameters()}
     never = {_in_file(n, name) for n in unused}
 
-    with torch.no_grad(), _eager(trained), _eager(reloaded):
+    with torch.no_grad(), eager(trained), eager(reloaded):
         trained.eval()
         before, after = trained(**probe).logits, reloaded(**probe).logits
         with reloaded.disable_adapter():
@@ -187,7 +187,7 @@ def _tells_of_tensors(message: str) -> bool:
 
 
 @contextlib.contextmanager
-def _eager(model: nn.Module) -> Iterator[None]:
+def eager(model: nn.Module) -> Iterator[None]:
     """Run with eager attention: sdpa on a CPU turns NaN queries into zeros below 16 tokens (pytorch#141128)."""
     peft: Any = model
     inner: Any = peft.get_base_model() if hasattr(model, "get_base_model") else model

@@ -137,7 +137,8 @@ class _Cell:
         self.stage = "answers"
         pairs = self.target.pairs(self.config.questions, trainer.processing_class)
         self.seen["questions"] = len(pairs)
-        self.seen["answers"] = generation.answers(reloaded, trainer.processing_class, self.target, pairs)
+        asked = generation.ask(reloaded, trainer.processing_class, self.target, pairs)
+        self.seen["answers"], self.seen["generation"] = asked
 
     def _build(self, name: str, **training_arguments: Any) -> Trainer:
         config = dataclasses.replace(

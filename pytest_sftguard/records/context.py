@@ -39,6 +39,8 @@ class ContextRecord:
     """Those that were made."""
     left_out: str = ""
     """Why rows could not be compared at all; empty where they were."""
+    overflowed: int = 0
+    """Tokens with a logit that is not finite where the rows are given as trained on, in the training's arithmetic."""
     rotary: int = 0
     """Buffers of rotary frequencies."""
     low_rotary: Names = NONE
