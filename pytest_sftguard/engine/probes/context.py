@@ -52,6 +52,10 @@ class Context(Probe):
         self._detach()
         assert scene.trainer is not None
         trained: Any = scene.trained_model
+        if not self._given and scene.watch is not None:  # a compiled model, or one that is called past its hooks
+            batches = scene.watch.batches[:_MICRO_BATCHES]
+            accepted = forwards.accepts(trained)
+            self._given = [_as_given(trained, (), {k: v for k, v in b.items() if k in accepted}) for b in batches]
         low, count, error = _rotary(trained)
         masks = [m for given in self._given for m in given.values() if isinstance(m, Tensor) and m.ndim == 4]
         record = ContextRecord(
