@@ -35,6 +35,8 @@ class PathsRecord:
     """Implementation of attention that the training uses."""
     switched: tuple[str, ...] = ()
     """What the training uses and the plain path does without: `sdpa`, `checkpointing`, `compile`."""
+    routed: bool = False
+    """Whether the model has experts, which a rounding can choose otherwise."""
     tensors: int
     """Trainable tensors with a gradient."""
     loss: float
