@@ -1,4 +1,4 @@
-"""Asking the reloaded adapter: greedy generation, left-padded, from a seeded prefix, or as the target itself does it."""
+"""Asking the reloaded adapter: greedily, left-padded, from a seeded prefix, or in the target's own way."""
 
 from __future__ import annotations
 
@@ -52,9 +52,7 @@ def ask(
     return read, scores.record(prompts=len(prompts), own=target.generate is not None, zero_ids=zero_ids)
 
 
-def generated(
-    model: Any, tokenizer: Any, target: Target, prompts: list[str], **arguments: Any
-) -> tuple[Any, int]:
+def generated(model: Any, tokenizer: Any, target: Target, prompts: list[str], **arguments: Any) -> tuple[Any, int]:
     """What `generate` makes of `prompts` greedily in one batch that is padded on the left, and the prompts' width."""
     batch = tokenized(model, tokenizer, target, prompts)
     with torch.no_grad():

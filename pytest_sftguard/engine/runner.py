@@ -194,7 +194,7 @@ def _probe_batch(trainer: Trainer) -> dict[str, torch.Tensor]:
     inputs = {
         k: v.to(device)
         for k, v in batch.items()
-        if isinstance(v, torch.Tensor) and k in ("input_ids", "attention_mask")
+        if isinstance(v, torch.Tensor) and v.ndim == 2 and k in ("input_ids", "attention_mask")
     }
     length = inputs["input_ids"].shape[1]
     if length < 16:

@@ -66,8 +66,8 @@ class Target:
             inspect.signature(self.generate).bind(**given)
         except TypeError as error:
             raise TargetError(
-                f"generate of target {self.path} cannot be called: {error}. A function of that name in a target's module"
-                " must take model, tokenizer and prompts by keyword, and give a list of texts"
+                f"generate of target {self.path} cannot be called: {error}. A function of that name in a target's"
+                " module must take model, tokenizer and prompts by keyword, and give a list of texts"
             ) from None
         texts = self.generate(**given)
         if not isinstance(texts, (list, tuple)) or [type(t) for t in texts] != [str] * len(prompts):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -119,7 +120,9 @@ def _incomparable(model: Any, given: list[dict[str, Any]]) -> str:
         return "no forward pass of the model was seen in training"
     if not all(isinstance(g.get("input_ids"), Tensor) and g["input_ids"].ndim == 2 for g in given):
         return "the model is given something else than rows of input_ids"
-    if not hasattr(forwards.inner(model), "prepare_inputs_for_generation") or _encodes(config):
+    kind = type(forwards.inner(model))
+    generates = hasattr(kind, "prepare_inputs_for_generation") and "MaskedLM" not in kind.__name__
+    if not generates or getattr(config, "is_encoder_decoder", False):
         return "the model is no causal language model: its outputs are not one for each token, from those before it"
     if rope.get("rope_type") in _LENGTH_DEPENDENT:
         return f"rotary frequencies of the type {rope['rope_type']} follow the length of the batch by design"
@@ -128,15 +131,6 @@ def _incomparable(model: Any, given: list[dict[str, Any]]) -> str:
     if any(g["position_ids"].ndim != 2 for g in given if isinstance(g.get("position_ids"), Tensor)):
         return "positions of several dimensions are not known to restart"
     return ""
-
-
-def _encodes(config: Any) -> bool:
-    kinds = [str(a) for a in getattr(config, "architectures", None) or []]
-    return (
-        bool(getattr(config, "is_encoder_decoder", False))
-        or getattr(config, "num_labels", 2) != 2 and getattr(config, "problem_type", None) is not None
-        or any("Classification" in kind or "MaskedLM" in kind for kind in kinds)
-    )
 
 
 def _separators(model: Any, trainer: Any) -> set[int]:
@@ -283,7 +277,7 @@ class _Company:
             return
         starts = [] if self._exotic else self._starts(row, places, separators)
         bounds = [0, *starts, len(places)]
-        for begin, end in zip(bounds, bounds[1:], strict=False):
+        for begin, end in itertools.pairwise(bounds):
             yield _Segment(row, places[begin:end], packed=bool(starts))
 
     def _attended(self, row: int) -> Tensor:

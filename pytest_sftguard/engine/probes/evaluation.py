@@ -59,7 +59,9 @@ class Evaluation(Probe):
                     unlabelled += int((labels[:, 1:] == _IGNORED).all(1).sum())
                 self._seen.append(_loss_of(trainer, scene, batch))
         losses, best = _logged(trainer)
-        flags = [("in the training's evaluations", s) for s in in_training] + [("after the training", s) for s in self._seen]
+        flags = [("in the training's evaluations", s) for s in in_training] + [
+            ("after the training", s) for s in self._seen
+        ]
         bad = [f"batch {i} {when}" for when, group in itertools.groupby(flags, lambda f: f[0])
                for i, (_, flag) in enumerate(group, 1) if flag is not None and bool(flag)]  # fmt: skip
         return {

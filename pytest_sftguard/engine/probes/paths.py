@@ -95,7 +95,9 @@ class _Crossroads:
         loss, gradients = self._own(self.model)
         record = PathsRecord(
             arithmetic=self.arithmetic, attention=attention, switched=tuple(switched),
-            routed=forwards.has_experts(self.plain), tensors=sum(g is not None for g in gradients.values()), loss=loss, nonfinite=_nonfinite(gradients), asked=0,
+            routed=forwards.has_experts(self.plain),
+            tensors=sum(g is not None for g in gradients.values()),
+            loss=loss, nonfinite=_nonfinite(gradients), asked=0,
         )  # fmt: skip
         with torch.no_grad():
             usual = self._cross_entropy()
@@ -187,7 +189,9 @@ def _compared(
             largest, tensor = change, n
     # an expert that no token reaches has no gradient on one way, and zeros on another
     one_sided = [
-        n for n, g in gradients.items() if (g is None) != (plain.get(n) is None) and _matters(g) | _matters(plain.get(n))
+        n
+        for n, g in gradients.items()
+        if (g is None) != (plain.get(n) is None) and _matters(g) | _matters(plain.get(n))
     ]
     return PathRecord(
         name=name, loss=loss, max_change=largest, tensor=tensor, nonfinite=_nonfinite(plain),
