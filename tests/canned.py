@@ -128,10 +128,16 @@ def healthy(
     )
     for module in modules():
         record = dataclasses.replace(record, **getattr(module, "FIELDS", _nothing)(cell, names))
+    for module in modules():
+        record = dataclasses.replace(record, **getattr(module, "DERIVED", _nothing_more)(record))
     return dataclasses.replace(record, **changes)
 
 
 def _nothing(cell: Cell, names: list[str]) -> dict[str, Any]:
+    return {}
+
+
+def _nothing_more(record: RunRecord) -> dict[str, Any]:
     return {}
 
 

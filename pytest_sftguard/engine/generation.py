@@ -19,18 +19,18 @@ _TOKENS_OF_A_LOOP = 8
 
 
 def answers(
-    model: nn.Module, tokenizer: Any, target: Target, pairs: list[tuple[str, float]]
+    model: nn.Module, tokenizer: Any, target: Target, pairs: list[tuple[str, float]], budget: int = _MAX_NEW_TOKENS
 ) -> tuple[AnswerRecord, ...]:
     """Let `model` answer the prompts of `pairs`, and read its answers with the target's `parse_answer`.
 
     Greedy, so that a run can be repeated. Raises TargetError where the target offers questions but nothing to answer
     them with.
     """
-    return ask(model, tokenizer, target, pairs)[0]
+    return ask(model, tokenizer, target, pairs, budget)[0]
 
 
 def ask(
-    model: nn.Module, tokenizer: Any, target: Target, pairs: list[tuple[str, float]]
+    model: nn.Module, tokenizer: Any, target: Target, pairs: list[tuple[str, float]], budget: int = _MAX_NEW_TOKENS
 ) -> tuple[tuple[AnswerRecord, ...], GenerationRecord | None]:
     """The same, and what was seen of the scores that the answers were decoded from; None where nothing was asked."""
     if not pairs:
@@ -42,7 +42,7 @@ def ask(
         if target.generate is not None:
             texts, zero_ids = target.texts(model, tokenizer, prompts), 0
         else:
-            output, width = generated(model, tokenizer, target, prompts, max_new_tokens=_MAX_NEW_TOKENS)
+            output, width = generated(model, tokenizer, target, prompts, max_new_tokens=budget)
             ids = output[:, width:]
             texts, zero_ids = tokenizer.batch_decode(ids, skip_special_tokens=True), _zero_ids(model, ids)
     read = tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -92,7 +93,7 @@ class PathEquivalence(Invariant):
                 observed=path.max_change, limit=limit,
             )  # fmt: skip
         allowed = self.loss_share * limit * max(abs(path.loss), 1e-3)
-        if not abs(seen.loss - path.loss) <= allowed:
+        if not (math.isfinite(path.loss) and abs(seen.loss - path.loss) <= allowed):
             yield self.failed(
                 f"the loss is {seen.loss:.6g}, and {path.loss:.6g} with {path.name}",
                 observed=abs(seen.loss - path.loss), limit=allowed,

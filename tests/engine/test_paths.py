@@ -16,18 +16,18 @@ SUMS = "pytest_sftguard.engine.models.sums:build_trainer"
 LOOKS = ("context", "paths", "evaluation", "decoding")
 OURS = ("context_independence", "path_equivalence", "eval_and_decode_finite", "decode_batch_invariance")
 SEEN = {
-    "sdpa-cpu-hides-nan": ("context_independence", "logits of .* tokens are not finite"),
-    "right-padded-generation": ("decode_batch_invariance", "others in a padded batch"),
-    "packing-cross-contamination": ("context_independence", "as trained on under sdpa .* see each other"),
-    "fully-masked-attention-row": ("context_independence", "let a token see nothing"),
-    "nan-logits-decode-as-token-zero": ("eval_and_decode_finite", "decoded from scores that are not finite"),
-    "eval-nan-filtered": ("eval_and_decode_finite", "of .* evaluation batches is not finite"),
-    "nan-slips-through-comparison": ("strict_answers", "0 of 8 answers hold a number"),
-    "rope-low-precision": ("context_independence", "rotary frequencies are kept in half precision"),
-    "flash-attention-backward-nan": ("path_equivalence", "not finite under varlen_kernel, and are with plain kernels"),
-    "fused-loss-wrong-gradient": ("path_equivalence", "is not the one with plain loss"),
+    "sdpa_cpu_hides_nan": ("context_independence", "logits of .* tokens are not finite"),
+    "right_padded_generation": ("decode_batch_invariance", "others in a padded batch"),
+    "packing_cross_contamination": ("context_independence", "as trained on under sdpa .* see each other"),
+    "fully_masked_attention_row": ("context_independence", "let a token see nothing"),
+    "nan_logits_decode_as_token_zero": ("eval_and_decode_finite", "decoded from scores that are not finite"),
+    "eval_nan_filtered": ("eval_and_decode_finite", "of .* evaluation batches is not finite"),
+    "nan_slips_through_comparison": ("strict_answers", "0 of 8 answers hold a number"),
+    "rope_low_precision": ("context_independence", "rotary frequencies are kept in half precision"),
+    "flash_attention_backward_nan": ("path_equivalence", "not finite under varlen_kernel, and are with plain kernels"),
+    "fused_loss_wrong_gradient": ("path_equivalence", "is not the one with plain loss"),
 }
-CONTROLS = ("nan-best-metric", "autocast-cache-kills-gradients")
+CONTROLS = ("nan_best_metric", "autocast_cache_kills_gradients")
 HEALTHY = (
     "gpt2", "gemma2", "opt_layerdrop", "mixtral_experts", "idle_experts", "bert_classifier", "dynamic_rope",
     "left_padded", "stray_keys_kept", "streamed", "own_loss_normalised", "checkpointing_reentrant", "pissa", "dora",
