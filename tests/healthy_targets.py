@@ -57,8 +57,7 @@ def built(
     dtype = getattr(torch, arguments.pop("dtype"))
     set_seed(0)
     base = prepare(auto.from_config(config or LlamaConfig(**SMALL, tie_word_embeddings=False), dtype=torch.float32))
-    base = base.to(dtype)
-    base.config.dtype = dtype
+    base = tiny.in_dtype(base, dtype)
     training_arguments = TrainingArguments(**arguments)
     set_seed(training_arguments.seed)
     given = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | (lora or {})

@@ -123,7 +123,7 @@ def round_trip(
         del base.peft_config  # left behind by `unload`, and peft warns of it
     device = next(trained.parameters()).device
     base = base.to(device).eval()
-    with torch.no_grad(), _eager(base):
+    with torch.no_grad(), eager(base):
         inputs, (base_logits,), unpadded = probe.answers(base)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -131,7 +131,7 @@ def round_trip(
     loaded: dict[str, Tensor] = {in_file(n, active_adapters(reloaded)[0]): p for n, p in reloaded.named_parameters()}
     never = {in_file(n, name) for n in unused}
 
-    with torch.no_grad(), _eager(trained) as one, _eager(reloaded) as other:
+    with torch.no_grad(), eager(trained) as one, eager(reloaded) as other:
         trained.eval()
         before, after = trained(**inputs).logits, reloaded(**inputs).logits
         with _disabled(trained):
@@ -233,7 +233,7 @@ def _tells_of_tensors(message: str) -> bool:
 
 
 @contextlib.contextmanager
-def _eager(model: nn.Module) -> Iterator[bool]:
+def eager(model: nn.Module) -> Iterator[bool]:
     """Run with eager attention, and say whether it is.
 
     On a CPU sdpa turns NaN queries into zeros below 16 tokens (pytorch#141128).

@@ -46,7 +46,7 @@ def probe_batch(trainer: Trainer) -> ProbeBatch:
     batch = next(iter(trainer.get_eval_dataloader(trainer.train_dataset)))
     device = next(trainer.model.parameters()).device
     names = ("input_ids", "attention_mask")
-    inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor) and k in names}
+    inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor) and v.ndim == 2 and k in names}
     length = inputs["input_ids"].shape[1]
     if length < _TOKENS:
         repeats = -(-_TOKENS // length)

@@ -142,7 +142,8 @@ class _Cell:
         self.seen["questions"] = len(pairs)
         batches = scene.watch.batches if scene.watch is not None else []
         budget = generation.budget(batches)
-        self.seen["answers"] = generation.answers(reloaded, trainer.processing_class, self.target, pairs, budget)
+        asked = generation.ask(reloaded, trainer.processing_class, self.target, pairs, budget)
+        self.seen["answers"], self.seen["generation"] = asked
         self.seen["parser"] = parsing.tried(self.target, trainer.processing_class, pairs, batches)
 
     def _build(self, name: str, **training_arguments: Any) -> Trainer:

@@ -2,10 +2,14 @@
 
 from pytest_sftguard.records.afterwards import BaseAnswersRecord, MergeRecord, ParserRecord
 from pytest_sftguard.records.audit import DefectRecord, PromptsRecord, SupervisionRecord
+from pytest_sftguard.records.context import ComparisonRecord, ContextRecord
+from pytest_sftguard.records.decoding import DecodingRecord, DifferenceRecord, GenerationRecord
 from pytest_sftguard.records.encoding import RecordError, numbers, write_text
+from pytest_sftguard.records.evaluation import EvaluationRecord
 from pytest_sftguard.records.learning import Learning
 from pytest_sftguard.records.looks import LookRecord
 from pytest_sftguard.records.names import NONE, Names
+from pytest_sftguard.records.paths import PathRecord, PathsRecord
 from pytest_sftguard.records.replay import ReplayedStepRecord, ReplayedTensorRecord, ReplayRecord
 from pytest_sftguard.records.results import AnswerRecord, FinitenessRecord, RoundTripRecord
 from pytest_sftguard.records.run import SCHEMA, ErrorRecord, RunRecord
@@ -19,10 +23,16 @@ __all__ = [
     "AnswerRecord",
     "BaseAnswersRecord",
     "BaseRecord",
+    "ComparisonRecord",
+    "ContextRecord",
+    "DecodingRecord",
     "DefectRecord",
+    "DifferenceRecord",
     "ErrorRecord",
+    "EvaluationRecord",
     "FinitenessRecord",
     "FoundationRecord",
+    "GenerationRecord",
     "InitialRecord",
     "Learning",
     "LogRecord",
@@ -31,6 +41,8 @@ __all__ = [
     "Names",
     "OptimizerRecord",
     "ParserRecord",
+    "PathRecord",
+    "PathsRecord",
     "PromptsRecord",
     "RecordError",
     "ReplayRecord",

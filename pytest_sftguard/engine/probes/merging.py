@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_sftguard.engine.adapters import _eager, lora_layers
+from pytest_sftguard.engine.adapters import eager, lora_layers
 from pytest_sftguard.engine.probes import InapplicableError, Probe, Scene
 from pytest_sftguard.engine.tensors import digests, dtype_name
 from pytest_sftguard.records import MergeRecord, Names
@@ -115,7 +115,7 @@ def _probe(batches: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def _logits(model: Any, probe: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad(), _eager(model):
+    with torch.no_grad(), eager(model):
         logits: Tensor = model(**probe).logits
     return logits.float()
 
