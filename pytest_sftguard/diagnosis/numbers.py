@@ -178,7 +178,7 @@ NUMBERS: tuple[Mechanism, ...] = (
         _swallowed,
     ),
     Mechanism(
-        "scaler_refuses_float16_trainables",
+        "half_trainables_under_a_scaler",
         "the loss scaler does not unscale float16 gradients: it needs float32 trainables",
         "keep the adapter in float32 (autocast_adapter_dtype=True, no .half() after the wrap), with fp16=True",
         _unscaled_half,
