@@ -94,8 +94,10 @@ def test_a_task_that_cannot_be_learned_is_no_collapse(run_cell: Run) -> None:
     assert not failed(run) & {"answers_beat_base", "stops"}, run.verdict.findings
 
 
-HEALTHY = ("dora", "pissa", "bias_all", "saved_lm_head", "tied_embeddings_saved", "trainable_tokens_tied", "mixtral_experts",
-           "idle_experts", "second_adapter_active", "lora_bias", "gpt2", "bert_classifier", "registered_counter")  # fmt: skip
+HEALTHY = (
+    "dora", "pissa", "bias_all", "saved_lm_head", "tied_embeddings_saved", "trainable_tokens_tied", "mixtral_experts",
+    "idle_experts", "second_adapter_active", "lora_bias", "gpt2", "bert_classifier", "registered_counter",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-true"])
@@ -157,6 +159,14 @@ def test_parser_is_tried(name: str) -> None:
     assert record is not None
     assert {k for k in ("junk", "misread", "raised") if getattr(record, k)} >= ({wrong} if wrong else set())
     assert wrong or not (record.junk or record.misread or record.raised), record
+
+
+def test_merging_comes_last(run_cell: Run) -> None:
+    """In whatever order looks are asked for, none sees the merged model: the base's answers are the base's."""
+    run = run_cell(SUMS, steps=16, questions=16, looks=LOOKS[::-1])
+    assert [look.name for look in run.record.looks] == list(LOOKS)
+    assert run.record.base_answers is not None
+    assert run.record.base_answers.answers != run.record.answers
 
 
 def test_budget_follows_the_rows() -> None:
