@@ -94,10 +94,9 @@ def test_a_task_that_cannot_be_learned_is_no_collapse(run_cell: Run) -> None:
     assert not failed(run) & {"answers_beat_base", "stops"}, run.verdict.findings
 
 
-HEALTHY = (
-    "dora", "pissa", "bias_all", "saved_lm_head", "tied_embeddings_saved", "trainable_tokens_tied", "mixtral_experts",
-    "idle_experts", "second_adapter_active", "lora_bias", "gpt2", "bert_classifier", "registered_counter",
-)  # fmt: skip
+HEALTHY = ("dora", "pissa", "bias_all", "saved_lm_head", "tied_embeddings_saved", "trainable_tokens_tied",
+           "mixtral_experts", "idle_experts", "second_adapter_active", "lora_bias", "gpt2",
+           "bert_classifier", "registered_counter")  # fmt: skip
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-true"])
