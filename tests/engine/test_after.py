@@ -104,7 +104,8 @@ HEALTHY = ("dora", "pissa", "bias_all", "saved_lm_head", "tied_embeddings_saved"
 def test_looks_are_silent_on_healthy_variants(run_cell: Run, target: str, precision: str) -> None:
     """Adapters and architectures of many kinds merge, or say why not, and disabling them gives the base."""
     run = run_cell(f"tests.healthy_targets:{target}", precision, looks=LOOKS)
-    assert run.verdict.passed, run.verdict.findings
+    assert not failed(run) & {"effect_size", "merge_equivalence", "answers_beat_base", "stops"}, run.verdict.findings
+    assert all(look.done or look.inapplicable for look in run.record.looks)
 
 
 def test_a_tied_embedding_must_not_be_merged(run_cell: Run) -> None:
