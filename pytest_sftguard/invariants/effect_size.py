@@ -38,8 +38,8 @@ class EffectSize(Invariant):
                 f" {trip.max_abs_logit:.3g}: that is rounding, not training",
                 observed=trip.max_logit_effect, limit=least,
             )  # fmt: skip
-        if trip.base_differs:
-            return
+        if trip.base_differs or not math.isfinite(trip.max_abs_logit):
+            return  # it need not be the base; or what follows from NaN would only repeat it
         if trip.max_base_change is None:
             yield self.not_evaluated("the trained model was not looked at with its adapter disabled")
         elif not trip.max_base_change <= self.max_base_change * trip.max_abs_logit:

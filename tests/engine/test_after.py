@@ -104,7 +104,8 @@ HEALTHY = ("dora", "pissa", "bias_all", "saved_lm_head", "tied_embeddings_saved"
 def test_looks_are_silent_on_healthy_variants(run_cell: Run, target: str, precision: str) -> None:
     """Adapters and architectures of many kinds merge, or say why not, and disabling them gives the base."""
     run = run_cell(f"tests.healthy_targets:{target}", precision, looks=LOOKS)
-    assert run.verdict.passed, run.verdict.findings
+    assert not failed(run) & {"effect_size", "merge_equivalence", "answers_beat_base", "stops"}, run.verdict.findings
+    assert all(look.done or look.inapplicable for look in run.record.looks)
 
 
 def test_a_tied_embedding_must_not_be_merged(run_cell: Run) -> None:
@@ -158,6 +159,14 @@ def test_parser_is_tried(name: str) -> None:
     assert record is not None
     assert {k for k in ("junk", "misread", "raised") if getattr(record, k)} >= ({wrong} if wrong else set())
     assert wrong or not (record.junk or record.misread or record.raised), record
+
+
+def test_merging_comes_last(run_cell: Run) -> None:
+    """In whatever order looks are asked for, none sees the merged model: the base's answers are the base's."""
+    run = run_cell(SUMS, steps=16, questions=16, looks=LOOKS[::-1])
+    assert [look.name for look in run.record.looks] == list(LOOKS)
+    assert run.record.base_answers is not None
+    assert run.record.base_answers.answers != run.record.answers
 
 
 def test_budget_follows_the_rows() -> None:

@@ -100,7 +100,8 @@ class Probes:
     """The looks that a run was asked for. One that raises is out, and breaks neither the run nor the others."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
-        self._probes: dict[str, Probe] = {n: registry.load(n, __name__)() for n in names}
+        last = sorted(names, key=lambda name: name == "merging")  # after it there is no adapter left to look at
+        self._probes: dict[str, Probe] = {n: registry.load(n, __name__)() for n in last}
         self._looks: dict[str, LookRecord] = {}
 
     def prepare(self, scene: Scene) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import shutil
 import traceback
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +33,14 @@ class Merging(Probe):
 
     def conclude(self, scene: Scene) -> dict[str, Any]:
         """Logits before and after, the weights that changed, and the same from a file."""
-        assert scene.watch is not None
         model: Any = scene.reloaded
         _refuse(model)
+        with warnings.catch_warnings():  # peft warns of ties, which are looked at here
+            warnings.simplefilter("ignore")
+            return {"merge": self._merge(scene, model)}
+
+    def _merge(self, scene: Scene, model: Any) -> MergeRecord:
+        assert scene.watch is not None
         probe = _probe(scene.watch.batches)
         layers = {n: m for n, m in lora_layers(model).items() if hasattr(m, "merge") and hasattr(m, "merged_adapters")}
         unmerged = _logits(model, probe)
@@ -45,18 +51,16 @@ class Merging(Probe):
         after = {n: d for n, d in _digests(merged, "").items() if not f"{n}.".startswith(targets)}
         logits = _logits(merged, probe)
         again, not_saved = _saved_and_loaded(merged, scene.folder / "merged", probe)
-        return {
-            "merge": MergeRecord(
-                layers=len(layers),
-                dtype=_narrowest(changes.values()),
-                max_abs_logit=unmerged.abs().max().item(),
-                max_logit_change=(logits - unmerged).abs().max().item(),
-                max_saved_change=None if again is None else (again - unmerged).abs().max().item(),
-                not_saved=not_saved,
-                touched=Names.of(sorted(n for n, digest in after.items() if before.get(n, digest) != digest)),
-                **_survived(changes),
-            )
-        }
+        return MergeRecord(
+            layers=len(layers),
+            dtype=_narrowest(changes.values()),
+            max_abs_logit=unmerged.abs().max().item(),
+            max_logit_change=(logits - unmerged).abs().max().item(),
+            max_saved_change=None if again is None else (again - unmerged).abs().max().item(),
+            not_saved=not_saved,
+            touched=Names.of(sorted(n for n, digest in after.items() if before.get(n, digest) != digest)),
+            **_survived(changes),
+        )
 
 
 @dataclass
