@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+import torch
+from torch.optim import lr_scheduler
 
 from pytest_sftguard import registry
 from pytest_sftguard.engine import faults
