@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -67,8 +68,19 @@ def test_a_healthy_variant_passes_with_accumulation(run_cell: Callable[..., Judg
     assert run.verdict.passed, run.verdict.findings
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "fp16-mixed", "bf16-true", "fp16-true"])
-@pytest.mark.parametrize("target", HALF)
+# peft leaves what is no factor in the base's float16, where Adam's second moment underflows: no healthy training, and
+# test_steps.py says so
+UNSOUND = [(t, "fp16-true") for t in ("saved_lm_head", "tied_embeddings_saved", "bias_lora_only")]
+
+
+@pytest.mark.parametrize(
+    ("target", "precision"),
+    [
+        (t, p)
+        for t, p in itertools.product(HALF, ["bf16-mixed", "fp16-mixed", "bf16-true", "fp16-true"])
+        if (t, p) not in UNSOUND
+    ],
+)
 def test_a_healthy_variant_passes_in_low_precision(
     run_cell: Callable[..., JudgedRun], target: str, precision: str
 ) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -15,33 +17,31 @@ _LARGEST = 3e4  # the weights themselves stay within float16
 
 
 def overflow_float16(trainer: Trainer) -> Trainer:
-    """Multiply the weights of the two layers of the last MLP that is found, or else of the largest layer."""
+    """Multiply the weights of the two layers of the last MLP; where there is none, of the last two linear layers."""
     with torch.no_grad():
-        for weight in _weights(trainer.model):
-            weight.mul_(min(_FACTOR, _LARGEST / float(weight.abs().max())))
+        for layer in _layers(trainer.model):
+            layer.weight.mul_(min(_FACTOR, _LARGEST / float(layer.weight.abs().max())))
     return trainer
 
 
-def _weights(model: nn.Module) -> list[Tensor]:
-    """Weights of two consecutive layers: one that widens, and one beside it that comes back."""
-    found: list[Tensor] = []
-    for parent in model.modules():
-        layers = [w for w in map(_weight, parent.children()) if w is not None]
-        wide = [w for w in layers if max(w.shape) > min(w.shape)]
-        pairs = [(up, down) for up in wide for down in wide if up is not down and up.shape == down.shape[::-1]]
-        if pairs:
-            found = [*pairs[-1]]
-    if found:
-        return found
-    weights = [w for w in map(_weight, model.modules()) if w is not None]
-    return [max(weights, key=Tensor.numel)]
+def _layers(model: Any) -> tuple[Any, ...]:
+    """Two layers in a row before the head: one that widens, and one that comes back."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = getattr(head, "base_layer", head)
+    linear = [m for n, m in model.named_modules() if "lora_" not in n and m is not head and _is_frozen_linear(m)]
+    pairs = list(itertools.pairwise(linear))
+    mlps = [p for p in pairs if _widening(p[0]) > 1 and _widening(p[0]) * _widening(p[1]) == 1]
+    return (mlps or pairs)[-1]
 
 
-def _weight(module: nn.Module) -> Tensor | None:
-    """The frozen matrix of a linear layer, adapted or not; None of anything else, of a quantised one too."""
-    layer: Any = getattr(module, "base_layer", module)
-    weight = getattr(layer, "weight", None)
-    linear = isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
-    if not linear or not isinstance(weight, Tensor) or weight.dim() != 2 or weight.requires_grad:
-        return None
-    return weight if weight.is_floating_point() else None
+def _is_frozen_linear(module: nn.Module) -> bool:
+    """Whether this is a linear layer that is not trained and not quantised."""
+    weight: Any = getattr(module, "weight", None)
+    linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return linear and weight.is_floating_point() and not weight.requires_grad
+
+
+def _widening(layer: Any) -> Fraction:
+    """Outputs for each input."""
+    one, other = layer.weight.shape
+    return Fraction(one, other) if isinstance(layer, nn.Linear) else Fraction(other, one)

@@ -107,6 +107,10 @@ FAILURES = {
             with_step(healthy(), 3, changed=0, missing_gradients=Names.of([A, B])),
             "step 3 .* and 1 more has no gradient",
         ),
+        "all-zero": (
+            with_step(healthy(), 2, zero_gradients=Names.of([A, B])),
+            "step 2 .* and 1 more has a gradient of exactly zero",
+        ),
         "head-never": (
             with_steps(healthy(head=True), zero_gradients=Names.of([HEAD])),
             f"{HEAD} had no gradient other than zero at any of 4 steps",
