@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,21 @@ class Redrawn:
 def redrawn(before: dict[str, str], trained: nn.Module, fresh: nn.Module) -> Redrawn:
     """The base of `fresh` held against digests `before` of the training's, whose tensors are still in `trained`."""
     after = base_digests(fresh)
-    differing = [n for n in before if after.get(n) != before[n]]
+    differing = [n for n in before if after.get(n) != before[n] and not _of_another_adapter(fresh, n)]
+    after |= {n: before[n] for n in before.keys() & after.keys() if n not in differing}
     old, new = base_tensors(trained), base_tensors(fresh)
     rows = {n: _rows(old.get(n), new.get(n)) for n in differing}
-    drawable = [n for n, p in fresh.named_parameters() if n in new and _varies(p.detach())]
+    drawable = [
+        n for n, p in fresh.named_parameters() if n in new and not _of_another_adapter(fresh, n) and _varies(p.detach())
+    ]
     return Redrawn(before, after, rows, bool(drawable) and set(drawable) <= set(differing))
+
+
+def _of_another_adapter(model: nn.Module, name: str) -> bool:
+    """Whether a tensor belongs to an adapter that is not active: it is drawn at random, and in a file of its own."""
+    parts = name.split(".")
+    names = set(getattr(model, "peft_config", {})) - set(active_adapters(model))
+    return any(a in names and b.startswith(("lora_", "modules_to_save")) for b, a in itertools.pairwise(parts))
 
 
 def other_factors(initial: dict[str, Tensor], fresh: nn.Module) -> set[str]:

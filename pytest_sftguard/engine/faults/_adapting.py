@@ -28,3 +28,14 @@ def adapting(change: Callable[[Any, Any, dict[str, Any]], None]) -> Iterator[Non
 def low_rank(trainer: Any) -> list[Any]:
     """The trainable tensors of a Trainer's adapter that are floating numbers."""
     return [p for p in trainer.model.parameters() if p.requires_grad and p.is_floating_point()]
+
+
+def without_head(base: Any, config: Any) -> list[str]:
+    """Take the head out of the adapter's targets, which else is saved with its base; the names of its modules."""
+    head = base.get_output_embeddings()
+    names = [n.rpartition(".")[2] for n, m in base.named_modules() if head is not None and m is head]
+    if isinstance(config.target_modules, (set, list)):
+        config.target_modules = set(config.target_modules) - set(names)
+    elif names and config.target_modules != "all-linear":  # which leaves the head out by itself
+        config.target_modules = rf"(?!(?:.*\.)?(?:{'|'.join(names)})$)(?:{config.target_modules})"
+    return names

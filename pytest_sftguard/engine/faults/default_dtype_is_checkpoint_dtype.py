@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pytest_sftguard.engine.faults import Fault
-from pytest_sftguard.engine.faults._adapting import adapting
+from pytest_sftguard.engine.faults._adapting import adapting, without_head
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -26,12 +26,7 @@ class DefaultDtypeIsCheckpointDtype(Fault):
         """Load it so, and have the head saved with the adapter."""
 
         def save_head(base: Any, config: Any, options: dict[str, Any]) -> None:
-            head = base.get_output_embeddings()
-            names = [n for n, m in base.named_modules() if m is head and head is not None]
-            targets = config.target_modules
-            if isinstance(targets, (set, list)) and names:
-                config.target_modules = set(targets) - {names[0].rpartition(".")[2]}
-            config.modules_to_save = [*(config.modules_to_save or ()), *(n.rpartition(".")[2] for n in names)]
+            config.modules_to_save = [*(config.modules_to_save or ()), *without_head(base, config)]
 
         with adapting(save_head):
             return build(**{**arguments, "dtype": "bfloat16"})

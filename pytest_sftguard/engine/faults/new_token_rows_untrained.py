@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pytest_sftguard.engine.faults import Fault
-from pytest_sftguard.engine.faults._adapting import adapting
+from pytest_sftguard.engine.faults._adapting import adapting, without_head
 from pytest_sftguard.engine.faults._collating import collating, in_prompt
 
 if TYPE_CHECKING:
@@ -32,10 +32,11 @@ class NewTokenRowsUntrained(Fault):
         new: list[int] = []
 
         def grow(base: Any, config: Any, options: dict[str, Any]) -> None:
+            without_head(base, config)
             old = base.get_input_embeddings().num_embeddings
             with torch.random.fork_rng():
                 torch.manual_seed(int(arguments.get("seed", 0)) + 1)
-                base.resize_token_embeddings(old + _ADDED)
+                base.resize_token_embeddings(old + _ADDED, mean_resizing=False)
             new.append(old + 1)
 
         with adapting(grow):

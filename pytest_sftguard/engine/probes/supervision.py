@@ -123,9 +123,8 @@ def _rows_of(model: Any, getter: str) -> int | None:
 
 
 def _vocabulary(model: Any) -> int | None:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    size = getattr(head, "out_features", None) or getattr(getattr(model, "config", None), "vocab_size", None)
-    return size if isinstance(size, int) else None
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    return _rows_of(model, "get_output_embeddings") or (size if isinstance(size, int) else None)
 
 
 def _own_loss(trainer: Any) -> bool:
