@@ -43,12 +43,14 @@ class EvalAndDecodeFinite(Invariant):
         if seen.nonfinite:
             yield self.failed(
                 f"{seen.nonfinite} of {seen.scores} generated tokens were decoded from scores that are not finite,"
-                f" first in forward pass {seen.first_nonfinite}; greedy decoding reads NaN as some id",
+                f" first in forward pass {seen.first_nonfinite}; greedy decoding reads NaN as some id"
+                f" ({seen.zero_ids} of {seen.prompts} answers are the id 0 over and over)",
                 observed=seen.nonfinite, limit=0,
             )  # fmt: skip
-        if seen.zero_ids and seen.zero_ids == seen.prompts:
+        if seen.zero_ids and seen.zero_ids == seen.prompts and not seen.scores:
             yield self.failed(
-                f"all {seen.prompts} answers are the token id 0 over and over, as greedy decoding reads NaN",
+                f"all {seen.prompts} answers are the token id 0 over and over, as greedy decoding reads NaN, and their"
+                " scores were not seen",
                 observed=seen.zero_ids, limit=0,
             )  # fmt: skip
 

@@ -23,7 +23,10 @@ _ROWS = 4
 """Of each micro-batch: every row costs a forward pass of its own, under each attention."""
 _LEAST_WIDTH = 16
 """Below 16 tokens sdpa on a CPU hides NaN (pytorch#141128)."""
-_LABELS = ("labels", "label", "label_ids")
+_OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict")
+"""Arguments that are left out: they choose what is computed of the logits, or in which form it comes."""
+_SCORES = 1 << 28
+"""Scores that are kept of the rows alone, 1 GB in float32: rows beyond are not compared, but for the first."""
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
@@ -46,7 +49,8 @@ class Context(Probe):
                 if len(self._given) == _MICRO_BATCHES:
                     self._detach()
 
-        self._hooks.append(scene.trainer.model.register_forward_pre_hook(remember, with_kwargs=True))
+        if not scene.trainer.args.torch_compile:  # a hook would be compiled too
+            self._hooks.append(scene.trainer.model.register_forward_pre_hook(remember, with_kwargs=True))
 
     def conclude(self, scene: Scene) -> dict[str, Any]:
         """Compare, and look at the buffers of rotary frequencies and at masks."""
@@ -102,7 +106,7 @@ class Context(Probe):
 
 def _as_given(model: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a forward pass without its labels, and with the cache that it would have used spelled out."""
-    given = {k: v for k, v in kwargs.items() if k not in _LABELS}
+    given = {k: v for k, v in kwargs.items() if k not in _OF_THE_LOSS}
     if args and isinstance(args[0], Tensor):
         given.setdefault("input_ids", args[0])
     if "use_cache" in forwards.accepts(model) and "use_cache" not in given:
@@ -183,7 +187,7 @@ class _Company:
             self.positions = self.positions.expand(len(self.ids), -1)
         self.pad = _padding(model)
         self.segments = [s for row in range(min(_ROWS, len(self.ids))) for s in self._segments(row, separators)]
-        self.segments = self.segments[: 2 * _ROWS]
+        self.segments = _affordable(self.segments[: 2 * _ROWS], model)
         self.reference: list[Tensor] = []
 
     def compare(self) -> Iterator[ComparisonRecord]:
@@ -303,6 +307,12 @@ class _Company:
             held = self.mask[row, places]
             return [int(i) + 1 for i in (held[1:] != held[:-1]).nonzero()[:, 0]]
         return [i for i in range(2, count - 1) if ids[i] in separators and ids[i - 1] not in separators]
+
+
+def _affordable(segments: list[_Segment], model: Any) -> list[_Segment]:
+    room = _SCORES // max(1, int(getattr(forwards.inner(model).config, "vocab_size", 0) or 1))
+    ends = itertools.accumulate(len(s.places) for s in segments)
+    return [s for i, (s, end) in enumerate(zip(segments, ends, strict=True)) if i == 0 or end <= room]
 
 
 def _by_row(value: Any, ids: Tensor) -> bool:

@@ -167,7 +167,7 @@ FAILURES = {
         "best": (evaluated(best_metric_finite=False), "the best metric, .* is not finite"),
         "unlabelled": (evaluated(unlabelled=4), "4 of 8 evaluation rows have no supervised token"),
         "scores": (generated(nonfinite=3, first_nonfinite=2), "3 of 8 generated tokens .* forward pass 2"),
-        "zeros": (generated(zero_ids=2), "all 2 answers are the token id 0"),
+        "zeros": (generated(zero_ids=2, scores=0), "all 2 answers are the token id 0"),
         "look-broke": (looked("evaluation", error="KeyError: x"), "the look `evaluation` ended in KeyError"),
     },
     "decode_batch_invariance": {
