@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_sftguard.engine.adapters import base_digests, base_tensors, lora_layers, partial_factors, trainables
+from pytest_sftguard.engine.rows import joined
 from pytest_sftguard.engine.tensors import combined, digests, dtype_name, norms, to_host
 from pytest_sftguard.records import BaseRecord, Names, OptimizerRecord, StepRecord, TensorRecord
 
@@ -41,6 +42,7 @@ class Recorder:
         self._micro_losses: list[Tensor] = []
         self._returned: list[Tensor] = []
         self._tokens: list[Tensor] = []
+        self._rows: list[Tensor | None] = []
         self._gradients: dict[str, Any] | None = None
         self._started: float | None = None
         self._stale: tuple[list[str], Tensor] = ([], torch.empty(0))
@@ -55,8 +57,10 @@ class Recorder:
             if torch.cuda.is_available() and self._device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self._device)
 
-    def micro_batch(self, loss: Tensor, labels: Tensor | None = None) -> None:
-        """The raw loss of a micro-batch (any shape; its mean counts), and its labels, shape (rows, tokens)."""
+    def micro_batch(self, loss: Tensor, labels: Tensor | None = None, rows: Tensor | None = None) -> None:
+        """The raw loss of a micro-batch (any shape; its mean counts), its labels, shape (rows, tokens), and a
+        fingerprint of its rows."""
+        self._rows.append(rows)
         self._micro_losses.append(loss.detach().float().mean())
         if labels is not None:
             self._tokens.append((labels[..., 1:] != -100).sum())
@@ -95,10 +99,10 @@ class Recorder:
             "names": [],
             **dict.fromkeys(("l2", "largest", "moved", "scale"), torch.empty(0)),
         }
-        scale, scale_after, loss, micro, tokens, l2, largest, moved, stale, update, weights, moments = to_host(
+        scale, scale_after, loss, micro, tokens, rows, l2, largest, moved, stale, update, weights, moments = to_host(
             [
                 gradients["scale"], _one(loss_scale),
-                _stacked(self._returned), _stacked(self._micro_losses), _stacked(self._tokens),
+                _stacked(self._returned), _stacked(self._micro_losses), _stacked(self._tokens), _whole(self._rows),
                 gradients["l2"], gradients["largest"], gradients["moved"], self._stale[1],
                 norms(difference, math.inf), norms(now, math.inf), norms([t for _, t in states], math.inf),
             ]
@@ -133,11 +137,17 @@ class Recorder:
                 nonfinite_moments=_named([n for n, _ in states], (not math.isfinite(v) for v in moments)),
                 max_update=_largest(update),
                 supervised_tokens=int(sum(tokens)) if tokens else None,
+                rows=joined(rows) if rows else None,
                 seconds=time.perf_counter() - self._started if self._started is not None else None,
                 peak_memory_bytes=self._peak_memory(),
             )
         )
         self._open()
+
+    def begin_from_here(self) -> None:
+        """The weights that the training begins with have been loaded since: steps are measured from them."""
+        if self._previous and not self.steps:
+            torch._foreach_copy_(self._previous, [p.detach() for p in self.parameters.values()])
 
     def adapter(self) -> tuple[TensorRecord, ...]:
         """Every trainable tensor, now compared with its start."""
@@ -240,6 +250,12 @@ def _dense(gradient: Tensor) -> Tensor:
 
 def _stacked(scalars: list[Tensor]) -> Tensor:
     return torch.stack([s.float() for s in scalars]) if scalars else torch.empty(0)
+
+
+def _whole(numbers: list[Tensor | None]) -> Tensor:
+    """Whole numbers as doubles, shape (0,) where one is missing."""
+    there = [n.double() for n in numbers if n is not None]
+    return torch.stack(there) if there and len(there) == len(numbers) else torch.empty(0)
 
 
 def _named(names: list[str], flags: Any) -> Names:

@@ -1,6 +1,7 @@
 """Records: everything that was seen of one training, as plain numbers. A record knows nothing of torch."""
 
 from pytest_sftguard.records.encoding import RecordError, numbers, write_text
+from pytest_sftguard.records.first_step import FirstStepRecord
 from pytest_sftguard.records.looks import LookRecord
 from pytest_sftguard.records.names import Names
 from pytest_sftguard.records.results import AnswerRecord, RoundTripRecord
@@ -12,6 +13,7 @@ __all__ = [
     "AnswerRecord",
     "BaseRecord",
     "ErrorRecord",
+    "FirstStepRecord",
     "LogRecord",
     "LookRecord",
     "Names",

@@ -10,6 +10,7 @@ from typing import Any
 
 from pytest_sftguard.hardware import HardwareProfile
 from pytest_sftguard.records.encoding import RecordError, decode, encode, write_text
+from pytest_sftguard.records.first_step import FirstStepRecord
 from pytest_sftguard.records.looks import LookRecord
 from pytest_sftguard.records.results import AnswerRecord, RoundTripRecord
 from pytest_sftguard.records.training import BaseRecord, LogRecord, OptimizerRecord, StepRecord, TensorRecord
@@ -100,6 +101,10 @@ class RunRecord:
     """The extra looks that were asked for."""
     adapter_digest: str = ""
     """Digest of the bits of every trainable tensor after the last step; empty where none was seen."""
+    first_step: FirstStepRecord | None = None
+    """The first step's forward passes; None if there was none."""
+    replica_digests: tuple[str, ...] = ()
+    """The same of each process, where several trained one model."""
     seconds: float | None = None
     """Wall time of the whole cell, from building to the last answer."""
     variant: str = ""
