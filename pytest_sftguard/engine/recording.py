@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pytest_sftguard.engine import updates
 from pytest_sftguard.engine.adapters import base_digests, base_tensors, lora_layers, partial_factors, trainables
+from pytest_sftguard.engine.fingerprints import joined
 from pytest_sftguard.engine.moments import Moments
 from pytest_sftguard.engine.packed import Packed
 from pytest_sftguard.engine.tensors import combined, digests, dtype_name, norms, to_host
@@ -51,6 +52,7 @@ class Recorder:
         self._micro_losses: list[Tensor] = []
         self._returned: list[Tensor] = []
         self._tokens: list[Tensor] = []
+        self._rows: list[Tensor | None] = []
         self._gradients: dict[str, Any] | None = None
         self._received: Tensor | None = None
         self._started: float | None = None
@@ -66,8 +68,12 @@ class Recorder:
             if torch.cuda.is_available() and self._device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self._device)
 
-    def micro_batch(self, loss: Tensor, labels: Tensor | None = None) -> None:
-        """The raw loss of a micro-batch (any shape; its mean counts), and its labels, shape (rows, tokens)."""
+    def micro_batch(self, loss: Tensor, labels: Tensor | None = None, rows: Tensor | None = None) -> None:
+        """The raw loss of a micro-batch (any shape; its mean counts).
+
+        Beside it its labels, shape (rows, tokens), and a fingerprint of its rows.
+        """
+        self._rows.append(rows)
         self._micro_losses.append(_mean(loss))
         if labels is not None:
             self._tokens.append((labels[..., 1:] != -100).sum())
@@ -121,10 +127,13 @@ class Recorder:
         seen = self._gradients is not None
         gradients = self._gradients or dict.fromkeys(("l2", "largest", "moved", "scale"), torch.empty(0))
         received = torch.empty(0) if self._received is None else self._received
-        scale, scale_after, loss, micro, tokens, l2, largest, moved, stale, update, weights, least, moments, given = (
+        (
+            scale, scale_after, loss, micro, tokens, rows,
+            l2, largest, moved, stale, update, weights, least, moments, given,
+        ) = (
             to_host([
                 gradients["scale"], _one(loss_scale),
-                _stacked(self._returned), _stacked(self._micro_losses), _stacked(self._tokens),
+                _stacked(self._returned), _stacked(self._micro_losses), _stacked(self._tokens), _whole(self._rows),
                 gradients["l2"], gradients["largest"], gradients["moved"], self._stale[1],
                 update_seen, weights_seen, least_move, self._moments.finite(optimizer, self._scratch), received,
             ])
@@ -164,11 +173,18 @@ class Recorder:
                 max_update_tensor=furthest,
                 received_grad_norm=None if self._received is None else _hypot(given),
                 supervised_tokens=int(sum(tokens)) if tokens else None,
+                rows=joined(rows) if rows else None,
                 seconds=time.perf_counter() - self._started if self._started is not None else None,
                 peak_memory_bytes=self._peak_memory(),
             )
         )
         self._open()
+
+    def begin_from_here(self) -> None:
+        """The weights that the training begins with have been loaded since: steps are measured from them."""
+        if self.parameters and not self.steps:
+            self._follow()
+            self._previous.fill(self._tensors)
 
     def adapter(self) -> tuple[TensorRecord, ...]:
         """Every trainable tensor, now compared with its start."""
@@ -329,6 +345,12 @@ def _holders(parameters: Iterable[str], layers: Iterable[str]) -> dict[str, str]
 
 def _stacked(scalars: list[Tensor]) -> Tensor:
     return torch.stack([s.float() for s in scalars]) if scalars else torch.empty(0)
+
+
+def _whole(numbers: list[Tensor | None]) -> Tensor:
+    """Whole numbers as doubles, shape (0,) where one is missing."""
+    there = [n.double() for n in numbers if n is not None]
+    return torch.stack(there) if there and len(there) == len(numbers) else torch.empty(0)
 
 
 def _named(names: list[str], flags: Any) -> Names:
