@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_sftguard.engine.packed import Packed
+from pytest_sftguard.engine.packed import Layout, joined, total
 from pytest_sftguard.engine.tensors import norms, to_host
 from pytest_sftguard.records import Names
 
@@ -35,20 +35,18 @@ class Moments:
             if _counts(value, parameter)
         ]
 
-    def finite(self, optimizer: torch.optim.Optimizer, scratch: Packed) -> Tensor:
+    def finite(self, optimizer: torch.optim.Optimizer, layout: Layout) -> Tensor:
         """A few numbers, all of them finite only where all states are; nothing is waited for.
 
-        `scratch` has the parameters' shapes, and is written over.
+        `layout` is that of the parameters.
         """
-        self._sort(optimizer, scratch)
-        seen = [norms(self._others, math.inf)]
-        for places, states in self._alike:
-            scratch.fill(states, places)
-            seen.append(scratch.sums())
+        self._sort(optimizer, layout)
+        seen = [total(rows) for places, states in self._alike for rows in layout.laid(states, places)]
         if self._scalars:
             seen.append(torch.stack(self._scalars).sum().reshape(1))
-        device = next((s.device for s in seen if s.numel()), torch.device("cpu"))
-        return torch.cat([s.to(device, torch.float64) for s in seen])
+        if self._others:
+            seen.append(norms(self._others, math.inf))
+        return joined(seen)
 
     def nonfinite(self, optimizer: torch.optim.Optimizer) -> Names:
         """The states that hold NaN or infinity; waits for the device."""
@@ -56,7 +54,7 @@ class Moments:
         [largest] = to_host([norms([t for _, t in named], math.inf)])
         return Names.of(n for (n, _), value in zip(named, largest, strict=True) if not math.isfinite(value))
 
-    def _sort(self, optimizer: torch.optim.Optimizer, scratch: Packed) -> None:
+    def _sort(self, optimizer: torch.optim.Optimizer, layout: Layout) -> None:
         """Sort the states by how they can be looked at, unless they are the tensors that have been sorted before."""
         held = [v for state in optimizer.state.values() for v in state.values()]
         if not self._tensors_alone:
@@ -70,7 +68,7 @@ class Moments:
             for key, value in optimizer.state.get(parameter, {}).items():
                 if not _counts(value, parameter):
                     continue
-                if scratch.takes([value], [place]):
+                if layout.takes([value], [place]):
                     places, tensors = alike.setdefault(key, ([], []))
                     places.append(place)
                     tensors.append(value)

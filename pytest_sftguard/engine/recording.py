@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_sftguard.engine import updates
+from pytest_sftguard.engine import fingerprints, updates
 from pytest_sftguard.engine.adapters import base_digests, base_tensors, lora_layers, partial_factors, trainables
-from pytest_sftguard.engine.fingerprints import joined
 from pytest_sftguard.engine.moments import Moments
-from pytest_sftguard.engine.packed import Packed
+from pytest_sftguard.engine.packed import Layout, joined, l2, largest
 from pytest_sftguard.engine.tensors import combined, digests, dtype_name, norms, to_host
 from pytest_sftguard.records import NONE, BaseRecord, Names, OptimizerRecord, StepRecord, TensorRecord
 
@@ -35,11 +34,14 @@ class Recorder:
         self._tensors = now = list(self.parameters.values())
         self._kinds = _kinds(now)
         self._all_moved = False
-        self._start, self._previous, self._scratch, self._largest_move = (Packed(now) for _ in range(4))
-        self._largest_move.clear()
+        self._layout = Layout(now)
+        self._start, self._previous, self._largest_move = (self._layout.kept(now) for _ in range(3))
+        for moves in self._largest_move:
+            moves.zero_()
         self._names = list(self.parameters)
         self._moments = Moments(self.parameters)
-        self._largest_weights = self._start.ordered(to_host([self._start.largest()])[0])
+        [start] = to_host([joined([largest(rows) for rows in self._start])])
+        self._largest_weights = self._layout.ordered(start)
         self._base_before = base_digests(model)
         self._layer_of = _holders(self.parameters, lora_layers(model))
         self._layers = set(self._layer_of.values())
@@ -82,65 +84,69 @@ class Recorder:
         """What the training loop adds up for the step's loss."""
         self._returned.append(_mean(returned))
 
+    @torch.no_grad()
     def before_step(self, loss_scale: Tensor | None = None) -> None:
         """All gradients of the step are there: unclipped, and multiplied by `loss_scale` where there is a scaler.
 
         The scale is a tensor of one element, on the device, so that nothing waits for it here.
         """
         self._follow()
-        gradients = [p.grad for p in self._tensors]
-        places = [i for i, g in enumerate(gradients) if g is not None]
-        packed = self._packed([g.to_dense() if g.is_sparse else g for g in gradients if g is not None], places)
-        l2, largest, moved = packed.l2(), packed.largest(), torch.empty(0)
-        if self.steps and self.parameters:
-            self._scratch.fill(self._tensors)
-            self._scratch.subtract(self._previous)
-            moved = self._scratch.extremes()
+        places, layout, dense, where = self._dense_gradients()
+        norm, most, moved = [], [], []
+        for rows in layout.laid(dense, where):
+            norm.append(l2(rows))
+            most.append(largest(rows))
+        for rows, before in zip(self._layout.laid(self._tensors), self._previous, strict=True) if self.steps else ():
+            moved.append(largest(rows.sub_(before)))
         scale = 1.0 if loss_scale is None else loss_scale
         self._gradients = {
             "places": places,
-            "packed": packed,
-            "l2": l2 / scale,
-            "largest": largest / scale,
+            "layout": layout,
+            "l2": joined(norm) / scale,
+            "largest": joined(most) / scale,
             "scale": _one(loss_scale),
-            "moved": moved,
+            "moved": joined(moved),
         }
 
+    @torch.no_grad()
     def at_optimizer(self, loss_scale: Tensor | None = None) -> None:
         """The optimizer is about to step: these are the gradients that it gets, still scaled where `loss_scale` is."""
-        gradients = [p.grad for p in self._tensors]
-        places = [i for i, g in enumerate(gradients) if g is not None]
-        packed = self._packed([g.to_dense() if g.is_sparse else g for g in gradients if g is not None], places)
-        self._received = packed.l2() / (1.0 if loss_scale is None else loss_scale)
+        _, layout, dense, where = self._dense_gradients()
+        norm = joined([l2(rows) for rows in layout.laid(dense, where)])
+        self._received = norm / (1.0 if loss_scale is None else loss_scale)
 
+    @torch.no_grad()
     def after_step(
         self, optimizer: torch.optim.Optimizer, learning_rate: float | None, loss_scale: Tensor | None = None
     ) -> None:
         """The optimizer has stepped, or was kept from it by the scaler, whose scale is now `loss_scale`."""
         self._follow()
-        self._scratch.fill(self._tensors)
-        weights_seen = self._scratch.largest()
-        self._previous.subtract(self._scratch)
-        update_seen = self._previous.largest()
-        least_move = self._least_move()
-        self._previous, self._scratch = self._scratch, self._previous
+        weights_seen, update_seen, least_move = [], [], []
+        for i, (rows, kept) in enumerate(zip(self._layout.laid(self._tensors), self._previous, strict=True)):
+            weights_seen.append(largest(rows))
+            update_seen.append(largest(kept.sub_(rows)))
+            if kept.numel() and not self._all_moved:
+                moves = self._largest_move[i]
+                least_move.append(torch.maximum(moves, kept.abs_(), out=moves).amin().reshape(1))
+            kept.copy_(rows)
         seen = self._gradients is not None
         gradients = self._gradients or dict.fromkeys(("l2", "largest", "moved", "scale"), torch.empty(0))
         received = torch.empty(0) if self._received is None else self._received
         (
             scale, scale_after, loss, micro, tokens, rows,
-            l2, largest, moved, stale, update, weights, least, moments, given,
+            norm, most, moved, stale, update, weights, least, moments, given,
         ) = (
             to_host([
                 gradients["scale"], _one(loss_scale),
                 _stacked(self._returned), _stacked(self._micro_losses), _stacked(self._tokens), _whole(self._rows),
                 gradients["l2"], gradients["largest"], gradients["moved"], self._stale[1],
-                update_seen, weights_seen, least_move, self._moments.finite(optimizer, self._scratch), received,
+                joined(update_seen), joined(weights_seen), joined(least_move),
+                self._moments.finite(optimizer, self._layout), received,
             ])
         )  # fmt: skip
         self._all_moved = self._all_moved or (bool(least) and all(v > 0 for v in least))
-        with_gradient, largest = self._of_gradients(largest)
-        update, weights = self._previous.ordered(update), self._previous.ordered(weights)
+        with_gradient, most = self._of_gradients(most)
+        update, weights = self._layout.ordered(update), self._layout.ordered(weights)
         self.ever_used |= self.used_layers
         sound = _finite(weights)  # nearly always, so that nothing needs to be asked of each
         finite = [True] * len(weights) if sound else [math.isfinite(w) for w in weights]
@@ -151,13 +157,13 @@ class Recorder:
                 step=len(self.steps) + 1,
                 micro_losses=tuple(micro),
                 loss=math.fsum(loss) if all(map(math.isfinite, loss)) and loss else (math.nan if loss else None),
-                grad_norm=_hypot(l2) if seen else None,
-                max_abs_gradient=_largest(largest) if seen else None,
+                grad_norm=_hypot(norm) if seen else None,
+                max_abs_gradient=_largest(most) if seen else None,
                 nonfinite_gradients=NONE
-                if _finite(largest)
-                else _named(with_gradient, (not math.isfinite(v) for v in largest)),
+                if _finite(most)
+                else _named(with_gradient, (not math.isfinite(v) for v in most)),
                 missing_gradients=self._missing_gradients(),
-                zero_gradients=_zeros(with_gradient, largest),
+                zero_gradients=_zeros(with_gradient, most),
                 learning_rate=learning_rate,
                 loss_scale=scale[0] if scale else None,
                 loss_scale_after=scale_after[0] if scale_after else None,
@@ -173,7 +179,7 @@ class Recorder:
                 max_update_tensor=furthest,
                 received_grad_norm=None if self._received is None else _hypot(given),
                 supervised_tokens=int(sum(tokens)) if tokens else None,
-                rows=joined(rows) if rows else None,
+                rows=fingerprints.joined(rows) if rows else None,
                 seconds=time.perf_counter() - self._started if self._started is not None else None,
                 peak_memory_bytes=self._peak_memory(),
             )
@@ -184,14 +190,17 @@ class Recorder:
         """The weights that the training begins with have been loaded since: steps are measured from them."""
         if self.parameters and not self.steps:
             self._follow()
-            self._previous.fill(self._tensors)
+            self._previous = self._layout.kept(self._tensors)
 
     def adapter(self) -> tuple[TensorRecord, ...]:
         """Every trainable tensor, now compared with its start."""
         records = []
         partial = partial_factors(self.model)
         for (name, parameter), start, move in zip(
-            self.parameters.items(), self._start.views, self._largest_move.views, strict=True
+            self.parameters.items(),
+            self._layout.unpacked(self._start),
+            self._layout.unpacked(self._largest_move),
+            strict=True,
         ):
             end, begin = parameter.detach().float(), start.float()
             changed = ((move > 0) & end.isfinite()).float().mean().item() if end.numel() else 0.0
@@ -217,7 +226,7 @@ class Recorder:
     @property
     def initial(self) -> dict[str, Tensor]:
         """The trainable tensors as they were before the first step."""
-        return dict(zip(self.parameters, self._start.views, strict=True))
+        return dict(zip(self.parameters, self._layout.unpacked(self._start), strict=True))
 
     def base(self) -> BaseRecord:
         """The base's tensors, now compared with how they were."""
@@ -275,32 +284,30 @@ class Recorder:
             return None
         return torch.cuda.max_memory_allocated(self._device)
 
+    def _dense_gradients(self) -> tuple[list[int], Layout, list[Tensor], list[int]]:
+        """The gradients that there are: whose, how they are laid out, themselves, and their places in the layout."""
+        gradients = [p.grad for p in self._tensors]
+        places = [i for i, g in enumerate(gradients) if g is not None]
+        dense = [g.to_dense() if g.is_sparse else g for g in gradients if g is not None]
+        if [g.dtype for g in dense] != [self._kinds[0][i] for i in places]:  # kept in a type of their own
+            return places, Layout(dense), dense, list(range(len(dense)))
+        return places, self._layout, dense, places
+
     def _follow(self) -> None:
         """Take over the types and devices of the parameters, where the loop has moved them since."""
         now = self._tensors
         kinds = _kinds(now)
         if kinds != self._kinds:
-            self._kinds = kinds
-            self._start, self._previous, self._scratch, self._largest_move = (
-                Packed([v.to(p.device, p.dtype) for v, p in zip(packed.views, now, strict=True)])
-                for packed in (self._start, self._previous, self._scratch, self._largest_move)
-            )
-
-    def _least_move(self) -> Tensor:
-        """Note what has moved in the step that `_previous` holds; the least that an element ever did, by its largest.
-
-        Nothing once all have moved, which is soon: what comes after cannot change that.
-        """
-        if self._all_moved:
-            return torch.empty(0)
-        self._largest_move.raise_to(self._previous)
-        return self._largest_move.least()
+            held = (self._layout.unpacked(kept) for kept in (self._start, self._previous, self._largest_move))
+            moved = [[t.to(p.device, p.dtype) for t, p in zip(tensors, now, strict=True)] for tensors in held]
+            self._kinds, self._layout = kinds, Layout(now)
+            self._start, self._previous, self._largest_move = map(self._layout.kept, moved)
 
     def _of_gradients(self, largest: list[float]) -> tuple[list[str], list[float]]:
         """Names of the parameters that have a gradient, and the largest element of each, in the same order."""
         if self._gradients is None:
             return [], []
-        places, largest = self._gradients["places"], self._gradients["packed"].ordered(largest)
+        places, largest = self._gradients["places"], self._gradients["layout"].ordered(largest)
         if len(largest) != len(places):
             largest = [largest[i] for i in places]
         return [self._names[i] for i in places], largest
@@ -314,13 +321,6 @@ class Recorder:
     def _idle(self, used: set[str]) -> list[str]:
         """Tensors of layers that are not among those that are `used`."""
         return [] if used >= self._layers else [n for n, layer in self._layer_of.items() if layer not in used]
-
-    def _packed(self, gradients: list[Tensor], places: list[int]) -> Packed:
-        """The gradients of the parameters at `places`, packed; those of the others are zero, or left out."""
-        if [g.dtype for g in gradients] != [self._kinds[0][i] for i in places]:  # a type of their own
-            return Packed(gradients)
-        self._scratch.fill(gradients, places)
-        return self._scratch
 
 
 def _kinds(parameters: list[Tensor]) -> tuple[list[torch.dtype], list[torch.device]]:

@@ -75,7 +75,7 @@ class RunRecord:
     error: ErrorRecord | None = None
     """What ended the run early; None if nothing did."""
     compute_dtypes: dict[str, int] = field(default_factory=dict)
-    """Result types of the adapted layers' own products in each step's first micro-batch, with their number."""
+    """Result types of the adapted layers' own products in the training's forward passes, with their number."""
     weights_dtypes: dict[str, int] = field(default_factory=dict)
     """Types of the adapted layers' frozen weights, with the number of layers; quantised ones by their storage."""
     autocast_dtype: str | None = None
