@@ -41,7 +41,7 @@ def _too_high(case: Case) -> list[Clue]:
 
 def _schedule(case: Case) -> tuple[bool, list[str]]:
     found = case.failed("lr_trace")
-    skipped = any(s.effect == "skipped_by_scaler" for s in case.record.steps)
+    skipped = any(s.scale_fell for s in case.record.steps)
     rate_zero = [f for f in found if "learning rate is 0" in f.message]
     return skipped, [f.message for f in found if f not in rate_zero]
 
@@ -50,7 +50,11 @@ def _too_fast(case: Case) -> list[Clue]:
     skipped, messages = _schedule(case)
     if not messages or skipped:
         return []
-    return [decisive(messages[0]), hint("no step was skipped that the schedule could have waited for")]
+    return [
+        decisive(messages[0]),
+        hint("no step was skipped that the schedule could have waited for"),
+        *([against("weights or moments are not finite")] if case.poisoned else []),
+    ]
 
 
 def _runs_at_skipped(case: Case) -> list[Clue]:
@@ -60,13 +64,15 @@ def _runs_at_skipped(case: Case) -> list[Clue]:
     fused = case.record.optimizer is not None and case.record.optimizer.fused
     clues = [sign(messages[0]), hint("the loss scaler skipped steps, and the schedule did not wait")]
     if fused:
-        clues += [sign("the optimizer is fused, so that accelerate reports no step as skipped (accelerate#4242)")] * 3
+        clues.append(decisive("the optimizer is fused, so that accelerate reports no step as skipped (accelerate#4242)"))
+    if case.poisoned:
+        clues.append(against("weights or moments are not finite"))
     return clues
 
 
 def _no_step(case: Case) -> list[Clue]:
     record = case.record
-    if record.steps or record.error is not None:
+    if record.steps or (record.error is not None and record.error.stage in ("build", "train")):
         return []
     return [decisive(f"no optimizer step was taken, and the Trainer counted {record.global_step}, without a word")]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pytest_sftguard.diagnosis.case import Case, Clue, decisive, hint, sign
+from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, hint, sign
 from pytest_sftguard.diagnosis.mechanism import Mechanism
 from pytest_sftguard.records import DefectRecord
 
@@ -22,7 +22,10 @@ def _of_kinds(*kinds: str) -> Callable[[Case], list[Clue]]:
 
     def look(case: Case) -> list[Clue]:
         found = _defects(case, *kinds)
-        return [decisive(f"{d.rows} rows: {d.kind.replace('_', ' ')} ({d.example})") for d in found[:1]]
+        clues = [decisive(f"{d.rows} rows: {d.kind.replace('_', ' ')} ({d.example})") for d in found[:1]]
+        if clues and "wrong_answer" in kinds and any(a.parsed is not None and not a.is_number for a in case.record.answers):
+            clues.append(against("the parser gives NaN for the answers, so that no label could be right"))
+        return clues
 
     return look
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from pytest_sftguard.diagnosis.case import Case, Clue, decisive, hint, sign
+from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, hint, sign
 from pytest_sftguard.diagnosis.mechanism import Mechanism
 
 
 def _right_padding(case: Case) -> list[Clue]:
     seen = case.record.decoding
     found = case.failed("decode_batch_invariance")
-    if seen is None or not seen.differences or not found:
+    if seen is None or not found:
         return []
     return [
-        decisive(f"{len(seen.differences)} of {seen.prompts} prompts are answered otherwise in a batch than alone"),
+        decisive(found[0].message),
         *([hint(f"{seen.padded} prompts are shorter than the longest, and padded")] if seen.padded else []),
     ]
 
@@ -42,7 +42,8 @@ def _gradient_wrong(case: Case) -> list[Clue]:
     found = case.failed("path_equivalence")
     if seen is None or not found or seen.nonfinite or any(p.nonfinite for p in seen.paths):
         return []
-    return [decisive(found[0].message)]
+    doubts = [against("trainables are half precision, and so are their gradients")] if case.failed("fp32_master") else []
+    return [decisive(found[0].message), *doubts * 3]
 
 
 def _kernel_nan(case: Case) -> list[Clue]:
@@ -67,7 +68,7 @@ def _rotary(case: Case) -> list[Clue]:
 def _context(case: Case) -> list[Clue]:
     """What depends on its neighbours for no reason that is known."""
     found = case.failed("context_independence")
-    return [sign(found[0].message)] if found else []
+    return [sign(found[0].message)] if found and case.poisoned is None else []
 
 
 def _not_learned(case: Case) -> list[Clue]:

@@ -132,12 +132,10 @@ def _loss_scale_collapse(case: Case) -> list[Clue]:
     skipped = [s for s in steps if s.effect == "skipped_by_scaler"]
     if len(skipped) < 3 or len(skipped) * 2 < len(steps):
         return []
+    last = skipped[-1].loss_scale_after
     return [
-        sign(
-            f"the scaler skipped {len(skipped)} of {len(steps)} steps, and the scale is"
-            f" {skipped[-1].loss_scale_after:g} at the end"
-        ),
-        sign("a smaller scale never helped: what overflows is not the scaled gradient"),
+        hint(f"the scaler skipped {len(skipped)} of {len(steps)} steps, and the scale is {last:g} at the end"),
+        *([decisive("a scale below 1 scales nothing up: what overflows is not the scaled gradient")] if last is not None and last < 1 else []),
         *([hint("no parameter changed in the whole run")] if case.no_effect else []),
         *([hint("the loss itself is not finite")] if case.lost else []),
     ]

@@ -33,7 +33,7 @@ def _other_base(case: Case) -> list[Clue]:
     trip, base = case.record.round_trip, case.record.base
     if trip is None or base is None or not trip.fresh_base_digest:
         return []
-    if trip.fresh_base_digest == base.digest_before or trip.drawn or trip.restored:
+    if trip.fresh_base_digest == base.digest_before or trip.other_seed is not None or trip.restored:
         return []
     return [sign("the base that the adapter is loaded onto is not the one that it was trained on"),
             sign("names and shapes are the same, so that nothing raises")]  # fmt: skip

@@ -87,7 +87,7 @@ def _not_loaded(case: Case) -> list[Clue]:
 
 def _random_rows(case: Case) -> list[Clue]:
     trip = case.record.round_trip
-    if trip is None or not trip.drawn:
+    if trip is None or not trip.drawn or trip.other_seed is None:
         return []
     return [decisive(f"{trip.drawn} comes out otherwise under another seed, and no adapter file holds it")]
 

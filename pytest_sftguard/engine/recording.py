@@ -133,7 +133,7 @@ class Recorder:
         gradients = self._gradients or dict.fromkeys(("l2", "largest", "moved", "scale"), torch.empty(0))
         received = torch.empty(0) if self._received is None else self._received
         (
-            scale, scale_after, loss, micro, tokens, rows,
+            scale, scale_after, loss, micro, tokens, prints,
             norm, most, moved, stale, update, weights, least, moments, given,
         ) = (
             to_host([
@@ -179,7 +179,7 @@ class Recorder:
                 max_update_tensor=furthest,
                 received_grad_norm=None if self._received is None else _hypot(given),
                 supervised_tokens=int(sum(tokens)) if tokens else None,
-                rows=fingerprints.joined(rows) if rows else None,
+                rows=fingerprints.joined(prints) if prints else None,
                 seconds=time.perf_counter() - self._started if self._started is not None else None,
                 peak_memory_bytes=self._peak_memory(),
             )
