@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pytest_sftguard.engine import updates
 from pytest_sftguard.engine.adapters import base_digests, base_tensors, lora_layers, partial_factors, trainables
 from pytest_sftguard.engine.moments import Moments
 from pytest_sftguard.engine.packed import Layout, joined, l2, largest
@@ -31,6 +33,7 @@ class Recorder:
         self.parameters = trainables(model)
         self._tensors = now = list(self.parameters.values())
         self._kinds = _kinds(now)
+        self._initial_dtypes = self._kinds[0]
         self._all_moved = False
         self._layout = Layout(now)
         self._start, self._previous, self._largest_move = (self._layout.kept(now) for _ in range(3))
@@ -38,6 +41,7 @@ class Recorder:
             moves.zero_()
         self._names = list(self.parameters)
         self._moments = Moments(self.parameters)
+        self._largest_weights = self._layout.ordered(to_host([joined([largest(k) for k in self._start])])[0])
         self._base_before = base_digests(model)
         self._layer_of = _holders(self.parameters, lora_layers(model))
         self._layers = set(self._layer_of.values())
@@ -51,6 +55,7 @@ class Recorder:
         self._returned: list[Tensor] = []
         self._tokens: list[Tensor] = []
         self._gradients: dict[str, Any] | None = None
+        self._received: Tensor | None = None
         self._started: float | None = None
         self._stale: tuple[list[str], Tensor] = ([], torch.empty(0))
         self.used_layers = set()
@@ -81,27 +86,29 @@ class Recorder:
         The scale is a tensor of one element, on the device, so that nothing waits for it here.
         """
         self._follow()
-        gradients = [p.grad for p in self._tensors]
-        places = [i for i, g in enumerate(gradients) if g is not None]
-        dense = [g.to_dense() if g.is_sparse else g for g in gradients if g is not None]
-        layout, where = self._layout, places
-        if [g.dtype for g in dense] != [self._kinds[0][i] for i in places]:  # kept in a type of their own
-            layout, where = Layout(dense), list(range(len(dense)))
+        layout, gradients, places = self._laid_out()
         norm, most, moved = [], [], []
-        for rows in layout.laid(dense, where):
+        for rows in layout.laid(gradients, places):
             norm.append(l2(rows))
             most.append(largest(rows))
         for rows, before in zip(self._layout.laid(self._tensors), self._previous, strict=True) if self.steps else ():
             moved.append(largest(rows.sub_(before)))
         scale = 1.0 if loss_scale is None else loss_scale
         self._gradients = {
-            "places": places,
+            "there": [i for i, p in enumerate(self._tensors) if p.grad is not None],
             "layout": layout,
             "l2": joined(norm) / scale,
             "largest": joined(most) / scale,
             "scale": _one(loss_scale),
             "moved": joined(moved),
         }
+
+    @torch.no_grad()
+    def at_optimizer(self, loss_scale: Tensor | None = None) -> None:
+        """The optimizer is about to step: these are the gradients that it gets, still scaled where `loss_scale` is."""
+        layout, gradients, places = self._laid_out()
+        norm = joined([l2(rows) for rows in layout.laid(gradients, places)])
+        self._received = norm / (1.0 if loss_scale is None else loss_scale)
 
     @torch.no_grad()
     def after_step(
@@ -119,14 +126,15 @@ class Recorder:
             kept.copy_(rows)
         seen = self._gradients is not None
         gradients = self._gradients or dict.fromkeys(("l2", "largest", "moved", "scale"), torch.empty(0))
-        scale, scale_after, loss, micro, tokens, norm, most, moved, stale, update, weights, least, moments = to_host(
-            [
+        received = torch.empty(0) if self._received is None else self._received
+        scale, scale_after, loss, micro, tokens, norm, most, moved, stale, update, weights, least, moments, given = (
+            to_host([
                 gradients["scale"], _one(loss_scale),
                 _stacked(self._returned), _stacked(self._micro_losses), _stacked(self._tokens),
                 gradients["l2"], gradients["largest"], gradients["moved"], self._stale[1],
                 joined(update_seen), joined(weights_seen), joined(least_move),
-                self._moments.finite(optimizer, self._layout),
-            ]
+                self._moments.finite(optimizer, self._layout), received,
+            ])
         )  # fmt: skip
         self._all_moved = self._all_moved or (bool(least) and all(v > 0 for v in least))
         with_gradient, most = self._of_gradients(most)
@@ -134,6 +142,8 @@ class Recorder:
         self.ever_used |= self.used_layers
         sound = _finite(weights)  # nearly always, so that nothing needs to be asked of each
         finite = [True] * len(weights) if sound else [math.isfinite(w) for w in weights]
+        ratio, furthest = updates.largest(optimizer, self.parameters, update, self._largest_weights, weights)
+        self._largest_weights = weights
         self.steps.append(
             StepRecord(
                 step=len(self.steps) + 1,
@@ -157,6 +167,9 @@ class Recorder:
                 nonfinite_weights=NONE if sound else _named(self._names, (not f for f in finite)),
                 nonfinite_moments=NONE if _finite(moments) else self._moments.nonfinite(optimizer),
                 max_update=_largest(update),
+                max_update_ratio=ratio,
+                max_update_tensor=furthest,
+                received_grad_norm=None if self._received is None else _hypot(given),
                 supervised_tokens=int(sum(tokens)) if tokens else None,
                 seconds=time.perf_counter() - self._started if self._started is not None else None,
                 peak_memory_bytes=self._peak_memory(),
@@ -168,8 +181,9 @@ class Recorder:
         """Every trainable tensor, now compared with its start."""
         records = []
         partial = partial_factors(self.model)
-        for (name, parameter), start, move in zip(
+        for (name, parameter), dtype, start, move in zip(
             self.parameters.items(),
+            self._initial_dtypes,
             self._layout.unpacked(self._start),
             self._layout.unpacked(self._largest_move),
             strict=True,
@@ -179,6 +193,7 @@ class Recorder:
             records.append(
                 TensorRecord(
                     name=name, dtype=dtype_name(parameter.dtype), elements=parameter.numel(),
+                    initial_dtype=dtype_name(dtype),
                     initial_norm=begin.norm().item(), final_norm=end.norm().item(),
                     delta_norm=(end - begin).norm().item(), changed_fraction=changed, partial=name in partial,
                 )
@@ -188,6 +203,11 @@ class Recorder:
     def adapter_digest(self) -> str:
         """One digest of the bits of every trainable tensor as it is now; empty where there is none."""
         return combined(digests(self.parameters.items())) if self.parameters else ""
+
+    @property
+    def base_before(self) -> dict[str, str]:
+        """Digest of each base tensor before the first step."""
+        return dict(self._base_before)
 
     @property
     def initial(self) -> dict[str, Tensor]:
@@ -211,15 +231,23 @@ class Recorder:
     def optimizer(self, optimizer: torch.optim.Optimizer) -> OptimizerRecord:
         """What the optimizer is, and in which types it keeps its states."""
         group: dict[str, Any] = optimizer.param_groups[0] if optimizer.param_groups else {}
-        owned = {id(p) for g in optimizer.param_groups for p in g["params"]}
+        places = Counter(id(p) for g in optimizer.param_groups for p in g["params"])
+        owned = set(places)
+        now = trainables(self.model)
+        learning = self.parameters | now
         states = [t for _, t in self._moments.named(optimizer) if t.numel() > 1]
         return OptimizerRecord(
             name=type(optimizer).__name__,
             fused=bool(group.get("fused")),
             eps=_number(group.get("eps")),
             weight_decay=_number(group.get("weight_decay")),
+            betas=updates.betas(optimizer),
             state_dtypes=tuple(sorted({dtype_name(t.dtype) for t in states})),
             owns_trainables=owned == {id(p) for p in self.parameters.values()},
+            lacking=Names.of(n for n, p in learning.items() if id(p) not in owned),
+            foreign=Names.of(n for n, p in now.items() if id(p) in owned and n not in self.parameters),
+            twice=Names.of(n for n, p in self.model.named_parameters() if places[id(p)] > 1),
+            idle=len(owned - {id(p) for p in learning.values()}),
         )
 
     @property
@@ -252,19 +280,28 @@ class Recorder:
             self._kinds, self._layout = kinds, Layout(now)
             self._start, self._previous, self._largest_move = map(self._layout.kept, moved)
 
+    def _laid_out(self) -> tuple[Layout, list[Tensor], list[int]]:
+        """The gradients as they are now, where each belongs, and how to lie them side by side."""
+        there = [(i, g) for i, p in enumerate(self._tensors) if (g := p.grad) is not None]
+        places = [i for i, _ in there]
+        gradients = [g.to_dense() if g.is_sparse else g for _, g in there]
+        if [g.dtype for g in gradients] != [self._kinds[0][i] for i in places]:  # kept in a type of their own
+            return Layout(gradients), gradients, list(range(len(gradients)))
+        return self._layout, gradients, places
+
     def _of_gradients(self, largest: list[float]) -> tuple[list[str], list[float]]:
         """Names of the parameters that have a gradient, and the largest element of each, in the same order."""
         if self._gradients is None:
             return [], []
-        places, largest = self._gradients["places"], self._gradients["layout"].ordered(largest)
+        places, largest = self._gradients["there"], self._gradients["layout"].ordered(largest)
         if len(largest) != len(places):
             largest = [largest[i] for i in places]
         return [self._names[i] for i in places], largest
 
     def _missing_gradients(self) -> Names:
-        if self._gradients is None or len(self._gradients["places"]) == len(self._names):
+        if self._gradients is None or len(self._gradients["there"]) == len(self._names):
             return NONE
-        there = set(self._gradients["places"])
+        there = set(self._gradients["there"])
         return Names.of(n for i, n in enumerate(self._names) if i not in there)
 
     def _idle(self, used: set[str]) -> list[str]:

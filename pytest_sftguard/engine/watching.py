@@ -13,10 +13,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.amp.grad_scaler import OptState
 from transformers import TrainerCallback
 
 from pytest_sftguard.engine.adapters import lora_layers, product_layers
 from pytest_sftguard.engine.recording import Recorder
+from pytest_sftguard.engine.schedules import Schedule
 from pytest_sftguard.engine.tensors import dtype_name
 from pytest_sftguard.records import LogRecord
 
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
 
 _BATCHES_KEPT = 32
 """Micro-batches that are remembered for the looks after the training; a few hundred rows of integers."""
-_STEP = "sftguard_step"
+STEP = "sftguard_step"
+"""Key of a remembered micro-batch that holds the number of its optimizer step."""
 
 
 class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its callbacks as Any
@@ -37,6 +40,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
         self._returned: dict[str, set[int]] = {}
         self.autocast_dtype: str | None = None
         self.optimizer: torch.optim.Optimizer | None = None
+        self.schedule: Schedule | None = None
         self._watched: Any = None
         self._in_training_step = False
         self.batches: list[dict[str, Any]] = []
@@ -56,6 +60,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
         self.optimizer = getattr(prepared, "optimizer", prepared)
         if prepared is not self._watched:  # a retry after out-of-memory begins the training again
             self._watched = prepared
+            self.schedule = Schedule(kwargs.get("lr_scheduler"))
             prepared.step = self._optimizer_step(self._before(prepared.step))
 
     @property
@@ -97,7 +102,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
     def _keep(self, inputs: Any) -> None:
         """Remember the first micro-batches as the model is given them: the tensors themselves, no copies."""
         if len(self.batches) < _BATCHES_KEPT and hasattr(inputs, "items"):
-            self.batches.append({**inputs, _STEP: len(self.recorder.steps) + 1})
+            self.batches.append({**inputs, STEP: len(self.recorder.steps) + 1})
 
     def _training_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -141,6 +146,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
             assert optimizer is not None  # set in on_train_begin, where this wrapper is put in place
             groups = optimizer.param_groups
             rate = float(groups[0]["lr"]) if groups else None
+            self.recorder.at_optimizer(self._loss_scale() if self._still_scaled() else None)
             result = original(*args, **kwargs)
             self.recorder.after_step(optimizer, rate, self._loss_scale())
             if self.progress is not None:
@@ -160,6 +166,12 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
             return None
         scale = getattr(self.scaler, "_scale", None)  # `get_scale` would wait for the device, twice a step
         return scale if isinstance(scale, torch.Tensor) else torch.tensor(float(self.scaler.get_scale()))
+
+    def _still_scaled(self) -> bool:
+        """Whether the gradients are still multiplied by the loss scale: only clipping unscales them early."""
+        states = getattr(self.scaler, "_per_optimizer_states", {})
+        state = states.get(id(self.optimizer), {})
+        return self.scaler is not None and state.get("stage", OptState.READY) is OptState.READY
 
     def _watch_layers(self) -> list[Any]:
         """Hooks that note which layers a token passed through: an expert without one has no gradient, soundly.
