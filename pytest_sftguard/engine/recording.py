@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_sftguard.engine import updates
+from pytest_sftguard.engine import fingerprints, updates
 from pytest_sftguard.engine.adapters import base_digests, base_tensors, lora_layers, partial_factors, trainables
 from pytest_sftguard.engine.moments import Moments
 from pytest_sftguard.engine.packed import Layout, joined, l2, largest
@@ -33,7 +33,6 @@ class Recorder:
         self.parameters = trainables(model)
         self._tensors = now = list(self.parameters.values())
         self._kinds = _kinds(now)
-        self._initial_dtypes = self._kinds[0]
         self._all_moved = False
         self._layout = Layout(now)
         self._start, self._previous, self._largest_move = (self._layout.kept(now) for _ in range(3))
@@ -41,7 +40,8 @@ class Recorder:
             moves.zero_()
         self._names = list(self.parameters)
         self._moments = Moments(self.parameters)
-        self._largest_weights = self._layout.ordered(to_host([joined([largest(k) for k in self._start])])[0])
+        [start] = to_host([joined([largest(rows) for rows in self._start])])
+        self._largest_weights = self._layout.ordered(start)
         self._base_before = base_digests(model)
         self._layer_of = _holders(self.parameters, lora_layers(model))
         self._layers = set(self._layer_of.values())
@@ -54,6 +54,7 @@ class Recorder:
         self._micro_losses: list[Tensor] = []
         self._returned: list[Tensor] = []
         self._tokens: list[Tensor] = []
+        self._rows: list[Tensor | None] = []
         self._gradients: dict[str, Any] | None = None
         self._received: Tensor | None = None
         self._started: float | None = None
@@ -69,8 +70,12 @@ class Recorder:
             if torch.cuda.is_available() and self._device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self._device)
 
-    def micro_batch(self, loss: Tensor, labels: Tensor | None = None) -> None:
-        """The raw loss of a micro-batch (any shape; its mean counts), and its labels, shape (rows, tokens)."""
+    def micro_batch(self, loss: Tensor, labels: Tensor | None = None, rows: Tensor | None = None) -> None:
+        """The raw loss of a micro-batch (any shape; its mean counts).
+
+        Beside it its labels, shape (rows, tokens), and a fingerprint of its rows.
+        """
+        self._rows.append(rows)
         self._micro_losses.append(_mean(loss))
         if labels is not None:
             self._tokens.append((labels[..., 1:] != -100).sum())
@@ -86,16 +91,16 @@ class Recorder:
         The scale is a tensor of one element, on the device, so that nothing waits for it here.
         """
         self._follow()
-        layout, gradients, places = self._laid_out()
+        places, layout, dense, where = self._dense_gradients()
         norm, most, moved = [], [], []
-        for rows in layout.laid(gradients, places):
+        for rows in layout.laid(dense, where):
             norm.append(l2(rows))
             most.append(largest(rows))
         for rows, before in zip(self._layout.laid(self._tensors), self._previous, strict=True) if self.steps else ():
             moved.append(largest(rows.sub_(before)))
         scale = 1.0 if loss_scale is None else loss_scale
         self._gradients = {
-            "there": [i for i, p in enumerate(self._tensors) if p.grad is not None],
+            "places": places,
             "layout": layout,
             "l2": joined(norm) / scale,
             "largest": joined(most) / scale,
@@ -106,8 +111,8 @@ class Recorder:
     @torch.no_grad()
     def at_optimizer(self, loss_scale: Tensor | None = None) -> None:
         """The optimizer is about to step: these are the gradients that it gets, still scaled where `loss_scale` is."""
-        layout, gradients, places = self._laid_out()
-        norm = joined([l2(rows) for rows in layout.laid(gradients, places)])
+        _, layout, dense, where = self._dense_gradients()
+        norm = joined([l2(rows) for rows in layout.laid(dense, where)])
         self._received = norm / (1.0 if loss_scale is None else loss_scale)
 
     @torch.no_grad()
@@ -127,10 +132,13 @@ class Recorder:
         seen = self._gradients is not None
         gradients = self._gradients or dict.fromkeys(("l2", "largest", "moved", "scale"), torch.empty(0))
         received = torch.empty(0) if self._received is None else self._received
-        scale, scale_after, loss, micro, tokens, norm, most, moved, stale, update, weights, least, moments, given = (
+        (
+            scale, scale_after, loss, micro, tokens, rows,
+            norm, most, moved, stale, update, weights, least, moments, given,
+        ) = (
             to_host([
                 gradients["scale"], _one(loss_scale),
-                _stacked(self._returned), _stacked(self._micro_losses), _stacked(self._tokens),
+                _stacked(self._returned), _stacked(self._micro_losses), _stacked(self._tokens), _whole(self._rows),
                 gradients["l2"], gradients["largest"], gradients["moved"], self._stale[1],
                 joined(update_seen), joined(weights_seen), joined(least_move),
                 self._moments.finite(optimizer, self._layout), received,
@@ -171,19 +179,25 @@ class Recorder:
                 max_update_tensor=furthest,
                 received_grad_norm=None if self._received is None else _hypot(given),
                 supervised_tokens=int(sum(tokens)) if tokens else None,
+                rows=fingerprints.joined(rows) if rows else None,
                 seconds=time.perf_counter() - self._started if self._started is not None else None,
                 peak_memory_bytes=self._peak_memory(),
             )
         )
         self._open()
 
+    def begin_from_here(self) -> None:
+        """The weights that the training begins with have been loaded since: steps are measured from them."""
+        if self.parameters and not self.steps:
+            self._follow()
+            self._previous = self._layout.kept(self._tensors)
+
     def adapter(self) -> tuple[TensorRecord, ...]:
         """Every trainable tensor, now compared with its start."""
         records = []
         partial = partial_factors(self.model)
-        for (name, parameter), dtype, start, move in zip(
+        for (name, parameter), start, move in zip(
             self.parameters.items(),
-            self._initial_dtypes,
             self._layout.unpacked(self._start),
             self._layout.unpacked(self._largest_move),
             strict=True,
@@ -193,7 +207,7 @@ class Recorder:
             records.append(
                 TensorRecord(
                     name=name, dtype=dtype_name(parameter.dtype), elements=parameter.numel(),
-                    initial_dtype=dtype_name(dtype),
+                    initial_dtype=dtype_name(start.dtype),
                     initial_norm=begin.norm().item(), final_norm=end.norm().item(),
                     delta_norm=(end - begin).norm().item(), changed_fraction=changed, partial=name in partial,
                 )
@@ -270,6 +284,15 @@ class Recorder:
             return None
         return torch.cuda.max_memory_allocated(self._device)
 
+    def _dense_gradients(self) -> tuple[list[int], Layout, list[Tensor], list[int]]:
+        """The gradients that there are: whose, how they are laid out, themselves, and their places in the layout."""
+        gradients = [p.grad for p in self._tensors]
+        places = [i for i, g in enumerate(gradients) if g is not None]
+        dense = [g.to_dense() if g.is_sparse else g for g in gradients if g is not None]
+        if [g.dtype for g in dense] != [self._kinds[0][i] for i in places]:  # kept in a type of their own
+            return places, Layout(dense), dense, list(range(len(dense)))
+        return places, self._layout, dense, places
+
     def _follow(self) -> None:
         """Take over the types and devices of the parameters, where the loop has moved them since."""
         now = self._tensors
@@ -280,28 +303,19 @@ class Recorder:
             self._kinds, self._layout = kinds, Layout(now)
             self._start, self._previous, self._largest_move = map(self._layout.kept, moved)
 
-    def _laid_out(self) -> tuple[Layout, list[Tensor], list[int]]:
-        """The gradients as they are now, where each belongs, and how to lie them side by side."""
-        there = [(i, g) for i, p in enumerate(self._tensors) if (g := p.grad) is not None]
-        places = [i for i, _ in there]
-        gradients = [g.to_dense() if g.is_sparse else g for _, g in there]
-        if [g.dtype for g in gradients] != [self._kinds[0][i] for i in places]:  # kept in a type of their own
-            return Layout(gradients), gradients, list(range(len(gradients)))
-        return self._layout, gradients, places
-
     def _of_gradients(self, largest: list[float]) -> tuple[list[str], list[float]]:
         """Names of the parameters that have a gradient, and the largest element of each, in the same order."""
         if self._gradients is None:
             return [], []
-        places, largest = self._gradients["there"], self._gradients["layout"].ordered(largest)
+        places, largest = self._gradients["places"], self._gradients["layout"].ordered(largest)
         if len(largest) != len(places):
             largest = [largest[i] for i in places]
         return [self._names[i] for i in places], largest
 
     def _missing_gradients(self) -> Names:
-        if self._gradients is None or len(self._gradients["there"]) == len(self._names):
+        if self._gradients is None or len(self._gradients["places"]) == len(self._names):
             return NONE
-        there = set(self._gradients["there"])
+        there = set(self._gradients["places"])
         return Names.of(n for i, n in enumerate(self._names) if i not in there)
 
     def _idle(self, used: set[str]) -> list[str]:
@@ -331,6 +345,12 @@ def _holders(parameters: Iterable[str], layers: Iterable[str]) -> dict[str, str]
 
 def _stacked(scalars: list[Tensor]) -> Tensor:
     return torch.stack([s.float() for s in scalars]) if scalars else torch.empty(0)
+
+
+def _whole(numbers: list[Tensor | None]) -> Tensor:
+    """Whole numbers as doubles, shape (0,) where one is missing."""
+    there = [n.double() for n in numbers if n is not None]
+    return torch.stack(there) if there and len(there) == len(numbers) else torch.empty(0)
 
 
 def _named(names: list[str], flags: Any) -> Names:

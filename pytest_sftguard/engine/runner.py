@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_sftguard.engine import adapters, finiteness, generation, parsing, variants
+from pytest_sftguard.engine import adapters, finiteness, generation, parsing, replicas, variants
 from pytest_sftguard.engine.building import build
 from pytest_sftguard.engine.isolation import isolated
 from pytest_sftguard.engine.memory import Forecast, free_bytes, overhead_bytes
@@ -66,6 +66,8 @@ def run(config: RunConfig, progress: Callable[[int], None] | None = None) -> Run
     if record.not_run is not None:
         return record
     started = time.perf_counter()
+    if config.variant == "replicas" and not replicas.is_one():
+        return dataclasses.replace(replicas.run(config, record), seconds=time.perf_counter() - started)
     with isolated(), tempfile.TemporaryDirectory(prefix="sftguard-") as folder:
         seen = _Cell(config, mode, kind, target, Path(folder), progress).run()
     return dataclasses.replace(record, **seen, seconds=time.perf_counter() - started)
@@ -118,6 +120,8 @@ class _Cell:
             self._stages()
         except TargetError:
             raise
+        except variants.InapplicableError as reason:
+            self.seen["not_run"] = str(reason)
         except Exception as error:  # whatever the code under test raises is evidence, not a crash of the guard
             _log.debug("cell %s ended in %s", self.config.cell, self.stage, exc_info=True)
             self.seen["error"] = _described(error, self.stage)
@@ -131,7 +135,9 @@ class _Cell:
         scene.trainer = trainer = variants.prepared(built, self.config)
         self.probes.prepare(scene)
         self.stage = "train"
-        self._train(trainer)
+        self._train(trainer, trainer.train)
+        if self.config.variant == "resumed":
+            self._resume(variants.checkpoint_of(trainer))
         if self.config.variant:
             return  # a reference has been trained, and that is all that it is for
         scene.trained = True
@@ -152,12 +158,28 @@ class _Cell:
         )
         return build(self.target, config, self.mode, self.kind, self.folder / name)
 
-    def _train(self, trainer: Trainer) -> None:
+    def _resume(self, checkpoint: str) -> None:
+        """Train on as another process would: with a Trainer of its own, from what the first one saved."""
+        before = self.seen["steps"], self.seen["first_step"]
+        self.stage = "build"
+        self.scene.trainer = trainer = self._build("resuming")
+
+        def resume() -> None:
+            assert self.scene.recorder is not None  # this part's own, since it began
+            variants.resume(trainer, self.scene.recorder, checkpoint)
+
+        self.stage = "train"
+        try:
+            self._train(trainer, resume)
+        finally:
+            self.seen.update(steps=variants.joined(before[0], self.seen["steps"]), first_step=before[1])
+
+    def _train(self, trainer: Trainer, train: Callable[[], Any]) -> None:
         self.scene.recorder = recorder = Recorder(trainer.model)
         self.scene.watch = watch = Watch(trainer, recorder, self.progress)
         self.probes.attach(self.scene)
         try:
-            variants.train(trainer, self.config)
+            train()
         finally:
             watch.detach()
             self.seen.update(
@@ -168,6 +190,7 @@ class _Cell:
                 tf32=torch.backends.cuda.matmul.allow_tf32 if self.kind == "cuda" else None,
                 max_grad_norm=trainer.args.max_grad_norm,
                 steps=tuple(recorder.steps),
+                first_step=watch.first_step.record(),
                 log=watch.log(),
                 global_step=trainer.state.global_step,
                 micro_batches_per_epoch=watch.micro_batches_per_epoch,

@@ -2,35 +2,99 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import TrainerCallback
 
 from pytest_sftguard.matrix import RunConfig
+from pytest_sftguard.records import StepRecord
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+    from pytest_sftguard.engine.recording import Recorder
+
+
+class InapplicableError(Exception):
+    """There can be no such reference of this training; the message says why, in one line."""
 
 
 def prepared(trainer: Trainer, config: RunConfig) -> Trainer:
     """`trainer` with whatever the kind of `config` changes about it before the training."""
     if config.stop_after is not None and config.stop_after < config.steps:
         trainer.add_callback(_StopAfter(config.stop_after))
+    if config.variant == "one_batch":
+        _repeat_one_batch(trainer)
+    if config.variant == "resumed":
+        if trainer.args.save_only_model:
+            raise InapplicableError("with save_only_model its checkpoints are not made to be resumed from")
+        trainer.add_callback(_StopAfter(config.steps // 2, save=True))
     return trainer
 
 
-def train(trainer: Trainer, config: RunConfig) -> None:
-    """Train as the kind of `config` does."""
-    trainer.train()
+def checkpoint_of(trainer: Trainer) -> str:
+    """Folder of the checkpoint that an interrupted training left. FileNotFoundError where it left none."""
+    folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the training left no checkpoint at step {trainer.state.global_step}")
+    return str(folder)
+
+
+def resume(trainer: Trainer, recorder: Recorder, checkpoint: str) -> None:
+    """Train on from `checkpoint`."""
+    trainer.add_callback(_AtBeginning(recorder.begin_from_here))
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def joined(first: tuple[StepRecord, ...], second: tuple[StepRecord, ...]) -> tuple[StepRecord, ...]:
+    """The steps of a training that was interrupted, in one numbering."""
+    return (*first, *(dataclasses.replace(s, step=len(first) + s.step) for s in second))
 
 
 class _StopAfter(TrainerCallback):  # type: ignore[misc] # transformers types its callbacks as Any
     """Ends the training after a number of optimizer steps; the schedule stays that of the whole run."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    def __init__(self, steps: int, save: bool = False) -> None:
+        self.steps, self.save = steps, save
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop once enough steps are done."""
         if state.global_step >= self.steps:
             control.should_training_stop = True
+            control.should_save = control.should_save or self.save
+
+
+class _AtBeginning(TrainerCallback):  # type: ignore[misc] # transformers types its callbacks as Any
+    """Calls a function when everything has been loaded and the first step is next."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self.act = act
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The training begins."""
+        self.act()
+
+
+def _repeat_one_batch(trainer: Trainer) -> None:
+    """Have the training see one micro-batch over and over: that of the first step with the most labels."""
+    original = trainer.get_batch_samples
+    kept: list[Any] = []
+
+    def one_batch(*args: Any, **kwargs: Any) -> Any:
+        batches, _ = original(*args, **kwargs)
+        if batches and not kept:
+            kept.append(copy.deepcopy(max(batches, key=_labels)))
+        copies = [copy.deepcopy(kept[0]) for _ in batches]  # a loss may take its labels out of its batch
+        return copies, trainer._get_num_items_in_batch(copies, trainer.args.device)
+
+    trainer.get_batch_samples = one_batch
+
+
+def _labels(batch: Any) -> int:
+    labels = batch.get("labels") if hasattr(batch, "get") else None
+    return int((labels != -100).sum()) if isinstance(labels, torch.Tensor) else 0

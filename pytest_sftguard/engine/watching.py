@@ -8,6 +8,7 @@ subclass does its own backward, gradients are looked at before clipping, or else
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from torch.amp.grad_scaler import OptState
 from transformers import TrainerCallback
 
 from pytest_sftguard.engine.adapters import lora_layers, product_layers
+from pytest_sftguard.engine.fingerprints import fingerprint
+from pytest_sftguard.engine.first_step import FirstStep
 from pytest_sftguard.engine.recording import Recorder
 from pytest_sftguard.engine.schedules import Schedule
 from pytest_sftguard.engine.tensors import dtype_name
@@ -45,6 +48,8 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
         self._in_training_step = False
         self.batches: list[dict[str, Any]] = []
         self._looking = False
+        self.first_step = FirstStep(trainer, recorder.model)
+        self._padding = _padding(recorder.model)
         trainer.compute_loss = self._compute_loss(trainer.compute_loss)
         trainer.training_step = self._training_step(trainer.training_step)
         trainer.accelerator.backward = self._backward(trainer.accelerator.backward)
@@ -89,12 +94,15 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
             labels = inputs.get("labels") if hasattr(inputs, "get") else None
             self._keep(inputs)
             self._looking = True
+            rows = fingerprint(inputs, self._padding)
+            look = contextlib.nullcontext() if self.recorder.steps else self.first_step.watching(inputs)
             try:
-                result = original(model, inputs, *args, **kwargs)
+                with look:
+                    result = original(model, inputs, *args, **kwargs)
             finally:
                 self._looking = False
             loss = result[0] if isinstance(result, tuple) else result
-            self.recorder.micro_batch(loss, labels if isinstance(labels, torch.Tensor) else None)
+            self.recorder.micro_batch(loss, labels if isinstance(labels, torch.Tensor) else None, rows)
             return result
 
         return wrapped
@@ -238,6 +246,11 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
         if not places:
             return []
         return [model.register_forward_pre_hook(remember), model.register_forward_hook(compare)]
+
+
+def _padding(model: Any) -> int | None:
+    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
+    return padding if isinstance(padding, int) else None
 
 
 def _length(dataloader: Any) -> int | None:

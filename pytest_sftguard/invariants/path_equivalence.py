@@ -19,7 +19,8 @@ class PathEquivalence(Invariant):
     """
 
     float32_limit: float = 1e-3
-    """In float32. Measured 1e-7 to 2e-6 for tiny models, 6e-6 for six layers; a loss with a wrong gradient came to 0.9 and more."""
+    """In float32. Measured 1e-7 to 2e-6 for tiny models, 6e-6 for six layers; a loss with a wrong gradient came to 0.9
+    and more."""
 
     tf32_limit: float = 8e-2
     """In tf32, which rounds as float16 does."""

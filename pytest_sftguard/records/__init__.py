@@ -6,6 +6,7 @@ from pytest_sftguard.records.context import ComparisonRecord, ContextRecord
 from pytest_sftguard.records.decoding import DecodingRecord, DifferenceRecord, GenerationRecord
 from pytest_sftguard.records.encoding import RecordError, numbers, write_text
 from pytest_sftguard.records.evaluation import EvaluationRecord
+from pytest_sftguard.records.first_step import FirstStepRecord
 from pytest_sftguard.records.learning import Learning
 from pytest_sftguard.records.looks import LookRecord
 from pytest_sftguard.records.names import NONE, Names
@@ -31,6 +32,7 @@ __all__ = [
     "ErrorRecord",
     "EvaluationRecord",
     "FinitenessRecord",
+    "FirstStepRecord",
     "FoundationRecord",
     "GenerationRecord",
     "InitialRecord",

@@ -15,6 +15,7 @@ from pytest_sftguard.records.context import ContextRecord
 from pytest_sftguard.records.decoding import DecodingRecord, GenerationRecord
 from pytest_sftguard.records.encoding import RecordError, decode, encode, write_text
 from pytest_sftguard.records.evaluation import EvaluationRecord
+from pytest_sftguard.records.first_step import FirstStepRecord
 from pytest_sftguard.records.looks import LookRecord
 from pytest_sftguard.records.paths import PathsRecord
 from pytest_sftguard.records.replay import ReplayRecord
@@ -139,6 +140,10 @@ class RunRecord:
     """Answers in a batch and alone, of the look `decoding`."""
     adapter_digest: str = ""
     """Digest of the bits of every trainable tensor after the last step; empty where none was seen."""
+    first_step: FirstStepRecord | None = None
+    """The first step's forward passes; None if there was none."""
+    replica_digests: tuple[str, ...] = ()
+    """The same of each process, where several trained one model."""
     seconds: float | None = None
     """Wall time of the whole cell, from building to the last answer."""
     variant: str = ""

@@ -59,6 +59,8 @@ class StepRecord:
     """Global L2 norm of the unscaled gradients that the optimizer was given, after clipping and all else."""
     supervised_tokens: int | None = None
     """Labels of the step that count after the shift; None where the batches hold no labels."""
+    rows: str | None = None
+    """Digest of the rows of the step, whatever their order, padding and cut; None where they are no token ids."""
     seconds: float | None = None
     """Wall time from the start of the first micro-batch to the end of the optimizer step."""
     peak_memory_bytes: int | None = None

@@ -215,7 +215,7 @@ def rows_cut(**arguments: Any) -> Any:
         return {k: v[:, :12] for k, v in tiny.collate(features).items()}
 
     rows = [{"input_ids": r["input_ids"], "labels": r["input_ids"]} for r in tiny.rows(64)]
-    rows = [r if len(r["input_ids"]) > 12 and i % 3 == 0 else {k: v[:5] + [2] for k, v in r.items()}
+    rows = [r if len(r["input_ids"]) > 12 and i % 3 == 0 else {k: [*v[:5], 2] for k, v in r.items()}
             for i, r in enumerate(rows)]  # fmt: skip
     return healthy_targets.built(arguments, dataset=rows, collator=collate)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pytest_sftguard.engine.examples import Example, Examples
@@ -15,6 +15,9 @@ _FEW = 8
 """Fewer rows than this have ends in common by chance."""
 _TEXT = 8
 """Tokens in common that are no matter of chance, but a text that was put before or behind every question."""
+
+
+_Prompts = Sequence[Sequence[int]]
 
 
 class Prompts(Probe):
@@ -30,13 +33,19 @@ class Prompts(Probe):
             raise InapplicableError("the target asks no questions")
         pad = getattr(trainer.processing_class, "pad_token_id", None)
         batches = micro_batches(scene.watch.batches if scene.watch else [], pad)
-        rows = [*(r for b in batches for r in b.rows), *sample(trainer.train_dataset, pad)]
-        rows = [r for r in dict.fromkeys(rows) if r.labels is not None and 0 < r.first_label < len(r.ids)]
+        rows = _with_prompts(r for b in batches for r in b.rows)
+        if len(rows) < _FEW:  # what was trained on counts, and the data set where that is too little to go by
+            rows = _with_prompts([*rows, *sample(trainer.train_dataset, pad)])
         if not rows:
             raise InapplicableError("no row has a prompt that is not supervised")
         held = examples.examples(rows)
         record = _matched(examples, held) if held else _forms(examples, rows)
         return {"prompts": PromptsRecord(questions=len(examples.questions), rows=len(rows), **record)}
+
+
+def _with_prompts(rows: Iterable[Row]) -> list[Row]:
+    """Those of `rows` that have labels, and something before them."""
+    return [r for r in dict.fromkeys(rows) if r.labels is not None and 0 < r.first_label < len(r.ids)]
 
 
 def _matched(examples: Examples, held: list[Example]) -> dict[str, Any]:
@@ -69,41 +78,41 @@ def _forms(examples: Examples, rows: Sequence[Row]) -> dict[str, Any]:
         return {}
     special = set(examples.tokenizer.all_special_ids)
     found: dict[str, Any] = {"forms": 0, "strange_forms": 0}
-    for end in ("begin", "end"):
+    for end, of_generation in (("begin", [asked]), ("end", [asked, seeded])):
         backwards = end == "end"
-        one = _common(prompts, backwards)
-        others = [_common(o, backwards) for o in ([asked, seeded] if backwards else [asked])]
-        if not one and not any(others):
+        if not any(_common(some, backwards) for some in (prompts, *of_generation)):
             continue
         found["forms"] += 1
-        lasts = [{_end(p, backwards) for p in some} for some in (prompts, [*asked, *seeded])]
-        if not any(_alike(one, other, lasts, special, backwards) for other in others):
+        if not any(_alike(prompts, some, special, backwards) for some in of_generation):
             found["strange_forms"] += 1
-            tokens = [sorted(some)[:3] for some in lasts]
-            found["example"] = f"prompts {end} in {tokens[0]} in training, in {tokens[1]} in generation"
+            shown = [list(some[0][-4:] if backwards else some[0][:4]) for some in (prompts, seeded)]
+            found["example"] = f"prompts {end} as {shown[0]} does in training, and as {shown[1]} does in generation"
     return found
 
 
-def _alike(one: list[int], other: list[int], lasts: list[set[int]], special: set[int], backwards: bool) -> bool:
-    """Whether what is common to all on one side is common on the other, as far as that is a matter of the form.
+def _alike(some: _Prompts, others: _Prompts, special: set[int], backwards: bool) -> bool:
+    """Whether what is common to all on one side is found on the other, as far as that is a matter of the form.
 
     It is, where the token before the answer differs, where a special token is on one side alone, or where a text of
     some length is missing. Two ways of wording a question are none.
     """
-    if one and other:
-        place = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
-        if place is None:
-            return True
+    one, other = _common(some, backwards), _common(others, backwards)
+    both = min(len(one), len(other))
+    place = next((i for i in range(both) if one[i] != other[i]), both)
+    if place < both:
         differing = {one[place], other[place]}
+    elif len(one) == len(other):
+        return True
     else:
-        place, differing = 0, {(one or other)[0]}
-        if differing <= lasts[1 if one else 0]:
+        longer, rest = (one, others) if len(one) > both else (other, some)
+        differing = {longer[place]}
+        if any(_at(prompt, place, backwards) == longer[place] for prompt in rest):
             return True
     formal = (backwards and place == 0) or differing & special or max(len(one), len(other)) >= _TEXT
     return not formal
 
 
-def _common(sequences: Sequence[Sequence[int]], backwards: bool) -> list[int]:
+def _common(sequences: _Prompts, backwards: bool) -> list[int]:
     """The tokens in which all begin, or end: those nearest to the end first."""
     turned = [s[::-1] if backwards else s for s in sequences]
     shared: list[int] = []
@@ -114,5 +123,7 @@ def _common(sequences: Sequence[Sequence[int]], backwards: bool) -> list[int]:
     return shared
 
 
-def _end(sequence: Sequence[int], backwards: bool) -> int:
-    return sequence[-1 if backwards else 0] if sequence else -1
+def _at(prompt: Sequence[int], place: int, backwards: bool) -> int | None:
+    if place >= len(prompt):
+        return None
+    return prompt[-1 - place if backwards else place]

@@ -1,0 +1,179 @@
+"""The same training in two processes on the CPU: fresh interpreters, joined by gloo, each with half of every batch.
+
+    python -m pytest_sftguard.engine.replicas CONFIG.json FOLDER
+
+is one of them; it leaves its record, or why the target cannot be had there, in FOLDER.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from pytest_sftguard.engine.fingerprints import joined_texts
+from pytest_sftguard.engine.targets import TargetError
+from pytest_sftguard.matrix import Cell, RunConfig
+from pytest_sftguard.records import ErrorRecord, RunRecord, StepRecord
+
+_PROCESSES = 2
+_MARK = "SFTGUARD_REPLICA"
+_TIMEOUT_S = 900.0
+_LINES = 3
+
+
+def is_one() -> bool:
+    """Whether this process is one of several that train together."""
+    return _MARK in os.environ
+
+
+def run(config: RunConfig, record: RunRecord) -> RunRecord:
+    """`record` with what the processes saw together: losses averaged over them, rows put together."""
+    with tempfile.TemporaryDirectory(prefix="sftguard-") as name:
+        folder = Path(name)
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)), encoding="utf-8")
+        ended = _train_together(folder)
+        refused = [p.read_text(encoding="utf-8") for p in sorted(folder.glob("refused-*.txt"))]
+        if refused:
+            return dataclasses.replace(record, not_run=f"a fresh process cannot build it: {refused[0]}")
+        paths = [folder / f"record-{rank}.json" for rank in range(_PROCESSES)]
+        records = [RunRecord.read(p) for p in paths if p.exists()]
+        error = next((r.error for r in records if r.error), None) or ended
+        if error is not None or len(records) != _PROCESSES:
+            error = error or ErrorRecord(stage="train", type="RuntimeError", message="a process left no record")
+            return dataclasses.replace(records[0] if records else record, error=error)
+    return _together(records)
+
+
+def _together(records: list[RunRecord]) -> RunRecord:
+    """One record of what several processes saw."""
+    steps = tuple(map(_step_together, zip(*(r.steps for r in records), strict=False)))
+    digests = tuple(r.adapter_digest for r in records)
+    return dataclasses.replace(records[0], steps=steps, replica_digests=digests)
+
+
+def _step_together(parts: tuple[StepRecord, ...]) -> StepRecord:
+    losses = [math.nan if p.loss is None else p.loss for p in parts]
+    tokens = [p.supervised_tokens for p in parts if p.supervised_tokens is not None]
+    return dataclasses.replace(
+        parts[0],
+        loss=sum(losses) / len(losses),
+        micro_losses=tuple(sum(m) / len(m) for m in zip(*(p.micro_losses for p in parts), strict=False)),
+        rows=joined_texts(p.rows for p in parts),
+        supervised_tokens=sum(tokens) if len(tokens) == len(parts) else None,
+    )
+
+
+def _train_together(folder: Path) -> ErrorRecord | None:
+    """Start the processes and wait for them; what one of them ended in, where it was no record."""
+    environment = os.environ | {
+        _MARK: "1", "WORLD_SIZE": str(_PROCESSES), "LOCAL_WORLD_SIZE": str(_PROCESSES),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false", "GLOO_SOCKET_IFNAME": _loopback(),
+        "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
+    }  # fmt: skip
+    command = [sys.executable, "-m", __name__, str(folder / "config.json"), str(folder)]
+    running: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in range(_PROCESSES):
+            with open(folder / f"output-{rank}.txt", "wb") as output:
+                ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                running.append(
+                    subprocess.Popen(
+                        command, env=environment | ranks, stdin=subprocess.DEVNULL, stdout=output,
+                        stderr=subprocess.STDOUT, start_new_session=True,
+                    )
+                )  # fmt: skip
+        return _waited_for(running, folder)
+    finally:
+        for process in running:
+            _end(process)
+
+
+def _waited_for(running: list[subprocess.Popen[bytes]], folder: Path) -> ErrorRecord | None:
+    end = time.monotonic() + _TIMEOUT_S
+    while time.monotonic() < end:
+        codes = [p.poll() for p in running]
+        broken = [rank for rank, code in enumerate(codes) if code]
+        if broken:
+            said = _last_lines(folder / f"output-{broken[0]}.txt")
+            message = f"process {broken[0]} of {len(running)} ended with status {codes[broken[0]]}: {said}"
+            return ErrorRecord(stage="train", type="ReplicaError", message=message[:500])
+        if None not in codes:
+            return None
+        time.sleep(0.05)
+    said = _last_lines(folder / "output-0.txt")
+    message = f"not done after {_TIMEOUT_S:.0f} s: {said}"
+    return ErrorRecord(stage="train", type="TimeoutError", message=message[:500])
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all that it started, where it still runs."""
+    if process.poll() is None:
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+    process.wait()
+
+
+def _last_lines(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return (
+        " | ".join(line.strip() for line in lines if line.strip())
+        if len(lines) <= _LINES
+        else " | ".join(line.strip() for line in lines[-_LINES:])
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def _loopback() -> str:
+    """Name of the loopback interface: gloo would ask the resolver for this machine's name otherwise."""
+    names = [name for _, name in socket.if_nameindex()] if hasattr(socket, "if_nameindex") else []
+    return next((n for n in ("lo", "lo0") if n in names), "lo")
+
+
+def main(config: str, folder: str) -> None:
+    """Train as one of the processes."""
+    import torch
+
+    from pytest_sftguard.engine import runner
+
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    torch.set_num_threads(1)
+    data: dict[str, Any] = json.loads(Path(config).read_text(encoding="utf-8"))
+    asked = RunConfig(**(data | {"cell": Cell(**data["cell"]), "looks": tuple(data["looks"])}))
+    rank = os.environ["RANK"]
+    try:
+        runner.run(asked).write(Path(folder) / f"record-{rank}.json")
+    except TargetError as error:
+        (Path(folder) / f"refused-{rank}.txt").write_text(str(error), encoding="utf-8")
+    sys.stdout.flush()
+    os._exit(0)  # the other process may be gone already, and gloo would wait for it
+
+
+def _end_with(parent: int) -> None:
+    """Leave once the process that started this one is gone."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

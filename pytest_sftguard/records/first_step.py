@@ -1,0 +1,23 @@
+"""What was seen of the first optimizer step beyond its loss: what the forward pass depends on, and what it averages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstStepRecord:
+    """The micro-batches of the first step, in which every run of a target still has the same weights."""
+
+    random: str = ""
+    """Where the forward pass draws random numbers: empty: nowhere; `adapter`: dropout before the factors alone;
+    `model`: elsewhere."""
+    micro_tokens: tuple[int, ...] = ()
+    """Labels that count after the shift, of each micro-batch."""
+    labels: int | None = None
+    """Labels that count, those at the first position of a row too, which nothing predicts; None without logits."""
+    token_loss: float | None = None
+    """Mean over all labels of the step that count after the shift, computed from the logits that the model returned;
+    None where it returned none, or labels are no token ids."""
+    label_entropy: float | None = None
+    """Entropy of the distribution of the step's labels, in nats: the loss of whoever knows no more than that."""
