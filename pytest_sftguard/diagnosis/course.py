@@ -64,7 +64,9 @@ def _runs_at_skipped(case: Case) -> list[Clue]:
     fused = case.record.optimizer is not None and case.record.optimizer.fused
     clues = [sign(messages[0]), hint("the loss scaler skipped steps, and the schedule did not wait")]
     if fused:
-        clues.append(decisive("the optimizer is fused, so that accelerate reports no step as skipped (accelerate#4242)"))
+        clues.append(
+            decisive("the optimizer is fused, so that accelerate reports no step as skipped (accelerate#4242)")
+        )
     if case.poisoned:
         clues.append(against("weights or moments are not finite"))
     return clues
@@ -101,8 +103,13 @@ def _poisoned_state(case: Case) -> list[Clue]:
     if case.lost is not None and case.lost.step <= bad.step:
         return []
     earlier = [s for s in case.record.steps if s.step <= bad.step and s.effect != "skipped_by_scaler"]
-    if any(not s.gradients_finite for s in earlier) or bad.nonfinite_weights:
+    if any(not s.gradients_finite for s in earlier) or (bad.nonfinite_weights and case.trainables_are("float16")):
         return []
+    if bad.nonfinite_weights:
+        return [
+            sign(f"loss and gradients were finite up to step {bad.step}, whose update was not"),
+            sign(f"{bad.nonfinite_moments} is not finite either"),
+        ]
     skipped = [s.step for s in case.record.steps if s.scale_fell and s.step <= bad.step]
     return [
         decisive(f"{bad.nonfinite_moments} is not finite after step {bad.step}, where weights and gradients are"),
@@ -123,7 +130,9 @@ def _laundered(case: Case) -> list[Clue]:
     found = [f for f in case.failed("log_honest") if f.message.startswith("laundered")]
     if not found:
         return []
-    return [sign(found[0].message)]
+    if case.poisoned is not None:
+        return [sign(found[0].message)]
+    return [decisive(found[0].message), sign("the weights stayed finite, so that nothing else shows it")]
 
 
 def _changed_from_outside(case: Case) -> list[Clue]:

@@ -23,7 +23,11 @@ def _of_kinds(*kinds: str) -> Callable[[Case], list[Clue]]:
     def look(case: Case) -> list[Clue]:
         found = _defects(case, *kinds)
         clues = [decisive(f"{d.rows} rows: {d.kind.replace('_', ' ')} ({d.example})") for d in found[:1]]
-        if clues and "wrong_answer" in kinds and any(a.parsed is not None and not a.is_number for a in case.record.answers):
+        if (
+            clues
+            and "wrong_answer" in kinds
+            and any(a.parsed is not None and not a.is_number for a in case.record.answers)
+        ):
             clues.append(against("the parser gives NaN for the answers, so that no label could be right"))
         return clues
 

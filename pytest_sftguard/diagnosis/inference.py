@@ -42,7 +42,9 @@ def _gradient_wrong(case: Case) -> list[Clue]:
     found = case.failed("path_equivalence")
     if seen is None or not found or seen.nonfinite or any(p.nonfinite for p in seen.paths):
         return []
-    doubts = [against("trainables are half precision, and so are their gradients")] if case.failed("fp32_master") else []
+    doubts = (
+        [against("trainables are half precision, and so are their gradients")] if case.failed("fp32_master") else []
+    )
     return [decisive(found[0].message), *doubts * 3]
 
 

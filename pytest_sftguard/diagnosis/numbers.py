@@ -76,11 +76,23 @@ def _swallowed(case: Case) -> list[Clue]:
         )
     if case.failed("update_lower_bound"):
         clues.append(sign("the updates are smaller than float32 would have made them of the same gradients"))
+    decayed = _decay_lost(case)
+    if decayed:
+        clues.append(sign(decayed))
     if len(clues) == 1:
         return []
     if case.poisoned is None:
         clues.append(hint("everything stayed finite: range was not the matter, resolution was"))
     return clues
+
+
+def _decay_lost(case: Case) -> str:
+    """How much of a bfloat16 weight its decay takes in a step, where that rounds away; empty where it does not."""
+    optimizer, rates = case.record.optimizer, [s.learning_rate for s in case.record.steps if s.learning_rate]
+    if optimizer is None or not optimizer.weight_decay or not rates:
+        return ""
+    share = optimizer.weight_decay * max(rates)
+    return f"weight decay takes {share:.2g} of a weight in a step, and less than 1/512 rounds away" * (share < 2.0**-9)
 
 
 def _forward_overflow(case: Case) -> list[Clue]:
@@ -135,7 +147,11 @@ def _loss_scale_collapse(case: Case) -> list[Clue]:
     last = skipped[-1].loss_scale_after
     return [
         hint(f"the scaler skipped {len(skipped)} of {len(steps)} steps, and the scale is {last:g} at the end"),
-        *([decisive("a scale below 1 scales nothing up: what overflows is not the scaled gradient")] if last is not None and last < 1 else []),
+        *(
+            [decisive("a scale below 1 scales nothing up: what overflows is not the scaled gradient")]
+            if last is not None and last < 1
+            else []
+        ),
         *([hint("no parameter changed in the whole run")] if case.no_effect else []),
         *([hint("the loss itself is not finite")] if case.lost else []),
     ]

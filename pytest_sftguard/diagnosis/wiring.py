@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pytest_sftguard.diagnosis.case import Case, Clue, decisive, hint, sign
 from pytest_sftguard.diagnosis.mechanism import Mechanism
+from pytest_sftguard.precision import MODES
 
 
 def _not_in_optimizer(case: Case) -> list[Clue]:
@@ -92,6 +93,20 @@ def _random_rows(case: Case) -> list[Clue]:
     return [decisive(f"{trip.drawn} comes out otherwise under another seed, and no adapter file holds it")]
 
 
+def _checkpoint_type(case: Case) -> list[Clue]:
+    mode = MODES.get(case.record.precision)
+    if mode is None or not case.doubted("precision_is_real"):
+        return []
+    other = [d for d in case.record.weights_dtypes if d in ("float16", "bfloat16") and d != mode.weights_dtype]
+    if not other:
+        return []
+    clues = [sign(f"the base's weights are {', '.join(other)}, and {mode.name} asks for {mode.weights_dtype}")]
+    copies = [t.name for t in case.record.adapter if t.dtype in other and not t.is_low_rank]
+    if copies:
+        clues.append(decisive(f"{copies[0]} is a copy of it, and trained in that type"))
+    return clues
+
+
 def _precision(case: Case) -> list[Clue]:
     found = case.doubted("precision_is_real")
     return [sign(found[0].message)] if found and case.record.error is None else []
@@ -157,6 +172,12 @@ WIRING: tuple[Mechanism, ...] = (
         "rows of new tokens are drawn at random, do not train, and are in no file",
         "train them (trainable_token_indices, or modules_to_save with the embedding), or set them from a fixed start",
         _random_rows,
+    ),
+    Mechanism(
+        "trainables_in_the_checkpoints_type",
+        "the base was loaded in the type of its checkpoint, as transformers 5 does, and what trains of it is in that type",
+        "pass dtype to from_pretrained: torch.float32, or the type that the cell asks for",
+        _checkpoint_type,
     ),
     Mechanism(
         "precision_not_applied",

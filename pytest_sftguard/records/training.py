@@ -134,6 +134,11 @@ class TensorRecord:
     """Whether a step may leave elements out: the factors of all experts of a block are one tensor."""
 
     @property
+    def is_low_rank(self) -> bool:
+        """Whether this is a part of the adapter that peft made, rather than a copy of the base's."""
+        return any(part.startswith("lora_") for part in self.name.split("."))
+
+    @property
     def is_factor(self) -> bool:
         """Whether this is a low-rank factor of a linear layer, of which every element takes part in every product."""
         return not self.partial and any(part in ("lora_A", "lora_B") for part in self.name.split("."))

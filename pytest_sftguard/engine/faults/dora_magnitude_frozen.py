@@ -19,7 +19,7 @@ class DoraMagnitudeFrozen(Fault):
     source = "https://github.com/huggingface/trl/pull/7272"
     injects = "use_dora=True, magnitudes in bfloat16, learning rate 1e-4"
     reported_by: ClassVar = ("fp32_master", "every_factor_moves")
-    mechanism = "magnitude_frozen"
+    mechanism = "updates_swallowed_in_bfloat16"
     tensor = "lora_magnitude_vector"
     arguments: ClassVar = {"learning_rate": 1e-4}
 

@@ -20,7 +20,7 @@ class SkippedStepFlagLiesWithFusedAdam(Fault):
     injects = "GradScaler that begins at 2**100, optim=adamw_torch_fused, linear schedule"
     reported_by: ClassVar = ("effective_steps", "lr_trace", "every_factor_moves")
     mechanism = "schedule_runs_at_skipped_steps"
-    step = 4
+    step = 1
     precision = "fp16-mixed"
     arguments: ClassVar = {"optim": "adamw_torch_fused", "lr_scheduler_type": "linear"}
 
