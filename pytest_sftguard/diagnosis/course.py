@@ -64,11 +64,9 @@ def _runs_at_skipped(case: Case) -> list[Clue]:
     fused = case.record.optimizer is not None and case.record.optimizer.fused
     clues = [sign(messages[0]), hint("the loss scaler skipped steps, and the schedule did not wait")]
     if fused:
-        clues.append(
-            decisive("the optimizer is fused, so that accelerate reports no step as skipped (accelerate#4242)")
-        )
+        clues.append(decisive("the optimizer is fused: accelerate reports no step as skipped (accelerate#4242)"))
     if case.poisoned:
-        clues.append(against("weights or moments are not finite"))
+        clues += [against("weights or moments are not finite"), against("what it did to the rate came after")]
     return clues
 
 
