@@ -33,6 +33,7 @@ class Recorder:
         self.parameters = trainables(model)
         self._tensors = now = list(self.parameters.values())
         self._kinds = _kinds(now)
+        self._initial_dtypes = self._kinds[0]
         self._all_moved = False
         self._layout = Layout(now)
         self._start, self._previous, self._largest_move = (self._layout.kept(now) for _ in range(3))
@@ -196,8 +197,9 @@ class Recorder:
         """Every trainable tensor, now compared with its start."""
         records = []
         partial = partial_factors(self.model)
-        for (name, parameter), start, move in zip(
+        for (name, parameter), dtype, start, move in zip(
             self.parameters.items(),
+            self._initial_dtypes,
             self._layout.unpacked(self._start),
             self._layout.unpacked(self._largest_move),
             strict=True,
@@ -207,7 +209,7 @@ class Recorder:
             records.append(
                 TensorRecord(
                     name=name, dtype=dtype_name(parameter.dtype), elements=parameter.numel(),
-                    initial_dtype=dtype_name(start.dtype),
+                    initial_dtype=dtype_name(dtype),
                     initial_norm=begin.norm().item(), final_norm=end.norm().item(),
                     delta_norm=(end - begin).norm().item(), changed_fraction=changed, partial=name in partial,
                 )
