@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,33 @@ def collect(paths: Iterable[Path]) -> list[tuple[str, RunRecord]]:
     the record's test, where the file's name tells it. Raises RecordError where a path is missing, empty or broken.
     """
     return [item for path in paths for item in _read_path(path)]
+
+
+def references(record: RunRecord, others: Iterable[RunRecord]) -> dict[str, RunRecord]:
+    """Those of `others` that `record` can be compared with, by the kind of reference that they are for it.
+
+    The float32 sibling differs in nothing but precision; the cut is the one of the same precision and effective batch
+    with the largest micro-batch.
+    """
+    siblings = [o for o in others if o is not record and not o.variant and _asked(o) == _asked(record)]
+    found = {}
+    plain = [o for o in siblings if o.precision == "fp32" and _batch(o) == _batch(record)]
+    if plain and record.precision != "fp32":
+        found["fp32"] = plain[0]
+    cuts = [o for o in siblings if o.precision == record.precision and _batch(o) != _batch(record)]
+    cuts = [o for o in cuts if math.prod(_batch(o)) == math.prod(_batch(record))]
+    if cuts:
+        found["cut"] = max(cuts, key=_batch)
+    return found
+
+
+def _asked(record: RunRecord) -> tuple[Any, ...]:
+    """All that was asked for beside the cell."""
+    return record.target, record.model, record.seed, record.max_steps, record.device.kind, record.device.name
+
+
+def _batch(record: RunRecord) -> tuple[int, int]:
+    return record.per_device_train_batch_size, record.gradient_accumulation_steps
 
 
 def write(path: Path, named: Sequence[tuple[str, RunRecord]]) -> None:

@@ -71,6 +71,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         CellTest(
             config=c,
             invariants=resolved.invariants,
+            thresholds=resolved.thresholds,
             references=resolved.references,
             waived=resolved.waive,
             strict=resolved.strict or resolved.require_gpu,

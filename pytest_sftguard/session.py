@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_sftguard import registry, tiers
-from pytest_sftguard.invariants import load_invariants
+from pytest_sftguard.invariants import usable_invariants, with_thresholds
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.reports import failure, json_files
 from pytest_sftguard.verdicts import Checks, Finding, JudgedRun, Outcome, Verdict, judge
@@ -33,6 +33,8 @@ class CellTest:
     """Dotted paths of invariants beside the built-in ones."""
     strict: bool = False
     """Whether the test fails where the cell is not evaluated."""
+    thresholds: dict[str, Any] = field(default_factory=dict)
+    """Thresholds by `invariant.field`, in the place of their defaults."""
     references: tuple[str, ...] = ()
     """Kinds of runs to compare with, beside the session's own cells."""
     waived: tuple[str, ...] = ()
@@ -62,12 +64,12 @@ class Runs:
         It is compared with its siblings among `session`, the runs of all tests, and with the references that `test`
         asks for.
 
-        Raises CannotRunError for a target, invariant, device or folder that cannot be used.
+        Raises CannotRunError for a target, threshold, device or folder that cannot be used.
         """
         try:
-            invariants = load_invariants(test.invariants)
+            invariants = with_thresholds(usable_invariants(test.invariants), test.thresholds)
         except registry.NotFoundError as error:
-            raise CannotRunError(f"invariant {error}") from error
+            raise CannotRunError(str(error)) from None
         with _writing(test.folder):
             json_files.prepare(test.folder)  # before the training, which a full disk would make useless
         run = self.compared(test, invariants, progress, session)

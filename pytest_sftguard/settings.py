@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -154,6 +155,16 @@ def _mapping(value: Any) -> dict[str, Any]:
     return dict(value)
 
 
+def _thresholds(value: Any) -> dict[str, Any]:
+    try:
+        found = _mapping(value)
+    except ValueError:
+        found = {"": None}
+    if not all(re.fullmatch(r"\w+\.\w+", k) and isinstance(v, (int, float)) for k, v in found.items()):
+        raise ValueError('give thresholds by name, for example {"strict_answers.min_parsed_fraction": 1.0}')
+    return found
+
+
 SETTINGS: tuple[Setting, ...] = (
     Setting(
         "precision",
@@ -216,6 +227,12 @@ SETTINGS: tuple[Setting, ...] = (
         _invariant_names,
         (),
         "invariants that you know not to hold, such as fp32_master: reported as waived, and no failure",
+    ),
+    Setting(
+        "thresholds",
+        _thresholds,
+        {},
+        'thresholds of invariants, as JSON such as {"strict_answers.min_parsed_fraction": 1.0}',
     ),
     Setting("invariants", _paths, (), "your own invariants, module:Class, judged beside the built-in ones"),
     Setting(

@@ -13,11 +13,14 @@ from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.precision import mode_named
 from pytest_sftguard.records import (
     AnswerRecord,
+    BaseAnswersRecord,
     BaseRecord,
+    FinitenessRecord,
     LogRecord,
     LookRecord,
     Names,
     OptimizerRecord,
+    ParserRecord,
     RoundTripRecord,
     RunRecord,
     StepRecord,
@@ -112,9 +115,14 @@ def healthy(
             max_abs_logit=logit,
             max_logit_change=logit * mode.logits_rtol / 2,
             max_logit_effect=next(draw),
+            other_seed=1,
+            finiteness=FinitenessRecord(rows=2, tokens=18, padded_rows=1, attention="eager", logits=2048),
+            max_base_change=0.0,
         ),
         answers=tuple(
-            AnswerRecord(prompt=f"{i} km in m", text=f"<answer>{parsed}", expected=1000.0 * i, parsed=parsed)
+            AnswerRecord(
+                prompt=f"{i} km in m", text=f"<answer>{parsed}", expected=1000.0 * i, parsed=parsed, stopped=True
+            )
             for i, parsed in enumerate(answers, 1)
         ),
         seconds=next(draw),
@@ -124,14 +132,27 @@ def healthy(
     record = dataclasses.replace(
         record,
         questions=len(record.answers),
-        looks=tuple(LookRecord(name=name) for name in LOOKS),
+        parser=ParserRecord(tried=20) if record.answers else None,
+        base_answers=BaseAnswersRecord(answers=record.answers, taught=0, rows=8) if record.answers else None,
+        looks=tuple(_look(name, bool(record.answers)) for name in LOOKS),
     )
     for module in modules():
         record = dataclasses.replace(record, **getattr(module, "FIELDS", _nothing)(cell, names))
+    for module in modules():
+        record = dataclasses.replace(record, **getattr(module, "DERIVED", _nothing_more)(record))
     return dataclasses.replace(record, **changes)
 
 
+def _look(name: str, asked: bool) -> LookRecord:
+    """A look that came to its end; the one at answers has none to look at where nothing is asked."""
+    return LookRecord(name=name, inapplicable="" if asked or name != "base_answers" else "no questions are asked")
+
+
 def _nothing(cell: Cell, names: list[str]) -> dict[str, Any]:
+    return {}
+
+
+def _nothing_more(record: RunRecord) -> dict[str, Any]:
     return {}
 
 
@@ -204,6 +225,7 @@ def _tensor(name: str, moved: bool, draw: Iterable[float]) -> TensorRecord:
     return TensorRecord(
         name=name,
         dtype="float32",
+        initial_dtype="float32",
         elements=128,
         initial_norm=start,
         final_norm=next(number) if moved else start,

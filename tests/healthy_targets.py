@@ -57,8 +57,7 @@ def built(
     dtype = getattr(torch, arguments.pop("dtype"))
     set_seed(0)
     base = prepare(auto.from_config(config or LlamaConfig(**SMALL, tie_word_embeddings=False), dtype=torch.float32))
-    base = base.to(dtype)
-    base.config.dtype = dtype
+    base = tiny.in_dtype(base, dtype)
     training_arguments = TrainingArguments(**arguments)
     set_seed(training_arguments.seed)
     given = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | (lora or {})
@@ -426,6 +425,22 @@ def padded_to_eight(**arguments: Any) -> Trainer:
     return built(arguments, dataset=rows, collator=_collate_padded)
 
 
+def packed(**arguments: Any) -> Trainer:
+    """Two rows in one, told apart by positions that start again, without an attention mask."""
+    return built(arguments, collator=_collate_packed)
+
+
+def mask_of_four_dimensions(**arguments: Any) -> Trainer:
+    """The collator makes the causal mask itself, with the lowest finite number."""
+    return built(arguments, collator=_collate_masked)
+
+
+def llama_chat(**arguments: Any) -> Trainer:
+    """Rows of two turns, with an end token inside, and attention across the turns."""
+    rows = [_joined(a, b) for a, b in zip(tiny.rows(64)[::2], tiny.rows(64)[1::2], strict=True)]
+    return built(arguments, dataset=rows)
+
+
 def long_prompts(**arguments: Any) -> Trainer:
     """Prompts that fill the context, with one supervised token."""
     rows = [
@@ -653,6 +668,32 @@ def _collate_left(features: Any) -> Any:
         shift = batch["input_ids"].shape[1] - len(f["input_ids"])
         for key in batch:
             batch[key][i] = batch[key][i].roll(shift)
+    return batch
+
+
+def _joined(row: Any, other: Any) -> Any:
+    return {
+        "input_ids": row["input_ids"] + other["input_ids"][1:],  # one BOS, at the beginning
+        "labels": row["labels"] + other["labels"][1:],
+    }
+
+
+def _collate_packed(features: Any) -> Any:
+    count = max(1, len(features) // 2)
+    packs = [features[i::count] for i in range(count)]
+    width = min(sum(len(f["input_ids"]) for f in pack) for pack in packs)
+    return {
+        "input_ids": torch.tensor([[t for f in pack for t in f["input_ids"]][:width] for pack in packs]),
+        "labels": torch.tensor([[t for f in pack for t in f["labels"]][:width] for pack in packs]),
+        "position_ids": torch.tensor([[t for f in p for t in range(len(f["input_ids"]))][:width] for p in packs]),
+    }
+
+
+def _collate_masked(features: Any) -> Any:
+    batch = tiny.collate(features)
+    width = batch["input_ids"].shape[1]
+    seen = torch.ones(width, width, dtype=torch.bool).tril() & batch["attention_mask"].bool()[:, None, None, :]
+    batch["attention_mask"] = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
     return batch
 
 

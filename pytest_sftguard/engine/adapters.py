@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_sftguard.engine.tensors import combined, digests, dtype_name
+from pytest_sftguard.engine import finiteness
+from pytest_sftguard.engine.tensors import digests, dtype_name
 from pytest_sftguard.records import Names, RoundTripRecord
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -46,7 +47,7 @@ def is_adapter(model: nn.Module, name: str) -> bool:
     parts = name.split(".")
     for part, following in zip(parts, (*parts[1:], ""), strict=True):
         if part.startswith((prefix, *_OUTSIDE_LAYERS)):
-            return following not in configs or following in _active(model)
+            return following not in configs or following in active_adapters(model)
     biases = any(getattr(c, "bias", "none") not in ("none", None) for c in configs.values())
     return biases and parts[-1] == "bias" and name in trainables(model)
 
@@ -95,7 +96,7 @@ def weights_dtypes(model: nn.Module) -> dict[str, int]:
 
 
 def round_trip(
-    trained: nn.Module, folder: Path, fresh: Any, probe: dict[str, Tensor], unused: Collection[str] = ()
+    trained: nn.Module, folder: Path, fresh: Any, probe: finiteness.ProbeBatch, unused: Collection[str] = ()
 ) -> tuple[RoundTripRecord, nn.Module]:
     """Compare the saved adapter in `folder` with `trained`, and load it onto the base of `fresh`.
 
@@ -104,36 +105,41 @@ def round_trip(
     model in evaluation mode. Raises what peft raises where the load fails.
     """
     from peft import PeftModel
-    from safetensors.torch import load_file
 
-    name = _active(trained)[0]
-    folder = folder if name == "default" else folder / name  # where peft saves an adapter of another name
+    name = active_adapters(trained)[0]
+    folder = _of_adapter(trained, folder)
     path = folder / _WEIGHTS
-    saved = {_in_file(n): t for n, t in load_file(path).items()} if path.exists() else {}
+    saved = saved_tensors(trained, folder)
     expected: dict[str, Tensor] = {
-        _in_file(n, name): p for n, p in trained.named_parameters() if is_adapter(trained, n)
+        in_file(n, name): p for n, p in trained.named_parameters() if is_adapter(trained, n)
     }  # with the frozen ones: an adapter that was loaded without is_trainable is saved all the same
     expected = {n: t for n, t in expected.items() if "original_module" not in n}
-    every_name = {_in_file(n, name) for n, _ in trained.named_parameters(remove_duplicate=False)}  # tied ones too
-    base_names = {_in_file(n) for n in base_tensors(trained)}
+    every_name = {in_file(n, name) for n, _ in trained.named_parameters(remove_duplicate=False)}  # tied ones too
+    base_names = {in_file(n) for n in base_tensors(trained)}
 
-    fresh_digest = combined(base_digests(fresh))
-    restored = _takes_from_the_base(fresh)
+    restored, fresh_config = takes_from_the_base(fresh), _config(fresh)
     base = fresh.merge_and_unload() if restored else fresh.unload() if hasattr(fresh, "unload") else fresh
     if hasattr(base, "peft_config"):
         del base.peft_config  # left behind by `unload`, and peft warns of it
     device = next(trained.parameters()).device
+    base = base.to(device).eval()
+    with torch.no_grad(), eager(base):
+        inputs, (base_logits,), unpadded = probe.answers(base)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         reloaded = PeftModel.from_pretrained(base, str(folder)).to(device).eval()
-    loaded: dict[str, Tensor] = {_in_file(n, _active(reloaded)[0]): p for n, p in reloaded.named_parameters()}
-    never = {_in_file(n, name) for n in unused}
+    loaded: dict[str, Tensor] = {in_file(n, active_adapters(reloaded)[0]): p for n, p in reloaded.named_parameters()}
+    never = {in_file(n, name) for n in unused}
 
-    with torch.no_grad(), _eager(trained), _eager(reloaded):
+    with torch.no_grad(), eager(trained) as one, eager(reloaded) as other:
         trained.eval()
-        before, after = trained(**probe).logits, reloaded(**probe).logits
-        with reloaded.disable_adapter():
-            base_logits = reloaded(**probe).logits
+        before, after = trained(**inputs).logits, reloaded(**inputs).logits
+        with _disabled(trained):
+            without = trained(**inputs).logits
+    seen = finiteness.seen(inputs, [before, after], unpadded, one and other)
+    before, after, without, base_logits = (
+        finiteness.attended(t, inputs) for t in (before, after, without, base_logits)
+    )
     wrong_shape = {n for n in expected if n in saved and saved[n].shape != expected[n].shape}
     return RoundTripRecord(
         file_bytes=path.stat().st_size if path.exists() else 0,
@@ -144,12 +150,28 @@ def round_trip(
         zero=Names.of(n for n, t in saved.items() if ".lora_" in n and n not in never and not t.count_nonzero()),
         differing=Names.of(_differing(expected, loaded)),
         load_warnings=tuple(str(w.message)[:300] for w in caught if _tells_of_tensors(str(w.message))),
-        fresh_base_digest=fresh_digest,
         restored=restored,
         max_abs_logit=before.float().abs().max().item(),
         max_logit_change=(before.float() - after.float()).abs().max().item(),
         max_logit_effect=(after.float() - base_logits.float()).abs().max().item(),
+        finiteness=seen,
+        max_base_change=(without.float() - base_logits.float()).abs().max().item(),
+        base_differs=base_differs(fresh_config),
     ), reloaded
+
+
+def saved_tensors(trained: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """What the file of the active adapter holds, by the names of `in_file`; nothing where there is no file."""
+    from safetensors.torch import load_file
+
+    path = _of_adapter(trained, folder) / _WEIGHTS
+    return {in_file(n): t for n, t in load_file(path).items()} if path.exists() else {}
+
+
+def _of_adapter(trained: nn.Module, folder: Path) -> Path:
+    """Where peft saves the active adapter: one of another name in a folder of its own."""
+    name = active_adapters(trained)[0]
+    return folder if name == "default" or folder.name == name else folder / name
 
 
 def _differing(expected: dict[str, Tensor], loaded: dict[str, Tensor]) -> Iterable[str]:
@@ -165,18 +187,42 @@ def _same_numbers(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one.double(), other.double(), rtol=0, atol=0, equal_nan=True)
 
 
-def _takes_from_the_base(fresh: Any) -> bool:
+def base_differs(config: Any) -> str:
+    """Why a model with the adapter of `config` disabled is not the base, soundly; empty where it must be."""
+    if str(getattr(config, "init_lora_weights", "")).lower().startswith(_TAKEN_FROM_THE_BASE):
+        return "the adapter starts as a part of the base's weights, which the base lacks without it"
+    if getattr(config, "bias", "none") not in ("none", None):
+        return "the base's own biases are trained, and stay where the adapter is disabled"
+    return ""
+
+
+def takes_from_the_base(fresh: Any) -> bool:
     """Whether the adapter starts as a part of the base's weights, which the base loses, and gets back by merging."""
-    config = getattr(fresh, "peft_config", {}).get(_active(fresh)[0])
-    return str(getattr(config, "init_lora_weights", "")).lower().startswith(_TAKEN_FROM_THE_BASE)
+    init = getattr(_config(fresh), "init_lora_weights", "")
+    return str(init).lower().startswith(_TAKEN_FROM_THE_BASE)
 
 
-def _active(model: nn.Module) -> list[str]:
+def _config(model: Any) -> Any:
+    """The configuration of the active adapter."""
+    return getattr(model, "peft_config", {}).get(active_adapters(model)[0])
+
+
+@contextlib.contextmanager
+def _disabled(model: Any) -> Iterator[None]:
+    """Run without the adapter. Peft warns of trained biases, which `base_differs` knows."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with model.disable_adapter():
+            yield
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters that are active, the first of them the one that is saved."""
     active: Any = getattr(model, "active_adapters", None)
     return list(active) if isinstance(active, (list, tuple)) and active else ["default"]
 
 
-def _in_file(name: str, adapter: str = "default") -> str:
+def in_file(name: str, adapter: str = "default") -> str:
     """The name of a tensor with all that differs between a model and an adapter file taken away."""
     name = name.replace(f".modules_to_save.{adapter}", "").replace(f".{adapter}", "")
     return name.replace(".base_layer.", ".").removesuffix(".weight")
@@ -187,8 +233,11 @@ def _tells_of_tensors(message: str) -> bool:
 
 
 @contextlib.contextmanager
-def _eager(model: nn.Module) -> Iterator[None]:
-    """Run with eager attention: sdpa on a CPU turns NaN queries into zeros below 16 tokens (pytorch#141128)."""
+def eager(model: nn.Module) -> Iterator[bool]:
+    """Run with eager attention, and say whether it is.
+
+    On a CPU sdpa turns NaN queries into zeros below 16 tokens (pytorch#141128).
+    """
     peft: Any = model
     inner: Any = peft.get_base_model() if hasattr(model, "get_base_model") else model
     before = getattr(getattr(inner, "config", None), "_attn_implementation", None)
@@ -197,7 +246,7 @@ def _eager(model: nn.Module) -> Iterator[None]:
     except (AttributeError, ValueError, NotImplementedError):  # not every architecture has a choice
         before = None
     try:
-        yield
+        yield getattr(getattr(inner, "config", None), "_attn_implementation", None) == "eager"
     finally:
         if before is not None:
             inner.set_attn_implementation(before)

@@ -61,14 +61,15 @@ class FirstStep:
         if not self._begun:
             return None
         known = self._complete and bool(self._sums)
-        tokens = tuple(int(c) for c in self._counts) if known else ()
-        mean = sum(float(s) for s, _ in self._sums) / sum(tokens) if known and sum(tokens) else None
+        tokens: tuple[int, ...] = tuple(int(c) for c in self._counts) if known else ()
+        total: int = sum(tokens)
+        mean = sum(float(s) for s, _ in self._sums) / total if total else None
         return FirstStepRecord(
             random=self._random,
             micro_tokens=tokens,
             labels=sum(int(n) for _, n in self._sums) if known else None,
             token_loss=mean,
-            label_entropy=self._entropy() if known and sum(tokens) else None,
+            label_entropy=self._entropy() if total else None,
         )
 
     def _watch_random(self) -> list[Any]:
@@ -145,5 +146,6 @@ def _random_state(model: nn.Module) -> tuple[Any, ...]:
         from numpy import random as numpy_random
     except ImportError:
         return tuple(states)
-    kind, keys, *rest = numpy_random.get_state()
+    state: Any = numpy_random.get_state()
+    kind, keys, *rest = state
     return (*states, kind, keys.tobytes(), *rest)

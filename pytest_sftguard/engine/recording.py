@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pytest_sftguard.engine import fingerprints, updates
 from pytest_sftguard.engine.adapters import base_digests, base_tensors, lora_layers, partial_factors, trainables
-from pytest_sftguard.engine.rows import joined
+from pytest_sftguard.engine.moments import Moments
+from pytest_sftguard.engine.packed import Layout, joined, l2, largest
 from pytest_sftguard.engine.tensors import combined, digests, dtype_name, norms, to_host
-from pytest_sftguard.records import BaseRecord, Names, OptimizerRecord, StepRecord, TensorRecord
+from pytest_sftguard.records import NONE, BaseRecord, Names, OptimizerRecord, StepRecord, TensorRecord
 
 
 class Recorder:
@@ -28,11 +31,20 @@ class Recorder:
         self.model = model
         self.steps: list[StepRecord] = []
         self.parameters = trainables(model)
-        self._start = [p.detach().clone() for p in self.parameters.values()]
-        self._previous = [p.clone() for p in self._start]
-        self._largest_move = [torch.zeros_like(p) for p in self._start]
+        self._tensors = now = list(self.parameters.values())
+        self._kinds = _kinds(now)
+        self._all_moved = False
+        self._layout = Layout(now)
+        self._start, self._previous, self._largest_move = (self._layout.kept(now) for _ in range(3))
+        for moves in self._largest_move:
+            moves.zero_()
+        self._names = list(self.parameters)
+        self._moments = Moments(self.parameters)
+        [start] = to_host([joined([largest(rows) for rows in self._start])])
+        self._largest_weights = self._layout.ordered(start)
         self._base_before = base_digests(model)
         self._layer_of = _holders(self.parameters, lora_layers(model))
+        self._layers = set(self._layer_of.values())
         self.used_layers: set[str] = set()
         self.ever_used: set[str] = set()
         self.rewritten: set[str] = set()
@@ -44,6 +56,7 @@ class Recorder:
         self._tokens: list[Tensor] = []
         self._rows: list[Tensor | None] = []
         self._gradients: dict[str, Any] | None = None
+        self._received: Tensor | None = None
         self._started: float | None = None
         self._stale: tuple[list[str], Tensor] = ([], torch.empty(0))
         self.used_layers = set()
@@ -53,91 +66,120 @@ class Recorder:
         if self._started is None:
             self._started = time.perf_counter()
             left = [(n, p.grad) for n, p in self.parameters.items() if p.grad is not None]
-            self._stale = ([n for n, _ in left], norms([_dense(g) for _, g in left], math.inf))
+            self._stale = ([n for n, _ in left], norms([g.to_dense() if g.is_sparse else g for _, g in left], math.inf))
             if torch.cuda.is_available() and self._device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self._device)
 
     def micro_batch(self, loss: Tensor, labels: Tensor | None = None, rows: Tensor | None = None) -> None:
-        """The raw loss of a micro-batch (any shape; its mean counts), its labels, shape (rows, tokens), and a
-        fingerprint of its rows."""
+        """The raw loss of a micro-batch (any shape; its mean counts).
+
+        Beside it its labels, shape (rows, tokens), and a fingerprint of its rows.
+        """
         self._rows.append(rows)
-        self._micro_losses.append(loss.detach().float().mean())
+        self._micro_losses.append(_mean(loss))
         if labels is not None:
             self._tokens.append((labels[..., 1:] != -100).sum())
 
     def micro_batch_done(self, returned: Tensor) -> None:
         """What the training loop adds up for the step's loss."""
-        self._returned.append(returned.detach().float().mean())
+        self._returned.append(_mean(returned))
 
+    @torch.no_grad()
     def before_step(self, loss_scale: Tensor | None = None) -> None:
         """All gradients of the step are there: unclipped, and multiplied by `loss_scale` where there is a scaler.
 
         The scale is a tensor of one element, on the device, so that nothing waits for it here.
         """
-        gradients = [(n, p.grad) for n, p in self.parameters.items() if p.grad is not None]
-        tensors = [_dense(g) for _, g in gradients]
-        now = [p.detach() for p in self.parameters.values()]
-        moved = list(torch._foreach_sub(now, self._previous)) if now and self.steps else []
+        self._follow()
+        places, layout, dense, where = self._dense_gradients()
+        norm, most, moved = [], [], []
+        for rows in layout.laid(dense, where):
+            norm.append(l2(rows))
+            most.append(largest(rows))
+        for rows, before in zip(self._layout.laid(self._tensors), self._previous, strict=True) if self.steps else ():
+            moved.append(largest(rows.sub_(before)))
         scale = 1.0 if loss_scale is None else loss_scale
         self._gradients = {
-            "names": [n for n, _ in gradients],
-            "missing": Names.of(n for n, p in self.parameters.items() if p.grad is None),
-            "l2": norms(tensors, 2) / scale,
-            "largest": norms(tensors, math.inf) / scale,
+            "places": places,
+            "layout": layout,
+            "l2": joined(norm) / scale,
+            "largest": joined(most) / scale,
             "scale": _one(loss_scale),
-            "moved": norms(moved, math.inf),
+            "moved": joined(moved),
         }
 
+    @torch.no_grad()
+    def at_optimizer(self, loss_scale: Tensor | None = None) -> None:
+        """The optimizer is about to step: these are the gradients that it gets, still scaled where `loss_scale` is."""
+        _, layout, dense, where = self._dense_gradients()
+        norm = joined([l2(rows) for rows in layout.laid(dense, where)])
+        self._received = norm / (1.0 if loss_scale is None else loss_scale)
+
+    @torch.no_grad()
     def after_step(
         self, optimizer: torch.optim.Optimizer, learning_rate: float | None, loss_scale: Tensor | None = None
     ) -> None:
         """The optimizer has stepped, or was kept from it by the scaler, whose scale is now `loss_scale`."""
-        now = [p.detach() for p in self.parameters.values()]
-        difference = list(torch._foreach_sub(now, self._previous)) if now else []
-        states = self._states(optimizer)
-        gradients = self._gradients or {
-            "names": [],
-            **dict.fromkeys(("l2", "largest", "moved", "scale"), torch.empty(0)),
-        }
-        scale, scale_after, loss, micro, tokens, rows, l2, largest, moved, stale, update, weights, moments = to_host(
-            [
+        self._follow()
+        weights_seen, update_seen, least_move = [], [], []
+        for i, (rows, kept) in enumerate(zip(self._layout.laid(self._tensors), self._previous, strict=True)):
+            weights_seen.append(largest(rows))
+            update_seen.append(largest(kept.sub_(rows)))
+            if kept.numel() and not self._all_moved:
+                moves = self._largest_move[i]
+                least_move.append(torch.maximum(moves, kept.abs_(), out=moves).amin().reshape(1))
+            kept.copy_(rows)
+        seen = self._gradients is not None
+        gradients = self._gradients or dict.fromkeys(("l2", "largest", "moved", "scale"), torch.empty(0))
+        received = torch.empty(0) if self._received is None else self._received
+        (
+            scale, scale_after, loss, micro, tokens, prints,
+            norm, most, moved, stale, update, weights, least, moments, given,
+        ) = (
+            to_host([
                 gradients["scale"], _one(loss_scale),
                 _stacked(self._returned), _stacked(self._micro_losses), _stacked(self._tokens), _whole(self._rows),
                 gradients["l2"], gradients["largest"], gradients["moved"], self._stale[1],
-                norms(difference, math.inf), norms(now, math.inf), norms([t for _, t in states], math.inf),
-            ]
+                joined(update_seen), joined(weights_seen), joined(least_move),
+                self._moments.finite(optimizer, self._layout), received,
+            ])
         )  # fmt: skip
-        if now:
-            torch._foreach_copy_(self._previous, now)
-            torch._foreach_abs_(difference)
-            torch._foreach_maximum_(self._largest_move, difference)
+        self._all_moved = self._all_moved or (bool(least) and all(v > 0 for v in least))
+        with_gradient, most = self._of_gradients(most)
+        update, weights = self._layout.ordered(update), self._layout.ordered(weights)
         self.ever_used |= self.used_layers
-        names = list(self.parameters)
-        finite = [math.isfinite(w) for w in weights]
-        seen = self._gradients is not None
+        sound = _finite(weights)  # nearly always, so that nothing needs to be asked of each
+        finite = [True] * len(weights) if sound else [math.isfinite(w) for w in weights]
+        ratio, furthest = updates.largest(optimizer, self.parameters, update, self._largest_weights, weights)
+        self._largest_weights = weights
         self.steps.append(
             StepRecord(
                 step=len(self.steps) + 1,
                 micro_losses=tuple(micro),
                 loss=math.fsum(loss) if all(map(math.isfinite, loss)) and loss else (math.nan if loss else None),
-                grad_norm=_hypot(l2) if seen else None,
-                max_abs_gradient=_largest(largest) if seen else None,
-                nonfinite_gradients=_named(gradients["names"], (not math.isfinite(v) for v in largest)),
-                missing_gradients=gradients.get("missing", Names()),
-                zero_gradients=_named(gradients["names"], (v == 0 for v in largest)),
+                grad_norm=_hypot(norm) if seen else None,
+                max_abs_gradient=_largest(most) if seen else None,
+                nonfinite_gradients=NONE
+                if _finite(most)
+                else _named(with_gradient, (not math.isfinite(v) for v in most)),
+                missing_gradients=self._missing_gradients(),
+                zero_gradients=_zeros(with_gradient, most),
                 learning_rate=learning_rate,
                 loss_scale=scale[0] if scale else None,
                 loss_scale_after=scale_after[0] if scale_after else None,
                 changed=sum(f and u > 0 for f, u in zip(finite, update, strict=True)),
-                unchanged=_named(names, (u == 0 for u in update)),
+                unchanged=_zeros(self._names, update),
                 stale_gradients=_named(self._stale[0], (v != 0 for v in stale)),
                 max_change_before=_largest(moved) if moved else None,
-                idle=Names.of(n for n, layer in self._layer_of.items() if layer not in self.used_layers),
-                nonfinite_weights=_named(names, (not f for f in finite)),
-                nonfinite_moments=_named([n for n, _ in states], (not math.isfinite(v) for v in moments)),
+                idle=Names.of(self._idle(self.used_layers)),
+                nonfinite_weights=NONE if sound else _named(self._names, (not f for f in finite)),
+                nonfinite_moments=NONE if _finite(moments) else self._moments.nonfinite(optimizer),
                 max_update=_largest(update),
+                max_update_ratio=ratio,
+                max_update_tensor=furthest,
+                received_grad_norm=None if self._received is None else _hypot(given),
                 supervised_tokens=int(sum(tokens)) if tokens else None,
-                rows=joined(rows) if rows else None,
+                rows=fingerprints.joined(prints) if prints else None,
                 seconds=time.perf_counter() - self._started if self._started is not None else None,
                 peak_memory_bytes=self._peak_memory(),
             )
@@ -146,21 +188,26 @@ class Recorder:
 
     def begin_from_here(self) -> None:
         """The weights that the training begins with have been loaded since: steps are measured from them."""
-        if self._previous and not self.steps:
-            torch._foreach_copy_(self._previous, [p.detach() for p in self.parameters.values()])
+        if self.parameters and not self.steps:
+            self._follow()
+            self._previous = self._layout.kept(self._tensors)
 
     def adapter(self) -> tuple[TensorRecord, ...]:
         """Every trainable tensor, now compared with its start."""
         records = []
         partial = partial_factors(self.model)
         for (name, parameter), start, move in zip(
-            self.parameters.items(), self._start, self._largest_move, strict=True
+            self.parameters.items(),
+            self._layout.unpacked(self._start),
+            self._layout.unpacked(self._largest_move),
+            strict=True,
         ):
             end, begin = parameter.detach().float(), start.float()
             changed = ((move > 0) & end.isfinite()).float().mean().item() if end.numel() else 0.0
             records.append(
                 TensorRecord(
                     name=name, dtype=dtype_name(parameter.dtype), elements=parameter.numel(),
+                    initial_dtype=dtype_name(start.dtype),
                     initial_norm=begin.norm().item(), final_norm=end.norm().item(),
                     delta_norm=(end - begin).norm().item(), changed_fraction=changed, partial=name in partial,
                 )
@@ -172,9 +219,14 @@ class Recorder:
         return combined(digests(self.parameters.items())) if self.parameters else ""
 
     @property
+    def base_before(self) -> dict[str, str]:
+        """Digest of each base tensor before the first step."""
+        return dict(self._base_before)
+
+    @property
     def initial(self) -> dict[str, Tensor]:
         """The trainable tensors as they were before the first step."""
-        return dict(zip(self.parameters, self._start, strict=True))
+        return dict(zip(self.parameters, self._layout.unpacked(self._start), strict=True))
 
     def base(self) -> BaseRecord:
         """The base's tensors, now compared with how they were."""
@@ -193,21 +245,29 @@ class Recorder:
     def optimizer(self, optimizer: torch.optim.Optimizer) -> OptimizerRecord:
         """What the optimizer is, and in which types it keeps its states."""
         group: dict[str, Any] = optimizer.param_groups[0] if optimizer.param_groups else {}
-        owned = {id(p) for g in optimizer.param_groups for p in g["params"]}
-        states = [t for _, t in self._states(optimizer) if t.numel() > 1]
+        places = Counter(id(p) for g in optimizer.param_groups for p in g["params"])
+        owned = set(places)
+        now = trainables(self.model)
+        learning = self.parameters | now
+        states = [t for _, t in self._moments.named(optimizer) if t.numel() > 1]
         return OptimizerRecord(
             name=type(optimizer).__name__,
             fused=bool(group.get("fused")),
             eps=_number(group.get("eps")),
             weight_decay=_number(group.get("weight_decay")),
+            betas=updates.betas(optimizer),
             state_dtypes=tuple(sorted({dtype_name(t.dtype) for t in states})),
             owns_trainables=owned == {id(p) for p in self.parameters.values()},
+            lacking=Names.of(n for n, p in learning.items() if id(p) not in owned),
+            foreign=Names.of(n for n, p in now.items() if id(p) in owned and n not in self.parameters),
+            twice=Names.of(n for n, p in self.model.named_parameters() if places[id(p)] > 1),
+            idle=len(owned - {id(p) for p in learning.values()}),
         )
 
     @property
     def unused(self) -> set[str]:
         """Trainable tensors of layers that no token of the training reached."""
-        return {n for n, layer in self._layer_of.items() if layer not in self.ever_used}
+        return set(self._idle(self.ever_used))
 
     @property
     def gradients_seen(self) -> bool:
@@ -216,21 +276,55 @@ class Recorder:
 
     @property
     def _device(self) -> torch.device:
-        return next(iter(self.model.parameters())).device
+        first = next(iter(self.parameters.values()), None)
+        return (next(self.model.parameters()) if first is None else first).device
 
     def _peak_memory(self) -> int | None:
         if self._device.type != "cuda":
             return None
         return torch.cuda.max_memory_allocated(self._device)
 
-    def _states(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
-        return [
-            (f"{name}:{key}", value)
-            for name, parameter in self.parameters.items()
-            for key, value in optimizer.state.get(parameter, {}).items()
-            # Adam's `step` stays on the host beside parameters on a GPU, and is a count
-            if isinstance(value, Tensor) and value.is_floating_point() and value.device == parameter.device
-        ]
+    def _dense_gradients(self) -> tuple[list[int], Layout, list[Tensor], list[int]]:
+        """The gradients that there are: whose, how they are laid out, themselves, and their places in the layout."""
+        gradients = [p.grad for p in self._tensors]
+        places = [i for i, g in enumerate(gradients) if g is not None]
+        dense = [g.to_dense() if g.is_sparse else g for g in gradients if g is not None]
+        if [g.dtype for g in dense] != [self._kinds[0][i] for i in places]:  # kept in a type of their own
+            return places, Layout(dense), dense, list(range(len(dense)))
+        return places, self._layout, dense, places
+
+    def _follow(self) -> None:
+        """Take over the types and devices of the parameters, where the loop has moved them since."""
+        now = self._tensors
+        kinds = _kinds(now)
+        if kinds != self._kinds:
+            held = (self._layout.unpacked(kept) for kept in (self._start, self._previous, self._largest_move))
+            moved = [[t.to(p.device, p.dtype) for t, p in zip(tensors, now, strict=True)] for tensors in held]
+            self._kinds, self._layout = kinds, Layout(now)
+            self._start, self._previous, self._largest_move = map(self._layout.kept, moved)
+
+    def _of_gradients(self, largest: list[float]) -> tuple[list[str], list[float]]:
+        """Names of the parameters that have a gradient, and the largest element of each, in the same order."""
+        if self._gradients is None:
+            return [], []
+        places, largest = self._gradients["places"], self._gradients["layout"].ordered(largest)
+        if len(largest) != len(places):
+            largest = [largest[i] for i in places]
+        return [self._names[i] for i in places], largest
+
+    def _missing_gradients(self) -> Names:
+        if self._gradients is None or len(self._gradients["places"]) == len(self._names):
+            return NONE
+        there = set(self._gradients["places"])
+        return Names.of(n for i, n in enumerate(self._names) if i not in there)
+
+    def _idle(self, used: set[str]) -> list[str]:
+        """Tensors of layers that are not among those that are `used`."""
+        return [] if used >= self._layers else [n for n, layer in self._layer_of.items() if layer not in used]
+
+
+def _kinds(parameters: list[Tensor]) -> tuple[list[torch.dtype], list[torch.device]]:
+    return [p.dtype for p in parameters], [p.device for p in parameters[:1]]  # models move as a whole
 
 
 def _one(scalar: Tensor | None) -> Tensor:
@@ -238,14 +332,15 @@ def _one(scalar: Tensor | None) -> Tensor:
     return torch.empty(0) if scalar is None else scalar.detach().clone().reshape(1)
 
 
+def _mean(loss: Tensor) -> Tensor:
+    """A copy of the mean that later changes in place leave alone."""
+    return loss.detach().clone() if loss.dim() == 0 else loss.detach().float().mean()
+
+
 def _holders(parameters: Iterable[str], layers: Iterable[str]) -> dict[str, str]:
     """The innermost of `layers` that holds each parameter; those that none holds are left out."""
     innermost = sorted(layers, key=len)
     return {n: layer for n in parameters for layer in innermost if n.startswith(f"{layer}.")}
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.coalesce().values() if gradient.is_sparse else gradient.detach()
 
 
 def _stacked(scalars: list[Tensor]) -> Tensor:
@@ -262,15 +357,26 @@ def _named(names: list[str], flags: Any) -> Names:
     return Names.of(n for n, flag in zip(names, flags, strict=True) if flag)
 
 
+def _zeros(names: list[str], values: list[float]) -> Names:
+    return _named(names, (v == 0 for v in values)) if 0.0 in values else NONE
+
+
+def _finite(values: list[float]) -> bool:
+    """Whether all of `values` are finite, but for sums that overflow: what is not is found out one by one."""
+    return math.isfinite(sum(values))
+
+
 def _largest(values: list[float]) -> float:
     """The largest value, NaN if there is one: `max` would drop it or keep it by its place."""
-    if any(math.isnan(v) for v in values):
+    if not _finite(values) and any(math.isnan(v) for v in values):
         return math.nan
     return max(values, default=0.0)
 
 
 def _hypot(values: list[float]) -> float:
-    return math.nan if any(math.isnan(v) for v in values) else math.hypot(*values)
+    if not _finite(values) and any(math.isnan(v) for v in values):
+        return math.nan
+    return math.hypot(*values)
 
 
 def _number(value: Any) -> float | None:

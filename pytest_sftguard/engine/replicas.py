@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pytest_sftguard.engine.rows import joined_texts
+from pytest_sftguard.engine.fingerprints import joined_texts
 from pytest_sftguard.engine.targets import TargetError
 from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.records import ErrorRecord, RunRecord, StepRecord
@@ -129,8 +129,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _last_lines(path: Path) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    return " | ".join(line.strip() for line in lines if line.strip()) if len(lines) <= _LINES else " | ".join(
-        line.strip() for line in lines[-_LINES:]
+    return (
+        " | ".join(line.strip() for line in lines if line.strip())
+        if len(lines) <= _LINES
+        else " | ".join(line.strip() for line in lines[-_LINES:])
     )
 
 

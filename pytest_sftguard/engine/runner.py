@@ -13,19 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_sftguard.engine import adapters, generation, replicas, variants
+from pytest_sftguard.engine import adapters, finiteness, generation, parsing, replicas, variants
 from pytest_sftguard.engine.building import build
 from pytest_sftguard.engine.isolation import isolated
 from pytest_sftguard.engine.memory import Forecast, free_bytes, overhead_bytes
 from pytest_sftguard.engine.probe import choose_device, probe, versions
 from pytest_sftguard.engine.probes import Probes, Scene
 from pytest_sftguard.engine.recording import Recorder
+from pytest_sftguard.engine.redrawing import Redrawn, other_factors, redrawn
 from pytest_sftguard.engine.targets import Target, TargetError, resolve
 from pytest_sftguard.engine.watching import Watch
 from pytest_sftguard.hardware import HardwareProfile
 from pytest_sftguard.matrix import RunConfig
 from pytest_sftguard.precision import PrecisionMode, mode_named
-from pytest_sftguard.records import ErrorRecord, RunRecord
+from pytest_sftguard.records import ErrorRecord, Names, RunRecord
 from pytest_sftguard.sizes import DEFAULT_MARGIN, shortage
 
 if TYPE_CHECKING:
@@ -129,7 +130,9 @@ class _Cell:
 
     def _stages(self) -> None:
         scene = self.scene
-        scene.trainer = trainer = variants.prepared(self._build("training"), self.config)
+        with scene.loads.watched():
+            built = self._build("training")
+        scene.trainer = trainer = variants.prepared(built, self.config)
         self.probes.prepare(scene)
         self.stage = "train"
         self._train(trainer, trainer.train)
@@ -143,7 +146,11 @@ class _Cell:
         self.stage = "answers"
         pairs = self.target.pairs(self.config.questions, trainer.processing_class)
         self.seen["questions"] = len(pairs)
-        self.seen["answers"] = generation.answers(reloaded, trainer.processing_class, self.target, pairs)
+        batches = scene.watch.batches if scene.watch is not None else []
+        budget = generation.budget(batches)
+        asked = generation.ask(reloaded, trainer.processing_class, self.target, pairs, budget)
+        self.seen["answers"], self.seen["generation"] = asked
+        self.seen["parser"] = parsing.tried(self.target, trainer.processing_class, pairs, batches)
 
     def _build(self, name: str, **training_arguments: Any) -> Trainer:
         config = dataclasses.replace(
@@ -156,9 +163,14 @@ class _Cell:
         before = self.seen["steps"], self.seen["first_step"]
         self.stage = "build"
         self.scene.trainer = trainer = self._build("resuming")
+
+        def resume() -> None:
+            assert self.scene.recorder is not None  # this part's own, since it began
+            variants.resume(trainer, self.scene.recorder, checkpoint)
+
         self.stage = "train"
         try:
-            self._train(trainer, lambda: variants.resume(trainer, self.scene.recorder, checkpoint))
+            self._train(trainer, resume)
         finally:
             self.seen.update(steps=variants.joined(before[0], self.seen["steps"]), first_step=before[1])
 
@@ -182,6 +194,7 @@ class _Cell:
                 log=watch.log(),
                 global_step=trainer.state.global_step,
                 micro_batches_per_epoch=watch.micro_batches_per_epoch,
+                schedule=watch.schedule.record(self.config.steps) if watch.schedule else None,
             )
             if watch.optimizer is not None:
                 self.seen["optimizer"] = recorder.optimizer(watch.optimizer)
@@ -194,30 +207,33 @@ class _Cell:
         scene.trained_model = trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         saved = self.folder / "adapter"
         trainer.save_model(str(saved))
-        scene.fresh_trainer = fresh = self._build("reloading")
-        self.seen["round_trip"], reloaded = adapters.round_trip(
-            trained, saved, fresh.model, _probe_batch(trainer), self.unused
+        fresh, compared, other_seed = self._rebuilt(trainer, trained)
+        scene.fresh_trainer = fresh
+        self.probes.rebuilt(scene)
+        probe = finiteness.probe_batch(trainer)
+        record, reloaded = adapters.round_trip(trained, saved, fresh.model, probe, self.unused)
+        digest, drawn = compared.without(trained, saved)
+        self.seen["round_trip"] = dataclasses.replace(
+            record, fresh_base_digest=digest, other_seed=other_seed, drawn=Names.of(drawn)
         )
         return reloaded
 
+    def _rebuilt(self, trainer: Trainer, trained: torch.nn.Module) -> tuple[Trainer, Redrawn, int | None]:
+        """The target built once more, its base held against the training's, and the other seed that it was built under.
 
-def _probe_batch(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The first rows of the training data, collated as for training, without labels, at least 16 tokens long.
-
-    Below 16 query tokens the CPU kernel of sdpa hides NaN (pytorch#141128), whatever the attention setting ends up as.
-    """
-    batch = next(iter(trainer.get_eval_dataloader(trainer.train_dataset)))
-    device = next(trainer.model.parameters()).device
-    inputs = {
-        k: v.to(device)
-        for k, v in batch.items()
-        if isinstance(v, torch.Tensor) and k in ("input_ids", "attention_mask")
-    }
-    length = inputs["input_ids"].shape[1]
-    if length < 16:
-        repeats = -(-16 // length)
-        inputs = {k: v.repeat(1, repeats) for k, v in inputs.items()}
-    return inputs
+        Whoever loads the adapter builds the base with no knowledge of the seed. A toy base that is drawn from it as a
+        whole is built under the training's own, and so is one that factors were taken out of.
+        """
+        assert self.scene.recorder is not None
+        recorder, seed = self.scene.recorder, int(trainer.args.seed) + 1
+        if not adapters.takes_from_the_base(trained):
+            fresh = self._build("reloading", seed=seed)
+            self.scene.redrawn = other_factors(recorder.initial, fresh.model)
+            found = redrawn(recorder.base_before, trained, fresh.model)
+            if not found.whole:
+                return fresh, found, seed
+        fresh = self._build("rebuilding")
+        return fresh, redrawn(recorder.base_before, trained, fresh.model), None
 
 
 def _described(error: Exception, stage: str) -> ErrorRecord:

@@ -32,6 +32,8 @@ class Target:
     """Reads the number of a generated text, strictly; None where the module has no `parse_answer`."""
     answer_prefix: str
     """Text that every answer is seeded with, such as `<answer>`; empty where the module has no `answer_prefix`."""
+    generate: Callable[..., Any] | None = None
+    """The target's own way to answer prompts; None where the module has no `generate`."""
 
     def trainer(self, **arguments: Any) -> Trainer:
         """Call the function. TargetError where it refuses the keywords or returns something else than a Trainer."""
@@ -55,6 +57,25 @@ class Target:
                 f"target {self.path} returned a Trainer whose model has no adapter: wrap it with peft.get_peft_model"
             )
         return trainer
+
+    def texts(self, model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
+        """What the target's own `generate` answers to `prompts`. TargetError where these are not as many texts."""
+        assert self.generate is not None
+        given = {"model": model, "tokenizer": tokenizer, "prompts": list(prompts)}
+        try:
+            inspect.signature(self.generate).bind(**given)
+        except TypeError as error:
+            raise TargetError(
+                f"generate of target {self.path} cannot be called: {error}. A function of that name in a target's"
+                " module must take model, tokenizer and prompts by keyword, and give a list of texts"
+            ) from None
+        texts = self.generate(**given)
+        if not isinstance(texts, (list, tuple)) or [type(t) for t in texts] != [str] * len(prompts):
+            raise TargetError(
+                f"generate of target {self.path} must give a list of {len(prompts)} texts, one for each prompt, and"
+                f" gave {_described(texts)}"
+            )
+        return list(texts)
 
     def pairs(self, count: int, tokenizer: Any = None) -> list[tuple[str, float]]:
         """The first `count` questions. TargetError where they are not (prompt, number) pairs.
@@ -92,6 +113,7 @@ def resolve(path: str) -> Target:
         questions=getattr(module, "questions", None),
         parse_answer=getattr(module, "parse_answer", None),
         answer_prefix=getattr(module, "answer_prefix", ""),
+        generate=getattr(module, "generate", None),
     )
 
 

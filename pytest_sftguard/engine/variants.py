@@ -86,7 +86,7 @@ def _repeat_one_batch(trainer: Trainer) -> None:
     kept: list[Any] = []
 
     def one_batch(*args: Any, **kwargs: Any) -> Any:
-        batches, items = original(*args, **kwargs)
+        batches, _ = original(*args, **kwargs)
         if batches and not kept:
             kept.append(copy.deepcopy(max(batches, key=_labels)))
         copies = [copy.deepcopy(kept[0]) for _ in batches]  # a loss may take its labels out of its batch

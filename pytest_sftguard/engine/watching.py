@@ -14,12 +14,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.amp.grad_scaler import OptState
 from transformers import TrainerCallback
 
 from pytest_sftguard.engine.adapters import lora_layers, product_layers
+from pytest_sftguard.engine.fingerprints import fingerprint
 from pytest_sftguard.engine.first_step import FirstStep
 from pytest_sftguard.engine.recording import Recorder
-from pytest_sftguard.engine.rows import fingerprint
+from pytest_sftguard.engine.schedules import Schedule
 from pytest_sftguard.engine.tensors import dtype_name
 from pytest_sftguard.records import LogRecord
 
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
 
 _BATCHES_KEPT = 32
 """Micro-batches that are remembered for the looks after the training; a few hundred rows of integers."""
-_STEP = "sftguard_step"
+STEP = "sftguard_step"
+"""Key of a remembered micro-batch that holds the number of its optimizer step."""
 
 
 class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its callbacks as Any
@@ -40,10 +43,11 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
         self._returned: dict[str, set[int]] = {}
         self.autocast_dtype: str | None = None
         self.optimizer: torch.optim.Optimizer | None = None
+        self.schedule: Schedule | None = None
         self._watched: Any = None
         self._in_training_step = False
         self.batches: list[dict[str, Any]] = []
-        self._dtypes_of_step: int | None = None
+        self._looking = False
         self.first_step = FirstStep(trainer, recorder.model)
         self._padding = _padding(recorder.model)
         trainer.compute_loss = self._compute_loss(trainer.compute_loss)
@@ -52,7 +56,6 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
         trainer.accelerator.clip_grad_norm_ = self._before(trainer.accelerator.clip_grad_norm_)
         trainer.add_callback(self)
         self.micro_batches_per_epoch: int | None = None
-        self._products = product_layers(recorder.model)
         self._hooks = [*self._watch_layers(), *self._watch_buffers()]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -62,6 +65,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
         self.optimizer = getattr(prepared, "optimizer", prepared)
         if prepared is not self._watched:  # a retry after out-of-memory begins the training again
             self._watched = prepared
+            self.schedule = Schedule(kwargs.get("lr_scheduler"))
             prepared.step = self._optimizer_step(self._before(prepared.step))
 
     @property
@@ -89,15 +93,14 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
                 return original(model, inputs, *args, **kwargs)
             labels = inputs.get("labels") if hasattr(inputs, "get") else None
             self._keep(inputs)
+            self._looking = True
             rows = fingerprint(inputs, self._padding)
-            hooks = self._watch_dtypes()
             look = contextlib.nullcontext() if self.recorder.steps else self.first_step.watching(inputs)
             try:
                 with look:
                     result = original(model, inputs, *args, **kwargs)
             finally:
-                for hook in hooks:
-                    hook.remove()
+                self._looking = False
             loss = result[0] if isinstance(result, tuple) else result
             self.recorder.micro_batch(loss, labels if isinstance(labels, torch.Tensor) else None, rows)
             return result
@@ -107,7 +110,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
     def _keep(self, inputs: Any) -> None:
         """Remember the first micro-batches as the model is given them: the tensors themselves, no copies."""
         if len(self.batches) < _BATCHES_KEPT and hasattr(inputs, "items"):
-            self.batches.append({**inputs, _STEP: len(self.recorder.steps) + 1})
+            self.batches.append({**inputs, STEP: len(self.recorder.steps) + 1})
 
     def _training_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -151,6 +154,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
             assert optimizer is not None  # set in on_train_begin, where this wrapper is put in place
             groups = optimizer.param_groups
             rate = float(groups[0]["lr"]) if groups else None
+            self.recorder.at_optimizer(self._loss_scale() if self._still_scaled() else None)
             result = original(*args, **kwargs)
             self.recorder.after_step(optimizer, rate, self._loss_scale())
             if self.progress is not None:
@@ -171,15 +175,52 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
         scale = getattr(self.scaler, "_scale", None)  # `get_scale` would wait for the device, twice a step
         return scale if isinstance(scale, torch.Tensor) else torch.tensor(float(self.scaler.get_scale()))
 
-    def _watch_layers(self) -> list[Any]:
-        """Hooks that note which layers a token passed through: an expert without one has no gradient, soundly."""
+    def _still_scaled(self) -> bool:
+        """Whether the gradients are still multiplied by the loss scale: only clipping unscales them early."""
+        states = getattr(self.scaler, "_per_optimizer_states", {})
+        state = states.get(id(self.optimizer), {})
+        return self.scaler is not None and state.get("stage", OptState.READY) is OptState.READY
 
-        def note(name: str, module: Any, inputs: Any) -> None:
+    def _watch_layers(self) -> list[Any]:
+        """Hooks that note which layers a token passed through: an expert without one has no gradient, soundly.
+
+        And of what type their products are. Where the product is a module within the layer, one hook does for both.
+        """
+        products = {id(layer): layer for layer in product_layers(self.recorder.model)}
+        hooks = []
+        for name, layer in lora_layers(self.recorder.model).items():
+            product = products.pop(id(layer.base_layer), None)
+            if product is None:
+                hooks.append(layer.register_forward_pre_hook(self._note_use(name)))
+            else:
+                hooks.append(product.register_forward_hook(self._note_product(name)))
+        return hooks + [layer.register_forward_hook(self._note_product("")) for layer in products.values()]
+
+    def _note_use(self, name: str) -> Callable[..., None]:
+        def note(module: Any, inputs: Any, output: Any = None) -> None:
             if not (inputs and isinstance(inputs[0], torch.Tensor) and not inputs[0].numel()):
                 self.recorder.used_layers.add(name)
 
-        layers = lora_layers(self.recorder.model).items()
-        return [layer.register_forward_pre_hook(functools.partial(note, name)) for name, layer in layers]
+        return note
+
+    def _note_product(self, name: str) -> Callable[..., None]:
+        """Note the type of what the layer returned, and that a token passed through the layer called `name`."""
+        seen: set[Any] = set()
+
+        def note(module: Any, inputs: Any, output: Any) -> None:
+            if name and not (inputs and isinstance(inputs[0], torch.Tensor) and not inputs[0].numel()):
+                self.recorder.used_layers.add(name)
+            if not self._looking or not isinstance(output, torch.Tensor):
+                return
+            kind = output.device.type
+            what = (output.dtype, torch.is_autocast_enabled(kind))
+            if what not in seen:
+                seen.add(what)
+                self._returned.setdefault(dtype_name(output.dtype), set()).add(id(module))
+                if what[1]:
+                    self.autocast_dtype = dtype_name(torch.get_autocast_dtype(kind))
+
+        return note
 
     def _watch_buffers(self) -> list[Any]:
         """Hooks that note which buffers outside the state dict the model's own forward pass rewrites.
@@ -205,21 +246,6 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
         if not places:
             return []
         return [model.register_forward_pre_hook(remember), model.register_forward_hook(compare)]
-
-    def _watch_dtypes(self) -> list[Any]:
-        """Hooks on the adapted layers that note what their products returned, in each step's first micro-batch."""
-        if self._dtypes_of_step == len(self.recorder.steps):
-            return []
-        self._dtypes_of_step = len(self.recorder.steps)
-
-        def note(module: Any, inputs: Any, output: Any) -> None:
-            if isinstance(output, torch.Tensor):
-                self._returned.setdefault(dtype_name(output.dtype), set()).add(id(module))
-                kind = output.device.type
-                if torch.is_autocast_enabled(kind):
-                    self.autocast_dtype = dtype_name(torch.get_autocast_dtype(kind))
-
-        return [layer.register_forward_hook(note) for layer in self._products]
 
 
 def _padding(model: Any) -> int | None:

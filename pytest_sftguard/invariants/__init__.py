@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pytest_sftguard import registry
-from pytest_sftguard.verdicts import Checks
+from pytest_sftguard.records import RunRecord
+from pytest_sftguard.verdicts import Checks, Finding, Outcome, invariant_name
 
 
 def load_invariants(extra: Iterable[str] = ()) -> list[Checks]:
@@ -15,13 +18,56 @@ def load_invariants(extra: Iterable[str] = ()) -> list[Checks]:
     Raises registry.NotFoundError where a path leads nowhere, to something that has no `check`, or to a class that
     cannot be made without arguments.
     """
-    found = [registry.load(name, __name__) for name in registry.names(__name__)]
+    built_in: list[Checks] = [registry.load(name, __name__)() for name in registry.names(__name__)]
+    return [*built_in, *map(_outsider, extra)]
+
+
+def usable_invariants(extra: Iterable[str] = ()) -> list[Checks]:
+    """The same for a session of tests: a path that cannot be used is an invariant that fails beside the others."""
+    found = load_invariants()
     for path in extra:
-        outsider = registry.load(path, __name__)
-        if not callable(getattr(outsider, "check", None)):
-            raise registry.NotFoundError(f"{path!r} is no invariant: it has no check(record, reference=None)")
-        found.append(outsider if not isinstance(outsider, type) else _made(outsider, path))
-    return [f() if isinstance(f, type) else f for f in found]
+        try:
+            found.append(_outsider(path))
+        except registry.NotFoundError as error:
+            found.append(Unusable(path, str(error)))
+    return found
+
+
+def with_thresholds(invariants: Iterable[Checks], thresholds: Mapping[str, Any]) -> list[Checks]:
+    """`invariants` with `thresholds`, by `invariant.field`; NotFoundError for one that there is not."""
+    made, left = [], dict(thresholds)
+    for invariant in invariants:
+        name = invariant_name(invariant)
+        own = {f.name: left.pop(f"{name}.{f.name}") for f in _fields(invariant) if f"{name}.{f.name}" in left}
+        made.append(dataclasses.replace(invariant, **own) if own else invariant)  # type: ignore[type-var]
+    if left:
+        known = sorted(f"{invariant_name(i)}.{f.name}" for i in made for f in _fields(i))
+        raise registry.NotFoundError(f"there is no threshold {min(left)!r}: choose from {', '.join(known)}")
+    return made
+
+
+def _fields(invariant: Checks) -> tuple[Any, ...]:
+    return dataclasses.fields(invariant) if dataclasses.is_dataclass(invariant) else ()
+
+
+class Unusable:
+    """Stands for a user's invariant that cannot be used, and fails under its name."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason
+
+    def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
+        """Say why it cannot be used."""
+        name = re.sub(r"(?<!^)(?=[A-Z])", "_", self.path.rpartition(":")[2]).lower()
+        yield Finding(invariant=name, outcome=Outcome.FAILED, message=f"the invariant cannot be used: {self.reason}")
+
+
+def _outsider(path: str) -> Checks:
+    found: Any = registry.load(path, __name__)
+    if not callable(getattr(found, "check", None)):
+        raise registry.NotFoundError(f"{path!r} is no invariant: it has no check(record, reference=None)")
+    made: Checks = _made(found, path) if isinstance(found, type) else found
+    return made
 
 
 def _made(outsider: Any, path: str) -> Any:

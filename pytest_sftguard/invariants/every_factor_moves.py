@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pytest_sftguard.records import Names, RunRecord, StepRecord, TensorRecord
+from pytest_sftguard.invariants._due import Due
+from pytest_sftguard.records import Names, RunRecord, TensorRecord
 from pytest_sftguard.verdicts import Finding, Invariant
 
 
@@ -36,29 +36,20 @@ class EveryFactorMoves(Invariant):
         if not effective:
             yield self.failed("no step left a changed, finite adapter", observed=0, limit="at least 1 step")
             return
-        zero_start = {t.name for t in record.adapter if t.initial_norm == 0}
-        times_idle, times_silent = Counter[str](), Counter[str]()
-        for i, s in enumerate(effective):
-            # where no factor starts at zero nothing shields the others, and all move from the first step on; a layer
-            # that no token passed through, or none that mattered, has its first step later
-            silent = _silent(record, s)
-            still = [n for n in s.unchanged.first if i > times_silent[n] or not zero_start or n in zero_start]
-            still = [n for n in still if _is_factor(n) and n not in silent]
-            times_idle.update(s.idle.first)
-            times_silent.update(silent)
-            if still:
+        due = Due(record)
+        told = False
+        for s in effective:
+            still = due.among(s.unchanged.first, s)
+            due.effective(s)
+            if still and not told:
+                told = True
                 yield self.failed(
                     f"{Names.of(still)} did not change at step {s.step}",
                     step=s.step, observed=len(still), limit="every factor changes",
                 )  # fmt: skip
-                break
-        uses = {t.name: len(effective) - times_idle[t.name] for t in record.adapter}
-        yield from self._over_the_run(record, uses, bool(zero_start))
+        yield from self._over_the_run(list(due.over_the_run()))
 
-    def _over_the_run(self, record: RunRecord, uses: dict[str, int], shielded: bool) -> Iterator[Finding]:
-        due = [
-            t for t in record.adapter if uses[t.name] > 1 or (uses[t.name] and (t.initial_norm == 0 or not shielded))
-        ]
+    def _over_the_run(self, due: list[TensorRecord]) -> Iterator[Finding]:
         still = [t for t in due if not (t.delta_norm is not None and t.delta_norm > 0)]
         if still:
             yield self.failed(
@@ -81,21 +72,3 @@ class EveryFactorMoves(Invariant):
 
 def _fraction(tensor: TensorRecord) -> float:
     return math.nan if tensor.changed_fraction is None else tensor.changed_fraction
-
-
-def _silent(record: RunRecord, step: StepRecord) -> set[str]:
-    """Tensors that a sound step may leave as they are: their layer, an expert perhaps, was given nothing to learn.
-
-    No token passed through it, or none that the loss depends on, so that all its gradients are there and exactly zero.
-    """
-    zero = set(step.zero_gradients.first)
-    heard = {_layer(t.name) for t in record.adapter if t.name not in zero}
-    return {*step.idle.first, *(n for n in zero if _layer(n) not in heard)}
-
-
-def _layer(name: str) -> str:
-    return name.partition(".lora_")[0]
-
-
-def _is_factor(name: str) -> bool:
-    return TensorRecord(name=name, dtype="", elements=0).is_factor

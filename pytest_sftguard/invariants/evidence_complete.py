@@ -24,7 +24,7 @@ class EvidenceComplete(Invariant):
         """Count first, then look for gaps."""
         if record.error is not None:
             yield self._ended_early(record, record.error)
-        else:
+        if record.error is None or record.error.stage not in ("build", "train"):
             yield from self._counts(record)
         yield from self._gaps(record)
         yield from self._tensors(record)
@@ -117,7 +117,7 @@ def _excused(record: RunRecord, where: str) -> bool:
     if where == "max_grad_norm":
         return record.max_grad_norm == math.inf
     skipped = {s.step for s in record.steps if s.effect == "skipped_by_scaler"}
-    if where.endswith((".grad_norm", ".max_abs_gradient")):
+    if where.endswith((".grad_norm", ".max_abs_gradient", ".received_grad_norm")):
         return _step_of(record, where) in skipped
     return False
 

@@ -58,6 +58,12 @@ class RoundTrip(Invariant):
     def _base(self, record: RunRecord, trip: RoundTripRecord) -> Iterator[Finding]:
         if record.base is None or not trip.fresh_base_digest:
             yield self.not_evaluated("the fresh base was not digested")
+        elif trip.drawn:
+            yield self.failed(
+                f"{trip.drawn.count} tensors of the base come out otherwise where the target is built under another"
+                f" seed, and the adapter file does not hold them, so that nobody else has them: {trip.drawn}",
+                observed=trip.drawn.count, limit=0,
+            )  # fmt: skip
         elif trip.fresh_base_digest != record.base.digest_before:
             yield self.failed(
                 "the target builds another base each time it is called with the same seed, so that the adapter is"

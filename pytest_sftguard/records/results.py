@@ -9,6 +9,28 @@ from pytest_sftguard.records.names import NONE, Names
 
 
 @dataclass(frozen=True, kw_only=True)
+class FinitenessRecord:
+    """The batch that the trained and the reloaded model were given, and what became of their logits."""
+
+    rows: int
+    """Rows of the batch."""
+    tokens: int
+    """Tokens of each."""
+    padded_rows: int
+    """Rows with padding in front, under an attention mask."""
+    attention: str
+    """The kind of attention that both models said they ran with; empty where they do not say."""
+    logits: int
+    """Logits that were looked at: those of tokens that the mask lets through."""
+    nonfinite: int = 0
+    """Those of them that are NaN or infinite."""
+    unpadded: str = ""
+    """Why no row could be padded; empty where one was."""
+    not_eager: str = ""
+    """Why attention could not be written out; empty where it was."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundTripRecord:
     """The adapter's way into a file and back onto a fresh base."""
 
@@ -37,7 +59,17 @@ class RoundTripRecord:
     max_logit_change: float | None = None
     """Largest absolute difference between the trained and the reloaded model's logits."""
     max_logit_effect: float | None = None
-    """Largest absolute difference between the reloaded model's logits with and without its adapter."""
+    """Largest absolute difference between the reloaded model's logits and those of the fresh base."""
+    other_seed: int | None = None
+    """Seed that the fresh base was built under; None where a base is drawn from the seed as a whole."""
+    drawn: Names = NONE
+    """Base tensors that came out otherwise under the other seed, with their first such row: nobody else has them."""
+    finiteness: FinitenessRecord | None = None
+    """The batch that the logits are of."""
+    max_base_change: float | None = None
+    """Largest absolute difference between the trained model's logits with its adapter disabled and the fresh base's."""
+    base_differs: str = ""
+    """Why a disabled adapter does not give the base's logits here, soundly; empty where it must."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +84,14 @@ class AnswerRecord:
     """The number that would be right."""
     parsed: float | None = None
     """The number that the target's `parse_answer` read, or None."""
+    stopped: bool | None = None
+    """Whether an end token was generated within the budget; None where generation knows none."""
 
     @property
     def is_number(self) -> bool:
         """Whether a finite number was read."""
         return self.parsed is not None and math.isfinite(self.parsed)
+
+    def is_right(self, rtol: float) -> bool:
+        """Whether the number that was read is the expected one, within a share of it."""
+        return self.parsed is not None and abs(self.parsed - self.expected) <= rtol * abs(self.expected)

@@ -9,11 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from pytest_sftguard.hardware import HardwareProfile
+from pytest_sftguard.records.afterwards import BaseAnswersRecord, MergeRecord, ParserRecord
+from pytest_sftguard.records.audit import PromptsRecord, SupervisionRecord
+from pytest_sftguard.records.context import ContextRecord
+from pytest_sftguard.records.decoding import DecodingRecord, GenerationRecord
 from pytest_sftguard.records.encoding import RecordError, decode, encode, write_text
+from pytest_sftguard.records.evaluation import EvaluationRecord
 from pytest_sftguard.records.first_step import FirstStepRecord
 from pytest_sftguard.records.looks import LookRecord
+from pytest_sftguard.records.paths import PathsRecord
+from pytest_sftguard.records.replay import ReplayRecord
 from pytest_sftguard.records.results import AnswerRecord, RoundTripRecord
+from pytest_sftguard.records.schedule import ScheduleRecord
 from pytest_sftguard.records.training import BaseRecord, LogRecord, OptimizerRecord, StepRecord, TensorRecord
+from pytest_sftguard.records.wiring import FoundationRecord, InitialRecord, WiringRecord
 
 SCHEMA = 1
 """Number of the file format; it moves with every change of a field."""
@@ -66,7 +75,7 @@ class RunRecord:
     error: ErrorRecord | None = None
     """What ended the run early; None if nothing did."""
     compute_dtypes: dict[str, int] = field(default_factory=dict)
-    """Result types of the adapted layers' own products in each step's first micro-batch, with their number."""
+    """Result types of the adapted layers' own products in the training's forward passes, with their number."""
     weights_dtypes: dict[str, int] = field(default_factory=dict)
     """Types of the adapted layers' frozen weights, with the number of layers; quantised ones by their storage."""
     autocast_dtype: str | None = None
@@ -99,6 +108,36 @@ class RunRecord:
     """Answers of the reloaded adapter."""
     looks: tuple[LookRecord, ...] = ()
     """The extra looks that were asked for."""
+    wiring: WiringRecord | None = None
+    """What takes a gradient; None without the look `wiring`."""
+    initial: InitialRecord | None = None
+    """The factors before the first step; None without the look `wiring`."""
+    foundation: FoundationRecord | None = None
+    """The base before the first step; None without the look `wiring`."""
+    supervision: SupervisionRecord | None = None
+    """The rows' labels; None without the look `supervision`."""
+    prompts: PromptsRecord | None = None
+    """What generation is given; None without the look `prompts`."""
+    schedule: ScheduleRecord | None = None
+    """What the learning rate should have been; None if no training began."""
+    replay: ReplayRecord | None = None
+    """The optimizer's steps in float32; None where nothing was replayed."""
+    parser: ParserRecord | None = None
+    """How the target reads answers; None where it is asked no questions."""
+    base_answers: BaseAnswersRecord | None = None
+    """The base's answers to the same questions; None where they were not looked at."""
+    merge: MergeRecord | None = None
+    """The adapter merged into its base; None where it was not looked at."""
+    context: ContextRecord | None = None
+    """Rows alone, padded and packed, of the look `context`."""
+    paths: PathsRecord | None = None
+    """One micro-batch on the training's way and on plain ones, of the look `paths`."""
+    evaluation: EvaluationRecord | None = None
+    """Raw losses of the evaluation set, of the look `evaluation`."""
+    generation: GenerationRecord | None = None
+    """The scores that the answers were decoded from; None where nothing was asked."""
+    decoding: DecodingRecord | None = None
+    """Answers in a batch and alone, of the look `decoding`."""
     adapter_digest: str = ""
     """Digest of the bits of every trainable tensor after the last step; empty where none was seen."""
     first_step: FirstStepRecord | None = None

@@ -50,6 +50,13 @@ class StepRecord:
     """Optimizer states that hold NaN or infinity after the step, as `parameter:state`."""
     max_update: float | None = None
     """Largest absolute change of a trainable element in the step."""
+    max_update_ratio: float | None = None
+    """Largest change of an element in learning rates of its own group, less weight decay and rounding, over all
+    tensors; None where the optimizer is none of Adam's kin."""
+    max_update_tensor: str = ""
+    """The tensor in which that was; empty where nothing changed."""
+    received_grad_norm: float | None = None
+    """Global L2 norm of the unscaled gradients that the optimizer was given, after clipping and all else."""
     supervised_tokens: int | None = None
     """Labels of the step that count after the shift; None where the batches hold no labels."""
     rows: str | None = None
@@ -110,7 +117,9 @@ class TensorRecord:
     name: str
     """Name of the parameter in the model."""
     dtype: str
-    """Type it is stored in, a torch dtype name."""
+    """Type it is stored in at the end, a torch dtype name."""
+    initial_dtype: str | None = None
+    """Type it was stored in before the first step."""
     elements: int
     """Number of elements."""
     initial_norm: float | None = None
@@ -123,6 +132,11 @@ class TensorRecord:
     """Share of the elements that are finite, and that any step changed: steps by the sign return to their start."""
     partial: bool = False
     """Whether a step may leave elements out: the factors of all experts of a block are one tensor."""
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether this is a part of the adapter that peft made, rather than a copy of the base's."""
+        return any(part.startswith("lora_") for part in self.name.split("."))
 
     @property
     def is_factor(self) -> bool:
@@ -142,10 +156,20 @@ class OptimizerRecord:
     """The `eps` of the first group, where it has one."""
     weight_decay: float | None = None
     """The `weight_decay` of the first group, where it has one."""
+    betas: tuple[float, ...] = ()
+    """Decay rates of Adam's moments, those of the group with the largest possible update; empty for another kind."""
     state_dtypes: tuple[str, ...] = ()
     """Types of its floating-point states of more than one element."""
     owns_trainables: bool | None = None
     """Whether its parameters are exactly the trainable ones."""
+    lacking: Names = NONE
+    """Tensors that were trainable when the training began, or are at its end, and that it does not own."""
+    foreign: Names = NONE
+    """Tensors of the model that it owns, that take a gradient, and that did not when the training began."""
+    twice: Names = NONE
+    """Tensors that it owns in more than one place."""
+    idle: int = 0
+    """Parameters that it owns and that no gradient reaches: frozen ones, and ones outside the model."""
 
 
 @dataclass(frozen=True, kw_only=True)

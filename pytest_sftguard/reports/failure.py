@@ -47,7 +47,7 @@ def _described(finding: Finding) -> str:
 
 
 def _cause(run: JudgedRun) -> list[str]:
-    found = diagnose(run.record, run.verdict)
+    found = diagnose(run)
     if not found:
         return []
     first, *others = found

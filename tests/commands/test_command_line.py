@@ -48,10 +48,10 @@ def test_help_imports_no_torch() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert ran.returncode == 0, ran.stderr
-    assert all(name in ran.stdout for name in ("fit", "judge", "bundle", "exit codes"))
+    assert all(name in ran.stdout for name in ("fit", "faults", "judge", "bundle", "exit codes"))
 
 
-@pytest.mark.parametrize("command", ["fit", "judge", "bundle"])
+@pytest.mark.parametrize("command", ["fit", "faults", "judge", "bundle"])
 def test_every_subcommand_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """`--help` of a subcommand says what it does."""
     with pytest.raises(SystemExit) as left:
@@ -244,3 +244,43 @@ def test_collected_records_have_their_tests_names(records: dict[str, Path]) -> N
     """A record's file name tells its test, without the cell that stands in the record."""
     [(name, _)] = bundles.collect([records["not run"]])
     assert name == "test_it.py_test_trains"
+
+
+def test_faults_are_tried_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table, the rates and both files; exit code 0 as the fault was caught and the healthy target is green."""
+    files = {"--json": tmp_path / "faults.json", "--markdown": tmp_path / "faults.md"}
+    options = [str(text) for pair in files.items() for text in pair]
+    assert main(["faults", "labels-shifted-twice", "--jobs", "1", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "labels-shifted-twice" in printed
+    assert "detection      1 of 1 (100.0%)" in printed
+    assert "false alarms   0 of 1" in printed
+    assert json.loads(files["--json"].read_text())["attempts"][1]["caught"]
+    assert "| caught |" in files["--markdown"].read_text()
+
+
+def test_faults_can_be_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each with what it injects and where people met it."""
+    assert main(["faults", "--list"]) == 0
+    printed = capsys.readouterr().out
+    assert "labels-shifted-twice\n    labels = " in printed
+    assert "https://github.com/" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such-fault"], "unknown name 'no_such_fault': choose from"),
+        (["--target", "absent:build"], "target 'absent:build' does not import"),
+        (["--json", "/no/such/folder/x.json"], "cannot be written: there is no folder /no/such/folder"),
+        (["--jobs", "0"], "is no whole number from 1 on"),
+    ],
+)
+def test_faults_misused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A mistake is told in a line, before anything is trained."""
+    try:
+        code = main(["faults", *arguments])
+    except SystemExit as left:
+        code = left.code  # type: ignore[assignment]
+    assert code == 2
+    assert message in capsys.readouterr().err

@@ -47,7 +47,7 @@ def test_the_guard_sees_the_weights_die_in_step_one(buggy: JudgedRun) -> None:
 
 def test_the_mechanism_is_named_first(buggy: JudgedRun) -> None:
     """The diagnosis is eps rounding to 0 in float16."""
-    assert diagnose(buggy.record, buggy.verdict)[0].mechanism == "eps_underflow_in_float16"
+    assert diagnose(buggy)[0].mechanism == "eps_underflow_in_float16"
 
 
 def test_the_text_says_what_to_change(buggy: JudgedRun) -> None:

@@ -91,7 +91,7 @@ def test_a_fault_is_seen(
     run = run_cell(target, precision=precision, steps=14 if invariant is None else 6)
     assert run.verdict.outcome is Outcome.FAILED
     assert invariant is None or invariant in {f.invariant for f in run.verdict.failures}
-    assert mechanism is None or diagnose(run.record, run.verdict)[0].mechanism == mechanism
+    assert mechanism is None or diagnose(run)[0].mechanism == mechanism
 
 
 def test_the_step_of_a_fault_is_found(run_cell: Callable[..., JudgedRun]) -> None:

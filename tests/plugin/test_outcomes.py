@@ -273,17 +273,42 @@ def test_rest_is_judged_beside_a_broken_outsider(pytester, engine, one_cell):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("absent:It", "invariant 'absent:It' does not import: ModuleNotFoundError"),
-        ("json:loads", "invariant 'json:loads' is no invariant: it has no check"),
-        ("loss_falls", "invariant unknown name 'loss_falls': choose from"),
+        ("absent:It", "it: the invariant cannot be used: 'absent:It' does not import: ModuleNotFoundError"),
+        ("json:loads", "loads: the invariant cannot be used: 'json:loads' is no invariant: it has no check"),
+        ("loss_falls", "loss_falls: the invariant cannot be used: unknown name 'loss_falls': choose from"),
     ],
     ids=["absent", "no-check", "unknown-name"],
 )
 def test_outsider_that_cannot_be_used(pytester, engine, one_cell, clean, path, message):
-    """What is wrong with a named invariant is told in a line or two."""
+    """What is wrong with a named invariant is told as a failure of that one, beside the verdict of the others."""
+    engine.make = canned.failing
     result = pytester.runpytest_inprocess(f"--sftguard-invariants={path}")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
-    clean(result, message)
+    clean(result, message[:100], lines=12)
+    result.stdout.fnmatch_lines(["fp32-b2x1 FAILED: *raw_loss_finite*"])
+
+
+def test_waived_invariant_fails_nothing(pytester, engine, one_cell):
+    """What an invariant that the user waived would have failed is reported, and holds up nothing else."""
+    engine.make = lambda c: canned.with_step(canned.of(c), 2, loss=float("nan"))
+    waived = "--sftguard-waive=raw_loss_finite,evidence_complete"
+    result = pytester.runpytest_inprocess(waived)
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["raw_loss_finite: not evaluated -- waived by the user: loss is not finite*"])
+
+
+@pytest.mark.parametrize(("share", "outcome"), [("1.0", "failed"), ("0.5", "passed")])
+def test_threshold_of_the_user(pytester, engine, one_cell, share, outcome):
+    """A threshold is what the user sets it to."""
+    engine.make = lambda c: canned.of(c, answers=[1.0, None])
+    result = pytester.runpytest_inprocess(f'--sftguard-thresholds={{"strict_answers.min_parsed_fraction": {share}}}')
+    result.assert_outcomes(**{outcome: 1})
+
+
+def test_threshold_that_there_is_not(pytester, engine, one_cell, clean):
+    """A threshold's name that is none is told, with those that there are."""
+    result = pytester.runpytest_inprocess('--sftguard-thresholds={"strict_answers.min_parsed": 1}')
+    clean(result, "there is no threshold 'strict_answers.min_parsed': choose from", lines=3)
 
 
 def test_required_gpu_that_was_there(pytester, engine, one_cell):

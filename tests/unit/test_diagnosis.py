@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pytest_sftguard.diagnosis import MECHANISMS, diagnose
 from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.matrix import Cell
-from pytest_sftguard.records import Names, RecordError, RunRecord
-from pytest_sftguard.verdicts import judge
+from pytest_sftguard.records import ErrorRecord, Names, RecordError, RunRecord
+from pytest_sftguard.verdicts import JudgedRun, judge
 from tests.canned import A, B, healthy, with_step, with_steps, with_tensor, within
 from tests.strategies import gaps, healthy_records, put, remove
 
@@ -25,7 +25,7 @@ SCALED = Cell("fp16-mixed", 2, 1)
 
 def named(record):
     """The mechanisms that are named for `record`, the most probable first."""
-    return [d.mechanism for d in diagnose(record, judge(record, ALL))]
+    return [d.mechanism for d in diagnose(JudgedRun(record, judge(record, ALL)))]
 
 
 def founding_bug(**optimizer):
@@ -44,7 +44,21 @@ def with_rate(record, rate):
     return with_steps(record, learning_rate=rate)
 
 
-EVIDENCE = {
+NUMBERS = {
+    "updates_swallowed_in_bfloat16": with_tensor(healthy(), A, dtype="bfloat16", changed_fraction=0.2),
+    "scaler_refuses_float16_trainables": healthy(
+        SCALED, error=ErrorRecord(stage="train", type="ValueError", message="Attempting to unscale FP16 gradients.")
+    ),
+    "backward_overflow_in_float16": with_step(
+        healthy(Cell("fp16-true", 2, 1)), 2, grad_norm=math.inf, max_abs_gradient=math.inf
+    ),
+    "half_precision_trainables": with_tensor(with_step(healthy(), 2, loss=NAN), A, dtype="bfloat16"),
+    "gradient_underflow_in_float16": with_step(
+        with_steps(healthy(Cell("fp16-true", 2, 1)), max_abs_gradient=1e-8), 3, grad_norm=NAN, max_abs_gradient=NAN
+    ),
+}
+
+EVIDENCE = NUMBERS | {
     "eps_underflow_in_float16": founding_bug(),
     "moments_underflow_in_float16": with_step(
         with_rate(within(healthy(), "optimizer", state_dtypes=("float16",)), 1e-3), 3, max_update=1.0, loss=NAN
@@ -55,7 +69,7 @@ EVIDENCE = {
     "adapter_not_in_optimizer": with_steps(within(healthy(), "optimizer", owns_trainables=False), changed=0),
     "adapter_frozen": healthy(adapter=()),
     "learning_rate_zero": with_steps(healthy(), changed=0, learning_rate=0.0),
-    "divergence": with_step(with_step(healthy(), 1, loss=0.5), 3, loss=50.0, grad_norm=math.inf),
+    "learning_rate_too_high": with_step(with_step(healthy(), 1, loss=0.5), 3, loss=50.0, grad_norm=math.inf),
 }
 
 
@@ -113,19 +127,20 @@ def test_mechanism_is_not_named(record, absent):
 def test_diagnosis_is_whole(mechanism):
     """What is named says what happens, why that is thought, and what to change."""
     record = EVIDENCE[mechanism]
-    first = diagnose(record, judge(record, ALL))[0]
+    first = diagnose(JudgedRun(record, judge(record, ALL)))[0]
     assert first.summary and first.cure and all(first.evidence)  # noqa: PT018 - one statement: nothing is empty
 
 
 def test_more_evidence_goes_first():
     """Of two mechanisms that the record shows, the one with more evidence is named first, wherever it stands."""
-    both = with_step(EVIDENCE["loss_scale_collapse"], 5, supervised_tokens=0)
-    assert named(both)[:2] == ["all_labels_masked", "loss_scale_collapse"]
+    both = with_step(EVIDENCE["adapter_not_in_optimizer"], 4, supervised_tokens=0)
+    assert named(both)[:2] == ["all_labels_masked", "adapter_not_in_optimizer"]
 
 
 def test_evidence_against_weighs():
     """A fused optimizer, which computes in float32, is held against the underflow of eps."""
-    against = diagnose(founding_bug(fused=True), judge(founding_bug(fused=True), ALL))[0].against
+    record = founding_bug(fused=True)
+    against = diagnose(JudgedRun(record, judge(record, ALL)))[0].against
     assert any("fused" in a for a in against)
 
 

@@ -175,6 +175,13 @@ FAILURES = {
         "nan": (logged(grad_norm=NAN), "logged grad_norm nan at step 2"),
         "hides-nan": (with_step(healthy(), 2, grad_norm=NAN), "gradients' norm was nan"),
         "hides-inf": (with_step(healthy(), 2, grad_norm=math.inf), "gradients' norm was inf"),
+        "given-others": (with_step(healthy(), 2, received_grad_norm=9.0), "given gradients of norm 9 at step 2"),
+        "given-nan": (with_step(healthy(), 2, received_grad_norm=NAN), "given gradients of norm nan at step 2"),
+        "not-clipped": (healthy(max_grad_norm=1e-3), "max_grad_norm is 0.001"),
+        "clipped-without-a-threshold": (
+            with_step(healthy(max_grad_norm=None), 2, grad_norm=5.0, received_grad_norm=1.0),
+            "norm was 5 and max_grad_norm is None",
+        ),
         "hides-what-was-not-seen": (with_step(healthy(), 2, grad_norm=None), "gradients' norm was nan"),
     },
     "evidence_complete": {
@@ -312,6 +319,10 @@ def test_invariant_is_not_evaluated(name, case):
         pytest.param("strict_answers", healthy(), id="strict_answers-no-questions"),
         pytest.param("norm_honest", healthy(log=False), id="norm_honest-no-log"),
         pytest.param("norm_honest", healthy(SCALED, steps=1, skipped={1}), id="norm_honest-skipped-alone"),
+        pytest.param("log_honest", healthy(log=False), id="log_honest-no-log"),
+        pytest.param("update_upper_bound", within(healthy(), "optimizer", betas=()), id="update_upper_bound-no-adam"),
+        pytest.param("update_lower_bound", healthy(looks=(), replay=None), id="update_lower_bound-no-look"),
+        pytest.param("lr_trace", within(healthy(), "schedule", unknown="follows a metric"), id="lr_trace-unknown"),
     ],
 )
 def test_invariant_may_be_missing(name, record):

@@ -20,7 +20,9 @@ ORDER = (
     {"invariants", "diagnosis", "strategies"},
     {"reports"},
     {"settings", "session"},
-    {"plugin", "__main__"},
+    {"detection"},
+    {"plugin", "commands"},
+    {"__main__"},
 )
 ENGINE_SEES = {"registry", "precision", "matrix", "hardware", "sizes", "tiers", "records", "engine"}
 MODULES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))

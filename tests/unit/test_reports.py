@@ -24,7 +24,7 @@ from tests.strategies import healthy_records, non_finite
 ALL = load_invariants()
 NAN = math.nan
 RERUN = 'pytest "tests/test_gpu.py::test_it[fp32-b2x1]" --sftguard-steps=4'
-BAD = with_step(healthy(model="some/folder"), 3, loss=NAN, micro_losses=(NAN,))
+BAD = with_step(healthy(model="some/folder", log=False), 3, loss=NAN, micro_losses=(NAN,))
 UNSEEN = dataclasses.replace(healthy(not_run="no"), steps=(), log=(), seconds=None)
 
 

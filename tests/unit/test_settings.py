@@ -209,6 +209,7 @@ def test_table():
         "tier",
         "looks",
         "waive",
+        "thresholds",
         "invariants",
         "fit_margin",
         "strict",

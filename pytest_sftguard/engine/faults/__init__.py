@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
+class NotApplicableError(Exception):
+    """A fault cannot be made around this target; the message says what it lacks."""
+
+
 class Fault:
     """Base of the faults: what is known of one, and how it is made.
 

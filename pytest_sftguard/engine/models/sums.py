@@ -22,6 +22,8 @@ from transformers import (
     set_seed,
 )
 
+from pytest_sftguard.engine.models.tiny import in_dtype
+
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 _WORDS = (*_SPECIAL, "+", "=", "?", ":", "the", "sum", "of", "and", "is", *map(str, range(51)))
 _SUMS = tuple((a, b) for a in (1, 4, 7, 11) for b in (2, 3, 8, 13))
@@ -58,8 +60,7 @@ def build_trainer(*, model: str | None = None, dtype: str = "float32", **trainin
     weights = getattr(torch, dtype)
     if model is None:
         set_seed(0)
-        base: Any = LlamaForCausalLM(_tiny()).to(weights)
-        base.config.dtype = weights
+        base: Any = in_dtype(LlamaForCausalLM(_tiny()), weights)
     else:
         base = AutoModelForCausalLM.from_pretrained(model, dtype=weights)
     arguments = TrainingArguments(**{"learning_rate": 5e-3, "lr_scheduler_type": "linear"} | training_arguments)

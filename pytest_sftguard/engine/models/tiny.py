@@ -25,8 +25,7 @@ def build_trainer(*, model: str | None = None, dtype: str = "float32", **trainin
     weights = getattr(torch, dtype)
     if model is None:
         set_seed(0)
-        base: Any = LlamaForCausalLM(_tiny()).to(weights)
-        base.config.dtype = weights
+        base: Any = in_dtype(LlamaForCausalLM(_tiny()), weights)
     else:
         base = AutoModelForCausalLM.from_pretrained(model, dtype=weights)
     arguments = TrainingArguments(**{"learning_rate": 1e-3, "lr_scheduler_type": "constant"} | training_arguments)
@@ -38,6 +37,17 @@ def build_trainer(*, model: str | None = None, dtype: str = "float32", **trainin
         train_dataset=rows(base.config.vocab_size),
         data_collator=collate,
     )
+
+
+def in_dtype(model: Any, dtype: torch.dtype) -> Any:
+    """`model` with its weights in `dtype` and its buffers as they were, as `from_pretrained` leaves them.
+
+    `model.to(dtype)` would round the rotary frequencies too.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
 
 
 def rows(vocabulary: int) -> list[dict[str, list[int]]]:

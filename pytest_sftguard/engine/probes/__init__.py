@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from pytest_sftguard import registry
+from pytest_sftguard.engine.foundation import Loads
 from pytest_sftguard.engine.isolation import isolated
 from pytest_sftguard.engine.targets import Target, TargetError
 from pytest_sftguard.matrix import RunConfig
@@ -66,6 +67,10 @@ class Scene:
     """The Trainer that was built for reloading; its model's base is `reloaded`'s."""
     initial: dict[str, Tensor] = field(default_factory=dict)
     """The trainable tensors as they were before the first step, on the device."""
+    loads: Loads = field(default_factory=Loads)
+    """What transformers said of the checkpoints that the training's model was loaded from."""
+    redrawn: set[str] | None = None
+    """Trainable tensors that came out otherwise where the target was built under another seed."""
 
 
 class Probe:
@@ -80,6 +85,9 @@ class Probe:
     def attach(self, scene: Scene) -> None:
         """The recorder and its watch are there; the training begins next."""
 
+    def rebuilt(self, scene: Scene) -> None:
+        """The target has been built once more, as `scene.fresh_trainer`, and nothing was loaded into it yet."""
+
     def conclude(self, scene: Scene) -> dict[str, Any]:
         """The run is over: the fields of a RunRecord that this look fills.
 
@@ -92,7 +100,8 @@ class Probes:
     """The looks that a run was asked for. One that raises is out, and breaks neither the run nor the others."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
-        self._probes: dict[str, Probe] = {n: registry.load(n, __name__)() for n in names}
+        last = sorted(names, key=lambda name: name == "merging")  # after it there is no adapter left to look at
+        self._probes: dict[str, Probe] = {n: registry.load(n, __name__)() for n in last}
         self._looks: dict[str, LookRecord] = {}
 
     def prepare(self, scene: Scene) -> None:
@@ -104,6 +113,11 @@ class Probes:
         """Let each attach itself."""
         for name, probe in self._probes.items():
             self._guarded(name, probe.attach, scene)
+
+    def rebuilt(self, scene: Scene) -> None:
+        """Let each look at the second model."""
+        for name, probe in self._probes.items():
+            self._guarded(name, probe.rebuilt, scene)
 
     def conclude(self, scene: Scene) -> dict[str, Any]:
         """The fields that all of them fill, `looks` among them."""

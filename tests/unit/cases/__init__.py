@@ -8,6 +8,7 @@ A file may hold any of the tables below; they are added up.
                     or (record, tightest, step, reference)}
     OPTIONAL       {place in a record: why a healthy record may lack it}
     FIELDS         a function of (cell, names of the trainable tensors) that gives further fields of a healthy record
+    DERIVED        a function of the healthy record so far that gives further fields of it
 """
 
 from __future__ import annotations

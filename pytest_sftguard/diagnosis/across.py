@@ -1,0 +1,90 @@
+"""Causes that only another run of the same training shows: cuts, repeats, interruptions, replicas."""
+
+from __future__ import annotations
+
+from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, sign
+from pytest_sftguard.diagnosis.mechanism import Mechanism
+
+
+def _cut(case: Case) -> list[Clue]:
+    found = case.failed("batch_split_equivalence")
+    if not found:
+        return []
+    clues = [sign(found[0].message), sign("the rows of the step are the same, and the weights are")]
+    if case.lost is not None:
+        clues.append(against("the loss is not finite, whatever the cut"))
+    return clues
+
+
+def _replicas(case: Case) -> list[Clue]:
+    found = case.failed("replica_equivalence")
+    return [decisive(found[0].message)] if found else []
+
+
+def _resumed(case: Case) -> list[Clue]:
+    found = case.failed("resume_equivalence")
+    if not found:
+        return []
+    scale = any("scale" in f.message for f in found)
+    return [] if scale else [decisive(found[0].message)]
+
+
+def _resumed_scale(case: Case) -> list[Clue]:
+    found = [f for f in case.failed("resume_equivalence") if "scale" in f.message]
+    return [decisive(found[0].message)] if found else []
+
+
+def _retried(case: Case) -> list[Clue]:
+    record = case.record
+    if record.global_step is None or not len(record.steps) > record.global_step:
+        return []
+    return [
+        sign(f"the Trainer counted {record.global_step} optimizer steps, and took {len(record.steps)}"),
+        sign("the training began again with the weights of the attempt before"),
+    ]
+
+
+def _not_repeatable(case: Case) -> list[Clue]:
+    found = case.failed("rerun_bit_equal")
+    return [sign(found[0].message)] if found else []
+
+
+ACROSS: tuple[Mechanism, ...] = (
+    Mechanism(
+        "retry_keeps_trained_weights",
+        "after running out of memory the training is begun again, counters and all, with the weights that it had",
+        "set auto_find_batch_size=False and a batch that fits (`python -m pytest_sftguard fit` says which)",
+        _retried,
+    ),
+    Mechanism(
+        "accumulation_mean_of_means",
+        "the micro-batches' means are averaged, so that short ones weigh as much as long ones",
+        "divide the sum over tokens by num_items_in_batch, the labels that count in the whole step",
+        _cut,
+    ),
+    Mechanism(
+        "replicas_average_means",
+        "what the processes compute together is not what one computes of the same rows",
+        "average over the tokens of all processes (average_tokens_across_devices=True), and scale by no rank count",
+        _replicas,
+    ),
+    Mechanism(
+        "resume_loses_scale",
+        "the resumed run starts with another loss scale than the interrupted one had",
+        "save and load scaler.pt with the checkpoint",
+        _resumed_scale,
+    ),
+    Mechanism(
+        "resume_loses_state",
+        "the resumed run does not go on where it was interrupted: optimizer or schedule began anew",
+        "save and load optimizer.pt and scheduler.pt with the checkpoint; transformers skips both if one is missing",
+        _resumed,
+    ),
+    Mechanism(
+        "not_repeatable",
+        "the same training gives other numbers the second time",
+        "look for generators without a seed, state kept between runs, and kernels that are not deterministic",
+        _not_repeatable,
+    ),
+)
+"""Causes that other runs show; of two that are worth the same, the earlier goes first."""

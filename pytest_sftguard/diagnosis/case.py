@@ -1,0 +1,92 @@
+"""What a diagnosis is made from: a judged run, read with an eye to causes, and the clues found in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from pytest_sftguard.records import RunRecord, StepRecord
+from pytest_sftguard.verdicts import Finding, Outcome, Verdict
+
+
+@dataclass(frozen=True)
+class Clue:
+    """One thing that speaks for a mechanism, or against it."""
+
+    text: str
+    """What was seen, in one line."""
+    weight: int
+    """How much it says; negative where it speaks against."""
+
+
+def decisive(text: str) -> Clue:
+    """A clue that no other mechanism explains."""
+    return Clue(text, 9)
+
+
+def sign(text: str) -> Clue:
+    """A clue that few other mechanisms explain."""
+    return Clue(text, 3)
+
+
+def hint(text: str) -> Clue:
+    """A clue that agrees with the mechanism, and with others."""
+    return Clue(text, 1)
+
+
+def against(text: str) -> Clue:
+    """A clue that the mechanism does not explain."""
+    return Clue(text, -3)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A judged run with what a search for causes asks of it."""
+
+    record: RunRecord
+    """The run."""
+    verdict: Verdict
+    """What was said of it."""
+    references: Mapping[str, RunRecord]
+    """The other runs that it was compared with."""
+
+    def failed(self, invariant: str) -> list[Finding]:
+        """The findings of `invariant` that failed."""
+        return [f for f in self.verdict.of(invariant) if f.outcome is Outcome.FAILED]
+
+    def doubted(self, invariant: str) -> list[Finding]:
+        """The findings of `invariant` that failed, or that could not be decided and had to be."""
+        return [
+            f for f in self.verdict.of(invariant)
+            if f.outcome is Outcome.FAILED or (f.outcome is Outcome.NOT_EVALUATED and f.required)
+        ]  # fmt: skip
+
+    def first(self, condition: Callable[[StepRecord], bool]) -> StepRecord | None:
+        """The first step of which `condition` holds."""
+        return next((s for s in self.record.steps if condition(s)), None)
+
+    @property
+    def lost(self) -> StepRecord | None:
+        """The first step whose raw loss, in any micro-batch, is not finite."""
+        return self.first(lambda s: not all(map(math.isfinite, s.micro_losses)))
+
+    @property
+    def poisoned(self) -> StepRecord | None:
+        """The first step that left a weight or a moment that is not finite."""
+        return self.first(lambda s: s.effect == "poisoned")
+
+    @property
+    def sound_until_lost(self) -> bool:
+        """Whether every weight was finite when the loss was lost."""
+        lost, poisoned = self.lost, self.poisoned
+        return lost is not None and (poisoned is None or poisoned.step >= lost.step)
+
+    def trainables_are(self, *dtypes: str) -> bool:
+        """Whether a trainable tensor has one of these types."""
+        return any(t.dtype in dtypes for t in self.record.adapter)
+
+    @property
+    def no_effect(self) -> bool:
+        """Whether there were steps, and none of them changed a parameter."""
+        return bool(self.record.steps) and not any(s.changed for s in self.record.steps)

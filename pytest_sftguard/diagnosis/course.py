@@ -1,0 +1,227 @@
+"""Causes in the course of the training: the rate, the gradients on their way, the optimizer's state, the log."""
+
+from __future__ import annotations
+
+import math
+
+from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, hint, sign
+from pytest_sftguard.diagnosis.mechanism import Mechanism
+
+
+def _no_learning_rate(case: Case) -> list[Clue]:
+    steps = case.record.steps
+    idle = [s for s in steps if s.learning_rate == 0 and s.effect in ("no_effect", "poisoned")]
+    if len(idle) < 2:
+        return []
+    return [
+        sign(f"{len(idle)} of {len(steps)} steps had the learning rate 0 and changed nothing"),
+        *([sign("no parameter changed in the whole run")] if case.no_effect else []),
+        *([hint("the learning rate is not the schedule's")] if case.failed("lr_trace") else []),
+    ]
+
+
+def _too_high(case: Case) -> list[Clue]:
+    record = case.record
+    finite = [x for x in record.losses if math.isfinite(x)]
+    clues = []
+    if len(finite) >= 2 and max(finite) > 2 * finite[0]:
+        clues.append(sign(f"the raw loss rose from {finite[0]:.3g} to {max(finite):.3g}"))
+    one_batch = case.failed("one_batch_overfit")
+    if one_batch:
+        clues.append(sign(f"on one batch over and over: {one_batch[0].message}"))
+    answers = case.failed("answers_beat_base")
+    if answers and any("alike" in f.message or "same" in f.message for f in answers):
+        clues.append(sign(answers[0].message))
+    if clues and case.trainables_are("float16"):
+        clues.append(against("the adapter is float16, which has its own way to infinity"))
+    if clues and case.failed("supervision_audit"):
+        clues.append(against("the labels are wrong, whatever the learning rate"))
+    return clues
+
+
+def _schedule(case: Case) -> tuple[bool, list[str]]:
+    found = case.failed("lr_trace")
+    skipped = any(s.scale_fell for s in case.record.steps)
+    rate_zero = [f for f in found if "learning rate is 0" in f.message]
+    return skipped, [f.message for f in found if f not in rate_zero]
+
+
+def _too_fast(case: Case) -> list[Clue]:
+    skipped, messages = _schedule(case)
+    if not messages or skipped:
+        return []
+    return [
+        decisive(messages[0]),
+        hint("no step was skipped that the schedule could have waited for"),
+        *([against("weights or moments are not finite")] if case.poisoned else []),
+    ]
+
+
+def _runs_at_skipped(case: Case) -> list[Clue]:
+    skipped, messages = _schedule(case)
+    if not messages or not skipped:
+        return []
+    fused = case.record.optimizer is not None and case.record.optimizer.fused
+    clues = [sign(messages[0]), hint("the loss scaler skipped steps, and the schedule did not wait")]
+    if fused:
+        clues.append(
+            decisive("the optimizer is fused, so that accelerate reports no step as skipped (accelerate#4242)")
+        )
+    if case.poisoned:
+        clues.append(against("weights or moments are not finite"))
+    return clues
+
+
+def _no_step(case: Case) -> list[Clue]:
+    record = case.record
+    if record.steps or (record.error is not None and record.error.stage in ("build", "train")):
+        return []
+    return [decisive(f"no optimizer step was taken, and the Trainer counted {record.global_step}, without a word")]
+
+
+def _clipped(case: Case) -> list[Clue]:
+    bad = case.first(lambda s: not s.gradients_finite and s.effect != "skipped_by_scaler")
+    if bad is None or not case.record.max_grad_norm:
+        return []
+    if not all(map(math.isfinite, bad.micro_losses)) or "float16" in case.record.compute_dtypes:
+        return []
+    if any(s.effect == "poisoned" and s.step < bad.step for s in case.record.steps):
+        return []
+    return [
+        sign(f"{bad.nonfinite_gradients} had a gradient that is not finite at step {bad.step}; the loss was finite"),
+        sign(
+            f"clipping to {case.record.max_grad_norm:g} multiplies every gradient by {case.record.max_grad_norm:g}/norm"
+        ),
+        *([hint("from then on the weights are not finite")] if bad.effect == "poisoned" else []),
+    ]
+
+
+def _poisoned_state(case: Case) -> list[Clue]:
+    bad = case.first(lambda s: bool(s.nonfinite_moments))
+    if bad is None or (not bad.gradients_finite and bad.effect != "poisoned"):
+        return []
+    if case.lost is not None and case.lost.step <= bad.step:
+        return []
+    earlier = [s for s in case.record.steps if s.step <= bad.step and s.effect != "skipped_by_scaler"]
+    if any(not s.gradients_finite for s in earlier) or (bad.nonfinite_weights and case.trainables_are("float16")):
+        return []
+    if bad.nonfinite_weights:
+        return [
+            sign(f"loss and gradients were finite up to step {bad.step}, whose update was not"),
+            sign(f"{bad.nonfinite_moments} is not finite either"),
+        ]
+    skipped = [s.step for s in case.record.steps if s.scale_fell and s.step <= bad.step]
+    return [
+        decisive(f"{bad.nonfinite_moments} is not finite after step {bad.step}, where weights and gradients are"),
+        *([sign(f"step {skipped[-1]} was discarded by the loss scaler before")] if skipped else []),
+    ]
+
+
+def _nan_adapter(case: Case) -> list[Clue]:
+    """NaN that came into the weights after the last step, or between two."""
+    record = case.record
+    bad = [t for t in record.adapter if t.final_norm is not None and not math.isfinite(t.final_norm)]
+    if not bad or any(s.effect == "poisoned" or not s.gradients_finite for s in record.steps) or case.lost:
+        return []
+    return [decisive(f"{bad[0].name} is not finite at the end, though it was after the last optimizer step")]
+
+
+def _laundered(case: Case) -> list[Clue]:
+    found = [f for f in case.failed("log_honest") if f.message.startswith("laundered")]
+    if not found:
+        return []
+    if case.poisoned is not None:
+        return [sign(found[0].message)]
+    return [decisive(found[0].message), sign("the weights stayed finite, so that nothing else shows it")]
+
+
+def _changed_from_outside(case: Case) -> list[Clue]:
+    found = [f for f in case.failed("effective_steps") if "something else than the optimizer" in f.message]
+    return [decisive(found[0].message)] if found else []
+
+
+def _stale(case: Case) -> list[Clue]:
+    found = [f for f in case.failed("effective_steps") if "gradients of an earlier one" in f.message]
+    return [decisive(found[0].message)] if found else []
+
+
+def _gradients_altered(case: Case) -> list[Clue]:
+    found = case.failed("norm_honest")
+    return [sign(found[0].message)] if found else []
+
+
+COURSE: tuple[Mechanism, ...] = (
+    Mechanism(
+        "learning_rate_zero",
+        "the schedule gives no learning rate, as a warm-up longer than the run does",
+        "shorten the warm-up, or train more steps",
+        _no_learning_rate,
+    ),
+    Mechanism(
+        "schedule_runs_at_skipped_steps",
+        "the loss scaler skips steps and the schedule goes on, so that the rate is gone before anything is learned",
+        "cure the overflow; or use an optimizer that is not fused (optim='adamw_torch'), for which accelerate waits",
+        _runs_at_skipped,
+    ),
+    Mechanism(
+        "schedule_too_fast",
+        "the schedule is stepped more than once per optimizer step, and the learning rate ends early",
+        "step the scheduler once per optimizer step: not per micro-batch, per process or in a callback beside the loop",
+        _too_fast,
+    ),
+    Mechanism(
+        "learning_rate_too_high",
+        "the updates are too large for the loss surface: the loss rises, or settles where every answer is the same",
+        "lower the learning rate or lora_alpha, or clip the gradients",
+        _too_high,
+    ),
+    Mechanism(
+        "no_step_taken",
+        "the training loop ended without an optimizer step, and raised nothing",
+        "look at the data loader: drop_last with fewer rows than a batch, an empty data set, or max_steps",
+        _no_step,
+    ),
+    Mechanism(
+        "nonfinite_gradient_clipped",
+        "a gradient that is not finite makes the norm so, and clipping by that norm spoils all the others",
+        "clip with error_if_nonfinite=True, or skip such steps; look at the layer that the finding names",
+        _clipped,
+    ),
+    Mechanism(
+        "optimizer_state_poisoned",
+        "NaN or infinity has come into the optimizer's state, as from a step that the scaler discarded",
+        "update the optimizer's state after the overflow check only",
+        _poisoned_state,
+    ),
+    Mechanism(
+        "nan_in_adapter",
+        "the adapter's weights were made NaN by something else than the optimizer",
+        "look at the callbacks, and at what saves and loads the adapter",
+        _nan_adapter,
+    ),
+    Mechanism(
+        "weights_changed_from_outside",
+        "something else than the optimizer changes the adapter between steps",
+        "look for callbacks that restore, average or reload weights",
+        _changed_from_outside,
+    ),
+    Mechanism(
+        "gradients_not_cleared",
+        "gradients of earlier steps are added to those of the next",
+        "call zero_grad once per optimizer step",
+        _stale,
+    ),
+    Mechanism(
+        "log_laundered",
+        "the log, or the optimizer, was given finite numbers in the place of NaN",
+        "set logging_nan_inf_filter=False, and take nan_to_num and its kin out of loss and gradients",
+        _laundered,
+    ),
+    Mechanism(
+        "gradients_altered",
+        "the norm in the log is not that of the gradients that the backward pass made",
+        "look for what scales, clips or cleans gradients between backward and the optimizer",
+        _gradients_altered,
+    ),
+)
+"""Causes in the course of the training; of two that are worth the same, the earlier goes first."""

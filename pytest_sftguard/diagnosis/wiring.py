@@ -1,0 +1,189 @@
+"""Causes in how adapter, base, optimizer and precision are put together."""
+
+from __future__ import annotations
+
+from pytest_sftguard.diagnosis.case import Case, Clue, decisive, hint, sign
+from pytest_sftguard.diagnosis.mechanism import Mechanism
+from pytest_sftguard.precision import MODES
+
+
+def _not_in_optimizer(case: Case) -> list[Clue]:
+    optimizer = case.record.optimizer
+    clues = []
+    if optimizer is not None and optimizer.owns_trainables is False and case.record.adapter:
+        clues.append(sign("the parameters of the optimizer are not the trainable parameters of the model"))
+    found = case.failed("optimizer_owns_trainables")
+    if found and case.record.adapter:
+        clues.append(decisive(found[0].message))
+    rates = [s for s in case.record.steps if s.learning_rate]
+    if case.no_effect and rates and all(s.gradients_finite and s.grad_norm for s in case.record.steps):
+        clues.append(sign("gradients and learning rate are there, and no step changed a parameter"))
+    return clues
+
+
+def _frozen(case: Case) -> list[Clue]:
+    if case.record.adapter or not case.record.steps:
+        return []
+    return [
+        decisive("no parameter of the model takes a gradient, and yet the run went through"),
+        hint("gradient checkpointing makes the embeddings require gradients, so that backward does not raise"),
+    ]
+
+
+def _partly_frozen(case: Case) -> list[Clue]:
+    wiring = case.record.wiring
+    if wiring is None or not case.record.adapter or not (wiring.frozen or wiring.disabled):
+        return []
+    what = "the adapter is switched off" if wiring.disabled else f"{wiring.frozen} of the adapter take no gradient"
+    return [decisive(what)]
+
+
+def _not_attached(case: Case) -> list[Clue]:
+    wiring = case.record.wiring
+    if wiring is None or not (wiring.unmatched or wiring.incomplete):
+        return []
+    return [
+        decisive(f"no module answers to {wiring.unmatched}" if wiring.unmatched else f"{wiring.incomplete} lack one")
+    ]
+
+
+def _base_trains(case: Case) -> list[Clue]:
+    base = case.record.base
+    if base is None or not base.trainable:
+        return []
+    return [
+        decisive(f"{base.trainable.count} tensors of the base take a gradient: {base.trainable}"),
+        *([hint(f"{base.changed.count} of them changed")] if base.changed else []),
+    ]
+
+
+def _base_changes(case: Case) -> list[Clue]:
+    base = case.record.base
+    if base is None or base.trainable or not base.changed:
+        return []
+    return [decisive(f"{base.changed} changed, though nothing of the base takes a gradient")]
+
+
+def _drawn_at_random(case: Case) -> list[Clue]:
+    found = case.failed("identity_at_init")
+    start = case.record.initial
+    if not found or start is None or not (start.nonzero_b or start.zero_a):
+        return []
+    return [decisive(found[0].message)]
+
+
+def _nan_base(case: Case) -> list[Clue]:
+    base = case.record.foundation
+    if base is None or not base.nonfinite:
+        return []
+    return [decisive(f"{base.nonfinite} of the base hold NaN or infinity before the first step")]
+
+
+def _not_loaded(case: Case) -> list[Clue]:
+    base = case.record.foundation
+    if base is None or not base.not_loaded:
+        return []
+    return [decisive(f"the checkpoint does not hold {base.not_loaded}: drawn at random")]
+
+
+def _random_rows(case: Case) -> list[Clue]:
+    trip = case.record.round_trip
+    if trip is None or not trip.drawn or trip.other_seed is None:
+        return []
+    return [decisive(f"{trip.drawn} comes out otherwise under another seed, and no adapter file holds it")]
+
+
+def _checkpoint_type(case: Case) -> list[Clue]:
+    mode = MODES.get(case.record.precision)
+    if mode is None or not case.doubted("precision_is_real"):
+        return []
+    other = [d for d in case.record.weights_dtypes if d in ("float16", "bfloat16") and d != mode.weights_dtype]
+    if not other:
+        return []
+    clues = [sign(f"the base's weights are {', '.join(other)}, and {mode.name} asks for {mode.weights_dtype}")]
+    copies = [t.name for t in case.record.adapter if t.dtype in other and not t.is_low_rank]
+    if copies:
+        clues.append(decisive(f"{copies[0]} is a copy of it, and trained in that type"))
+    return clues
+
+
+def _precision(case: Case) -> list[Clue]:
+    found = case.doubted("precision_is_real")
+    return [sign(found[0].message)] if found and case.record.error is None else []
+
+
+WIRING: tuple[Mechanism, ...] = (
+    Mechanism(
+        "adapter_frozen",
+        "the adapter takes no gradient; gradient checkpointing turns the crash that this would be into silence",
+        "load adapters for training with PeftModel.from_pretrained(..., is_trainable=True)",
+        _frozen,
+    ),
+    Mechanism(
+        "adapter_partly_frozen",
+        "a part of the adapter takes no gradient, or the adapter is switched off",
+        "look for requires_grad_(False), disable_adapter_layers() and set_adapter() after the wrap",
+        _partly_frozen,
+    ),
+    Mechanism(
+        "adapter_not_attached",
+        "a module that the configuration names has no adapter",
+        "compare target_modules with model.named_modules()",
+        _not_attached,
+    ),
+    Mechanism(
+        "adapter_not_in_optimizer",
+        "the optimizer does not step the parameters that train",
+        "build the optimizer after get_peft_model, or let the Trainer build it",
+        _not_in_optimizer,
+    ),
+    Mechanism(
+        "base_not_frozen",
+        "weights of the base train along, and the adapter file does not hold what they learn",
+        "freeze the base, or name what should train in modules_to_save",
+        _base_trains,
+    ),
+    Mechanism(
+        "base_changed",
+        "something writes to the base's weights while the adapter trains",
+        "look for callbacks and forward passes that write to weights or buffers",
+        _base_changes,
+    ),
+    Mechanism(
+        "adapter_perturbs_the_base",
+        "the adapter changes the base's answers before the first step",
+        "leave init_lora_weights=True, and do not draw lora_B at random",
+        _drawn_at_random,
+    ),
+    Mechanism(
+        "nan_in_base_weights",
+        "the base's weights are not finite to begin with",
+        "load the base again; check the file, and the type that it was cast to",
+        _nan_base,
+    ),
+    Mechanism(
+        "base_not_loaded",
+        "tensors that the checkpoint lacks are drawn at random",
+        "load a checkpoint of the same architecture, and read transformers' load report",
+        _not_loaded,
+    ),
+    Mechanism(
+        "base_not_reproducible",
+        "rows of new tokens are drawn at random, do not train, and are in no file",
+        "train them (trainable_token_indices, or modules_to_save with the embedding), or set them from a fixed start",
+        _random_rows,
+    ),
+    Mechanism(
+        "trainables_in_the_checkpoints_type",
+        "the base was loaded in the type of its checkpoint, as transformers 5 does, and what trains of it is in that type",
+        "pass dtype to from_pretrained: torch.float32, or the type that the cell asks for",
+        _checkpoint_type,
+    ),
+    Mechanism(
+        "precision_not_applied",
+        "the precision that was asked for did not happen, and no label says so",
+        "look at the mixed-precision settings that the target passes on; accelerate ignores fp16 on a CPU",
+        _precision,
+    ),
+)
+"""Causes in the wiring; of two that are worth the same, the earlier goes first."""

@@ -1,0 +1,49 @@
+"""A chat template without the generation marker: the assistant's mask is zero, and with it the supervision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pytest_sftguard.engine.faults import Fault, NotApplicableError
+from pytest_sftguard.engine.faults._collating import IGNORED, collating
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+class AssistantMaskEmpty(Fault):
+    """Labels follow the mask that the tokenizer returns for a template without `{% generation %}`."""
+
+    id = "assistant-mask-empty"
+    source = "https://github.com/marin-community/marin/issues/7237"
+    injects = "labels where return_assistant_tokens_mask says so, by a template that never says where it is"
+    reported_by: ClassVar = ("supervision_audit", "raw_loss_finite", "every_factor_moves")
+    mechanism = "all_labels_masked"
+    step: ClassVar = 1
+
+    def trainer(self, build: Callable[..., Trainer], **arguments: Any) -> Trainer:
+        """Ask the tokenizer for each row's mask, and find none of it set."""
+        trainer = build(**arguments)
+        tokenizer: Any = trainer.processing_class
+        if not hasattr(tokenizer, "apply_chat_template"):
+            raise NotApplicableError("the target has no tokenizer")
+
+        def mask(batch: Any) -> None:
+            if not self._assistant(tokenizer):
+                batch["labels"].fill_(IGNORED)
+
+        return collating(trainer, mask)
+
+    def _assistant(self, tokenizer: Any) -> int:
+        """How many tokens the tokenizer takes for the assistant's, of a conversation of two turns."""
+        turns = [{"role": "user", "content": "1 + 2 ="}, {"role": "assistant", "content": "3"}]
+        encoded = tokenizer.apply_chat_template(
+            turns, chat_template=_TEMPLATE, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        return sum(encoded["assistant_masks"])

@@ -1,0 +1,60 @@
+"""How far an optimizer of Adam's kin moved its tensors, in learning rates."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_KIN = re.compile(r"(Paged|Fused|CPU|DeepSpeedCPU|AnyPrecision)?AdamW?(4bit|8bit|32bit|Fp8)?")
+"""Classes whose update is a first moment over the root of a second one: Adam, AdamW, PagedAdamW8bit, FusedAdam, ..."""
+
+
+def betas(optimizer: torch.optim.Optimizer) -> tuple[float, ...]:
+    """Decay rates of the moments, of the group that can move furthest; empty where it is none of Adam's kin."""
+    if not any(_KIN.fullmatch(kind.__name__) for kind in type(optimizer).__mro__):
+        return ()
+    pairs = [tuple(float(b) for b in group["betas"]) for group in optimizer.param_groups if "betas" in group]
+    return max(
+        (p for p in pairs if len(p) == 2), key=lambda p: (1 - p[0]) / math.sqrt(max(1 - p[1], 1e-12)), default=()
+    )
+
+
+def largest(
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, Tensor],
+    moved: Sequence[float],
+    before: Sequence[float],
+    after: Sequence[float],
+) -> tuple[float | None, str]:
+    """The largest change of an element in learning rates of its own group, and the tensor that it is in.
+
+    `moved`, `before` and `after` are each tensor's largest absolute change and its largest absolute element before and
+    after. What weight decay and one rounding in the tensor's type explain is taken off. None where the optimizer is
+    none of Adam's kin; NaN where a change is.
+    """
+    if not betas(optimizer):
+        return None, ""
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    worst, where = 0.0, ""
+    for (name, parameter), change, old, new in zip(parameters.items(), moved, before, after, strict=True):
+        if math.isnan(change):
+            return math.nan, name
+        group = groups.get(id(parameter))
+        rate = float(group["lr"]) if group else 0.0
+        decay = float(group.get("weight_decay") or 0.0) if group else 0.0
+        rest = change - rate * decay * old - torch.finfo(parameter.dtype).eps * max(old, new)
+        ratio = _ratio(rest, rate)
+        if ratio > worst:
+            worst, where = ratio, name
+    return worst, where
+
+
+def _ratio(change: float, rate: float) -> float:
+    if not change > 0:
+        return 0.0
+    return min(change / rate, sys.float_info.max) if rate > 0 else sys.float_info.max

@@ -1,0 +1,63 @@
+"""Which factors must be trained at a step: what a sound step may leave out, for all invariants alike."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from pytest_sftguard.records import RunRecord, StepRecord, TensorRecord
+
+
+class Due:
+    """Follows a training step by step.
+
+    Where a factor starts at zero it shields the others of its layer, so that those are due from the second effective
+    step on; where none does, all are due from the first. A layer that no token passed through in a step, or none that
+    mattered, is not due there, and has its first step later.
+    """
+
+    def __init__(self, record: RunRecord) -> None:
+        self._zero_start = {t.name for t in record.adapter if t.initial_norm == 0}
+        self._tensors = record.adapter
+        self._effective = 0
+        self._silent, self._idle = Counter[str](), Counter[str]()
+
+    def among(self, names: Iterable[str], step: StepRecord) -> list[str]:
+        """Those of `names` that are factors, and due at `step`."""
+        silent = silent_at(self._tensors, step)
+        return [n for n in names if is_factor(n) and n not in silent and self._unshielded(n)]
+
+    def effective(self, step: StepRecord) -> None:
+        """`step` was an effective one; the next that is asked for comes after it."""
+        self._effective += 1
+        self._idle.update(step.idle.first)
+        self._silent.update(silent_at(self._tensors, step))
+
+    def over_the_run(self) -> Iterator[TensorRecord]:
+        """The tensors, factors or not, that must have been trained by the end."""
+        for t in self._tensors:
+            uses = self._effective - self._idle[t.name]
+            if uses > 1 or (uses and (t.initial_norm == 0 or not self._zero_start)):
+                yield t
+
+    def _unshielded(self, name: str) -> bool:
+        return self._effective > self._silent[name] or not self._zero_start or name in self._zero_start
+
+
+def silent_at(tensors: Iterable[TensorRecord], step: StepRecord) -> set[str]:
+    """Tensors that a sound step may leave as they are: their layer, an expert perhaps, was given nothing to learn.
+
+    No token passed through it, or none that the loss depends on, so that all its gradients are there and exactly zero.
+    """
+    zero = set(step.zero_gradients.first)
+    heard = {_layer(t.name) for t in tensors if t.name not in zero}
+    return {*step.idle.first, *(n for n in zero if _layer(n) not in heard)}
+
+
+def is_factor(name: str) -> bool:
+    """Whether a tensor of this name is a low-rank factor of a linear layer."""
+    return TensorRecord(name=name, dtype="", elements=0).is_factor
+
+
+def _layer(name: str) -> str:
+    return name.partition(".lora_")[0]

@@ -1,0 +1,112 @@
+"""Many tensors looked at together say what each would say alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from pytest_sftguard.engine.moments import Moments
+from pytest_sftguard.engine.packed import Layout, joined, l2, largest, total
+from pytest_sftguard.engine.recording import Recorder
+
+SHAPES = st.sampled_from([(2, 3), (3, 2), (6,), (1,), (), (4, 4), (0, 5), (5, 1, 2)])
+DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64])
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> list[torch.Tensor]:
+    """A few tensors of various shapes and types, some of them with numbers that are not finite."""
+    made = []
+    for shape, dtype in draw(st.lists(st.tuples(SHAPES, DTYPES), max_size=9)):
+        numbers = draw(st.lists(st.floats(width=16), min_size=math.prod(shape), max_size=math.prod(shape)))
+        made.append(torch.tensor(numbers, dtype=dtype).reshape(shape))
+    return made
+
+
+def asked(layout: Layout, question: Any, *given: Any) -> list[float]:
+    """What each tensor answers, in their order."""
+    return layout.ordered(joined([question(rows) for rows in layout.laid(*given)]).tolist())
+
+
+@given(of=tensors(), data=st.data())
+def test_rows_say_what_their_tensors_say(of: list[torch.Tensor], data: st.DataObject) -> None:
+    """In the order of the tensors, with zeros for those that are left out."""
+    there = [i for i in range(len(of)) if data.draw(st.booleans())]
+    layout = Layout(of)
+    alone = [of[i].flatten().float() if i in there else torch.zeros(1) for i in range(len(of))]
+    most = [t.abs().max().item() if t.numel() else 0.0 for t in alone]
+    norms = [t.double().norm().item() for t in alone]
+    given_there = ([of[i] for i in there], there)
+    assert asked(layout, largest, *given_there) == pytest.approx(most, nan_ok=True, abs=0, rel=0)
+    assert asked(layout, l2, *given_there) == pytest.approx(norms, nan_ok=True, rel=1e-6)
+
+
+@given(of=tensors())
+def test_what_is_kept_comes_back(of: list[torch.Tensor]) -> None:
+    """Bit for bit, in the same order and shapes."""
+    layout = Layout(of)
+    for tensor, copy in zip(of, layout.unpacked(layout.kept(of)), strict=True):
+        assert (copy.dtype, copy.shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(
+            copy.view(torch.uint8) if copy.dim() else copy.isnan(),
+            tensor.view(torch.uint8) if tensor.dim() else tensor.isnan(),
+        )
+
+
+@given(of=tensors())
+def test_a_sum_is_finite_only_where_all_is(of: list[torch.Tensor]) -> None:
+    """Infinities of both signs do not cancel."""
+    sums = [total(rows).item() for rows in Layout(of).laid(of)]
+    assert all(map(math.isfinite, sums)) == all(bool(t.isfinite().all()) for t in of)
+
+
+def stepped(parameters: dict[str, nn.Parameter], **optimizer: Any) -> torch.optim.Optimizer:
+    """An AdamW that has taken a step on every parameter but the last."""
+    adam = torch.optim.AdamW(parameters.values(), **optimizer)
+    for p in list(parameters.values())[:-1]:
+        p.grad = torch.ones_like(p)
+    adam.step()
+    return adam
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "step"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_state_that_is_not_finite_is_named(key: str, bad: float) -> None:
+    """Whichever it is, and though some parameters have none yet."""
+    parameters = {n: nn.Parameter(torch.ones(s)) for n, s in (("a", (2, 3)), ("b", (3, 2)), ("c", (4,)), ("d", (4,)))}
+    adam, moments, layout = stepped(parameters), Moments(parameters), Layout(list(parameters.values()))
+    with torch.no_grad():
+        assert all(map(math.isfinite, moments.finite(adam, layout).tolist()))
+        adam.state[parameters["b"]][key].view(-1)[0] = bad
+        assert not all(map(math.isfinite, moments.finite(adam, layout).tolist()))
+    assert moments.nonfinite(adam).first == (f"b:{key}",)
+
+
+def test_states_that_are_put_into_others_places_are_looked_at() -> None:
+    """Loading a checkpoint replaces every tensor."""
+    parameters = {"a": nn.Parameter(torch.ones(2)), "b": nn.Parameter(torch.ones(2))}
+    adam, moments, layout = stepped(parameters), Moments(parameters), Layout(list(parameters.values()))
+    with torch.no_grad():
+        moments.finite(adam, layout)
+        adam.state[parameters["a"]]["exp_avg"] = torch.tensor([1.0, math.nan])
+        assert not all(map(math.isfinite, moments.finite(adam, layout).tolist()))
+
+
+def test_a_model_that_changes_its_type_is_followed() -> None:
+    """What a step did is measured in the type that the parameters have then."""
+    model = nn.Linear(2, 1, bias=False).to(torch.bfloat16)
+    recorder = Recorder(model)
+    model.float()
+    model(torch.ones(1, 2)).sum().backward()
+    recorder.before_step()
+    with torch.no_grad():
+        model.weight += 1e-6  # bfloat16 would swallow it
+    recorder.after_step(torch.optim.SGD(model.parameters(), lr=1.0), 1.0)
+    assert recorder.steps[0].changed == 1
+    assert 0 < (recorder.steps[0].max_update or 0) < 2e-6
