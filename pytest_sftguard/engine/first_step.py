@@ -124,12 +124,12 @@ class FirstStep:
 
 
 def _shifts(model: Any) -> bool:
-    """Whether the model's loss predicts the following token; asked of the model, as the Trainer's notion may be off."""
-    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+    """Whether the model's loss predicts the following token; asked of its own function, as the Trainer may be wrong."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    loss = LOSS_MAPPING.get(getattr(inner, "loss_type", None))
-    return loss is ForCausalLMLoss and not getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
+    causal = getattr(inner, "loss_function", None) is ForCausalLMLoss
+    return causal and not getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
 
 
 def _logits(output: Any) -> Tensor | None:

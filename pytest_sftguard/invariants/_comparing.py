@@ -1,0 +1,111 @@
+"""Two runs side by side: the numbers of one step, and why they may not be comparable."""
+
+from __future__ import annotations
+
+import math
+
+from pytest_sftguard.precision import AGREEMENT, Agreement
+from pytest_sftguard.records import RunRecord, StepRecord
+
+
+def agreement(record: RunRecord) -> Agreement:
+    """The tolerances of the record's mode; those of float32 where the mode is unknown."""
+    return AGREEMENT.get(record.precision, AGREEMENT["fp32"])
+
+
+def gap(one: float, other: float) -> float:
+    """By how much two numbers differ, as a share of the larger; NaN where one of them is no number."""
+    if not (math.isfinite(one) and math.isfinite(other)):
+        return math.nan
+    largest = max(abs(one), abs(other))
+    return abs(one - other) / largest if largest else 0.0
+
+
+def resolution(*records: RunRecord) -> float:
+    """The rounding error of the first step's losses, as a share: 2**-8 where all are bfloat16 numbers, else about 0.
+
+    A loss that is computed in half precision can only be held to that. A float32 number is one by chance once in 2**16.
+    """
+    losses = [loss for r in records for s in r.steps[:1] for loss in s.micro_losses if math.isfinite(loss) and loss]
+    for bits in (8, 11):
+        if losses and all((math.frexp(loss)[0] * 2**bits).is_integer() for loss in losses):
+            return 2.0**-bits
+    return 0.0
+
+
+def same(one: float | None, other: float | None) -> bool:
+    """Whether two numbers are the same, bit for bit but for the sign of zero; NaN is the same as NaN here."""
+    if one is None or other is None:
+        return one is other
+    return one == other or (math.isnan(one) and math.isnan(other))
+
+
+def other_rows(record: RunRecord, reference: RunRecord, step: int = 1) -> str:
+    """Why the two runs may not have seen the same rows at `step`, counted from 1; empty where they have."""
+    ours, theirs = record.steps[step - 1].rows, reference.steps[step - 1].rows
+    if ours is None or theirs is None:
+        return f"which rows step {step} saw is not known: its batches hold no token ids"
+    if ours != theirs:
+        return (
+            f"step {step} saw other rows than in {reference.cell}: the order of the data, or what the collator makes of"
+            " it, depends on more than the seed"
+        )
+    return ""
+
+
+def randomness(record: RunRecord, reference: RunRecord) -> str:
+    """Where the forward passes of either run draw random numbers that reach the loss, or the gradients alone.
+
+    Empty: nowhere; `gradients`: in the dropout before factors that a second factor of zero shields the loss from;
+    `loss`: anywhere else; `unknown`: it was not seen.
+    """
+    seen = [r.first_step.random if r.first_step is not None else None for r in (record, reference)]
+    if None in seen:
+        return "unknown"
+    if "model" in seen:
+        return "loss"
+    if "adapter" in seen:
+        return "gradients" if _starts_at_zero(record) else "loss"
+    return ""
+
+
+def _starts_at_zero(record: RunRecord) -> bool:
+    """Whether each second factor was zero, so that what goes into the first one reaches no loss."""
+    second = [t for t in record.adapter if "lora_B" in t.name.split(".") or "lora_embedding_B" in t.name.split(".")]
+    return bool(second) and all(t.initial_norm == 0 for t in second)
+
+
+def averages_tokens(record: RunRecord, rtol: float) -> bool | None:
+    """Whether the first step's loss is the mean over all of its labels; None where that is not known."""
+    first = record.first_step
+    if first is None or first.token_loss is None or not record.steps or record.steps[0].loss is None:
+        return None
+    return gap(record.steps[0].loss, first.token_loss) <= rtol
+
+
+def uneven(*records: RunRecord) -> bool | None:
+    """Whether micro-batches of the first step had unequal numbers of labels; None where that is not known."""
+    counts = [r.first_step.micro_tokens for r in records if r.first_step is not None]
+    if len(counts) != len(records) or not all(counts):
+        return None
+    return any(len(set(c)) > 1 for c in counts)
+
+
+def both_skipped(one: StepRecord, other: StepRecord) -> bool:
+    """Whether a loss scaler kept both runs from taking the step."""
+    return one.effect == other.effect == "skipped_by_scaler"
+
+
+def exact(*records: RunRecord) -> bool:
+    """Whether the runs can be held to the same bits: on a CPU, by one thread."""
+    return all(r.device.kind == "cpu" and r.device.threads == 1 for r in records)
+
+
+def moved(record: RunRecord) -> dict[str, float]:
+    """How far the tensors of each kind (`lora_A`, `lora_B`, `other tensors`) moved from their start, in L2 norm."""
+    squares: dict[str, float] = {}
+    for t in record.adapter:
+        kind = next((p for p in t.name.split(".") if p in ("lora_A", "lora_B")), "other tensors")
+        delta = float("nan") if t.delta_norm is None else t.delta_norm
+        squares[kind] = squares.get(kind, 0.0) + delta * delta
+    return {kind: total**0.5 for kind, total in squares.items()}

@@ -1,0 +1,117 @@
+"""C6: two processes that share a batch learn what one learns from the whole of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pytest_sftguard.invariants._comparing import (
+    agreement,
+    averages_tokens,
+    both_skipped,
+    gap,
+    moved,
+    other_rows,
+    randomness,
+    resolution,
+    uneven,
+)
+from pytest_sftguard.records import RunRecord
+from pytest_sftguard.verdicts import Finding, Invariant
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaEquivalence(Invariant):
+    """Loss and gradients of the first step are those of one process, and so is what the adapter became."""
+
+    loss_rtol: float | None = None
+    """Largest difference of the losses, as a share; None: the tolerance of the cell's precision."""
+
+    grad_norm_rtol: float | None = None
+    """Largest difference of the gradients' norms, as a share; None: the tolerance of the cell's precision."""
+
+    update_ratio: float = 1.1
+    """Factor by which a kind of tensor may have moved further, or less far, than in one process."""
+
+    token_rtol: float = 2e-5
+    """Largest difference of a loss from the mean over its labels, as a share, to count as that mean."""
+
+    code: ClassVar[str] = "C6"
+    reference: ClassVar[str] = "replicas"
+
+    def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
+        """Compare the processes with each other, then with the one."""
+        if missing := self.not_compared(reference):
+            yield missing
+            return
+        assert reference is not None
+        digests = reference.replica_digests
+        if not record.steps or not reference.steps or len(digests) < 2 or not all(digests):
+            yield self.not_evaluated("no optimizer step of two processes was seen")
+            return
+        if len(set(digests)) > 1:
+            yield self.failed("the processes end with adapters that differ from each other: they train apart")
+        reason = self._incomparable(record, reference)
+        if reason:
+            yield self.not_evaluated(reason, required=False)
+            return
+        findings = [*self._first_step(record, reference), *self._updates(record, reference)]
+        yield from findings
+        if not findings and uneven(reference) is False:
+            yield self.not_evaluated(
+                "both processes have as many labels in step 1, so that a mean of their means would look the same",
+                required=False,
+            )
+
+    def _incomparable(self, record: RunRecord, reference: RunRecord) -> str:
+        if record.device.kind != reference.device.kind:
+            return f"the processes are on a {reference.device.kind}, and the cell is on a {record.device.kind}"
+        if reason := other_rows(record, reference):
+            return reason
+        if randomness(record, reference) in ("loss", "unknown"):
+            return "the model draws random numbers in training, such as dropout, and each process draws its own"
+        return ""
+
+    def _first_step(self, record: RunRecord, reference: RunRecord) -> Iterator[Finding]:
+        allowed = agreement(record)
+        ours, theirs = record.steps[0], reference.steps[0]
+        loss_rtol = max(allowed.loss_rtol, 2 * resolution(record, reference))
+        wanted = [("loss", loss_rtol if self.loss_rtol is None else self.loss_rtol)]
+        if not randomness(record, reference) and not both_skipped(ours, theirs):
+            wanted.append(("grad_norm", allowed.grad_norm_rtol if self.grad_norm_rtol is None else self.grad_norm_rtol))
+        for name, rtol in wanted:
+            one, other = getattr(ours, name), getattr(theirs, name)
+            if one is None or other is None:
+                yield self.not_evaluated(f"the {name} of step 1 was not seen")
+            elif not gap(one, other) <= rtol:
+                yield self._apart(name, one, other, rtol, record, reference)
+
+    def _apart(
+        self, name: str, one: float, other: float, rtol: float, record: RunRecord, reference: RunRecord
+    ) -> Finding:
+        message = f"the {name} of step 1 is {one:.6g} in one process, and {other:.6g} in two that share the same rows"
+        means = [averages_tokens(r, self.token_rtol) for r in (record, reference)]
+        whole = gap(one, other * 2) <= 0.05 or gap(one * 2, other) <= 0.05
+        if means == [False, False] and not whole:
+            return self.not_evaluated(
+                f"{message}; the loss is no mean over labels, so that its author alone can say whether it may",
+                required=False,
+            )
+        return self.failed(message, step=1, observed=gap(one, other), limit=rtol)
+
+    def _updates(self, record: RunRecord, reference: RunRecord) -> Iterator[Finding]:
+        """How far each kind of tensor moved over a run on the same rows, where nothing is drawn."""
+        if len(record.steps) != len(reference.steps) or randomness(record, reference):
+            return
+        if any(other_rows(record, reference, s.step) for s in record.steps):
+            return
+        theirs = moved(reference)
+        for kind, ours in moved(record).items():
+            other = theirs.get(kind, float("nan"))
+            if not (ours <= other * self.update_ratio and other <= ours * self.update_ratio):
+                yield self.failed(
+                    f"{kind} moved by {ours:.4g} in one process, and by {other:.4g} in two",
+                    observed=other / ours if ours else None, limit=self.update_ratio,
+                )  # fmt: skip
+                return
