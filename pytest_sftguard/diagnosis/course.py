@@ -100,7 +100,7 @@ def _poisoned_state(case: Case) -> list[Clue]:
         return []
     if case.lost is not None and case.lost.step <= bad.step:
         return []
-    earlier = [s for s in case.record.steps if s.step <= bad.step and s.effect != "skipped_by_scaler"]
+    earlier = [s for s in case.record.steps if s.step <= bad.step and not s.scale_fell]
     if any(not s.gradients_finite for s in earlier) or (bad.nonfinite_weights and case.trainables_are("float16")):
         return []
     if bad.nonfinite_weights:
