@@ -128,7 +128,8 @@ def _laundered(case: Case) -> list[Clue]:
     found = [f for f in case.failed("log_honest") if f.message.startswith("laundered")]
     if not found:
         return []
-    if case.poisoned is not None:
+    struck = case.first(lambda s: not s.gradients_finite or not all(map(math.isfinite, s.micro_losses)))
+    if case.poisoned is not None or struck is None or struck.effect != "applied":
         return [sign(found[0].message)]
     return [decisive(found[0].message), sign("the weights stayed finite, so that nothing else shows it")]
 
