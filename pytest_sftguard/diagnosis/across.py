@@ -16,6 +16,11 @@ def _cut(case: Case) -> list[Clue]:
     return clues
 
 
+def _unshifted(case: Case) -> list[Clue]:
+    found = [f for f in case.failed("batch_split_equivalence") if "first position of a row" in f.message]
+    return [decisive(found[0].message), sign("the loss times that number is the sum over the tokens")] if found else []
+
+
 def _replicas(case: Case) -> list[Clue]:
     found = case.failed("replica_equivalence")
     return [decisive(found[0].message)] if found else []
@@ -61,6 +66,12 @@ ACROSS: tuple[Mechanism, ...] = (
         "the micro-batches' means are averaged, so that short ones weigh as much as long ones",
         "divide the sum over tokens by num_items_in_batch, the labels that count in the whole step",
         _cut,
+    ),
+    Mechanism(
+        "normaliser_counts_unshifted_labels",
+        "the loss is divided by the labels before the shift, which are one per row too many",
+        "count labels[..., 1:], as the loss does; or leave the first label of each row at -100",
+        _unshifted,
     ),
     Mechanism(
         "replicas_average_means",

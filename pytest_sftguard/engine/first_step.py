@@ -67,6 +67,9 @@ class FirstStep:
         return FirstStepRecord(
             random=self._random,
             micro_tokens=tokens,
+            micro_means=tuple(float(s) / n for (s, _), n in zip(self._sums, tokens, strict=True))
+            if all(tokens)
+            else (),
             labels=sum(int(n) for _, n in self._sums) if known else None,
             token_loss=mean,
             label_entropy=self._entropy() if total else None,

@@ -83,6 +83,14 @@ def averages_tokens(record: RunRecord, rtol: float) -> bool | None:
     return gap(record.steps[0].loss, first.token_loss) <= rtol
 
 
+def averages_means(record: RunRecord, rtol: float) -> bool:
+    """Whether the first step's loss is the mean of its micro-batches' means, and there are several."""
+    first = record.first_step
+    if first is None or len(first.micro_means) < 2 or not record.steps or record.steps[0].loss is None:
+        return False
+    return gap(record.steps[0].loss, math.fsum(first.micro_means) / len(first.micro_means)) <= rtol
+
+
 def uneven(*records: RunRecord) -> bool | None:
     """Whether micro-batches of the first step had unequal numbers of labels; None where that is not known."""
     counts = [r.first_step.micro_tokens for r in records if r.first_step is not None]

@@ -14,6 +14,8 @@ class FirstStepRecord:
     `model`: elsewhere."""
     micro_tokens: tuple[int, ...] = ()
     """Labels that count after the shift, of each micro-batch."""
+    micro_means: tuple[float, ...] = ()
+    """Mean over those labels of each micro-batch, computed from the logits; empty where `token_loss` is None."""
     labels: int | None = None
     """Labels that count, those at the first position of a row too, which nothing predicts; None without logits."""
     token_loss: float | None = None

@@ -9,6 +9,7 @@ Every axis is drawn at random from a fixed seed, so that all values meet. One in
 from __future__ import annotations
 
 import argparse
+import itertools
 import platform
 import random
 import sys
@@ -75,10 +76,18 @@ class Sample:
 def samples(count: int) -> list[Sample]:
     """The first `count` cells of the study."""
     draw = random.Random(20261124)
-    return [
-        Sample({axis: draw.choice(values) for axis, values in AXES.items()}, "standard" if i % 6 else "thorough")
-        for i in range(count)
-    ]
+    every = ({axis: draw.choice(values) for axis, values in AXES.items()} for _ in itertools.count())
+    sound = itertools.islice(filter(_is_sound, every), count)
+    return [Sample(values, "standard" if i % 6 else "thorough") for i, values in enumerate(sound)]
+
+
+def _is_sound(values: dict[str, Any]) -> bool:
+    """Whether the training is a healthy one.
+
+    One kind is not: peft leaves a head that is trained whole in float16, where Adam's second moments are stored as 0
+    and an element was seen to move by 321 to 31,563 learning rates; update_upper_bound reports it, rightly.
+    """
+    return not (values["precision"] == "fp16-true" and values["LoRA"] == "head")
 
 
 def judged(sample: Sample) -> Attempt:
