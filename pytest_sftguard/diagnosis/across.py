@@ -7,13 +7,18 @@ from pytest_sftguard.diagnosis.mechanism import Mechanism
 
 
 def _cut(case: Case) -> list[Clue]:
-    found = case.failed("batch_split_equivalence")
+    found = [f for f in case.failed("batch_split_equivalence") if "where nothing predicts" not in f.message]
     if not found:
         return []
     clues = [sign(found[0].message), sign("the rows of the step are the same, and the weights are")]
     if case.lost is not None:
         clues.append(against("the loss is not finite, whatever the cut"))
     return clues
+
+
+def _unshifted(case: Case) -> list[Clue]:
+    found = [f for f in case.failed("batch_split_equivalence") if "where nothing predicts" in f.message]
+    return [decisive(found[0].message), decisive("every cut of the batch has it alike")] if found else []
 
 
 def _replicas(case: Case) -> list[Clue]:
@@ -61,6 +66,12 @@ ACROSS: tuple[Mechanism, ...] = (
         "the micro-batches' means are averaged, so that short ones weigh as much as long ones",
         "divide the sum over tokens by num_items_in_batch, the labels that count in the whole step",
         _cut,
+    ),
+    Mechanism(
+        "loss_divided_by_unshifted_labels",
+        "the loss is divided by more labels than are predicted: those at the first position of a row count, too",
+        "count labels[..., 1:], or mask the first position of every row with -100",
+        _unshifted,
     ),
     Mechanism(
         "replicas_average_means",
