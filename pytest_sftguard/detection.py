@@ -149,6 +149,8 @@ def healthy(target: str, precision: str, trained: bool, device: str = "cpu") -> 
     class AsItIs(Fault):
         """No fault at all."""
 
+        id = ""
+
     AsItIs.precision, AsItIs.asks, AsItIs.steps = precision, trained, LEARNED if trained else Fault.steps
     run = _judged(AsItIs(), target, device)
     return Attempt(fault=HEALTHY, injects="the target as it is", **seen(run, ""))
@@ -166,7 +168,11 @@ def _judged(fault: Fault, path: str, device: str) -> JudgedRun:
     try:
         return Runs().compared(CellTest(config=config, references=references), load_invariants())
     except CannotRunError as error:
-        raise RuntimeError(f"{fault.id} cannot be tried: {error}") from error
+        from pytest_sftguard.engine.faults import NotApplicableError
+
+        if isinstance(error.__cause__, NotApplicableError):  # found out while the Trainer was built
+            raise error.__cause__ from None
+        raise RuntimeError(f"{fault.id or 'the target as it is'} cannot be tried: {error}") from error
 
 
 def seen(run: JudgedRun, tensor: str) -> dict[str, Any]:

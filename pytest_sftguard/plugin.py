@@ -9,6 +9,7 @@ import pytest
 
 if TYPE_CHECKING:
     from pytest_sftguard.hardware import HardwareProfile
+    from pytest_sftguard.loops import LoopTest
     from pytest_sftguard.matrix import Cell
     from pytest_sftguard.session import CellTest, Runs
     from pytest_sftguard.verdicts import JudgedRun
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 MARKER = "gpu_stability"
 
 RUN = pytest.StashKey["JudgedRun"]()
+LOOP = pytest.StashKey["LoopTest"]()
 RUNS = pytest.StashKey["Runs"]()
 PACKED = pytest.StashKey[list[dict[str, Any]]]()
 
@@ -125,6 +127,21 @@ def sft_run(request: pytest.FixtureRequest, sft_cell: Cell, _sft_test: CellTest)
     return run
 
 
+@pytest.fixture
+def sft_observer(request: pytest.FixtureRequest) -> Iterator[LoopTest]:
+    """Call it with your model and optimizer (and `accelerator=`) to get an Observer of your own training loop.
+
+    What it saw is judged when the test's body is done, as the cells of `sft_run` are: no assertion is needed.
+    """
+    from pytest_sftguard import settings
+    from pytest_sftguard.loops import LoopTest
+
+    node = request.node
+    test = node.stash[LOOP] = LoopTest(node.nodeid, lambda given: settings.resolve(request.config, given, node.nodeid))
+    yield test
+    test.close()
+
+
 @pytest.fixture(scope="session")
 def sft_device(request: pytest.FixtureRequest) -> HardwareProfile:
     """The device that cells are trained on in this session, unless their marker names another."""
@@ -184,10 +201,15 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
         raise
     except BaseException as error:
         own = error
+    if LOOP in item.stash:
+        _conclude_loop(item, own)
     run = item.stash.get(RUN, None)
     if run is not None and run.verdict.failures:
         from pytest_sftguard.session import failure_text
 
+        if LOOP in item.stash and isinstance(own, Exception):  # the traceback of the user's own loop comes first
+            item.add_report_section("call", "sftguard", failure_text(run, _rerun(item), None))
+            raise own
         pytest.fail(failure_text(run, _rerun(item), own), pytrace=False)
     if own is not None:
         raise own
@@ -248,6 +270,30 @@ class _Reports:
         """A report has come in."""
         if hasattr(report, "sftguard"):
             self._packed.append(report.sftguard)
+
+
+def _conclude_loop(item: pytest.Item, own: BaseException | None) -> None:
+    """Judge what the test observed; one that observed nothing, or could not be evaluated, is no pass."""
+    from pytest_sftguard.reports.failure import not_evaluated
+    from pytest_sftguard.session import CannotRunError
+    from pytest_sftguard.verdicts import Outcome
+
+    test, cannot, run = item.stash[LOOP], "", None
+    try:
+        run = test.run(item.config.rootpath)
+    except CannotRunError as error:
+        cannot = str(error)
+    if run is not None:
+        item.stash[RUN] = run
+        item.user_properties.extend(_properties(run))
+    if own is not None:
+        return
+    if run is None:
+        pytest.fail(cannot or "sft_observer was not called: nothing was observed", pytrace=False)
+    if run.verdict.outcome is Outcome.NOT_EVALUATED:
+        if test.strict:
+            pytest.fail(not_evaluated(run), pytrace=False)
+        pytest.skip(not_evaluated(run))
 
 
 def _runs(config: pytest.Config) -> Runs:

@@ -70,10 +70,10 @@ class Runs:
             invariants = with_thresholds(usable_invariants(test.invariants), test.thresholds)
         except registry.NotFoundError as error:
             raise CannotRunError(str(error)) from None
-        with _writing(test.folder):
+        with writing(test.folder):
             json_files.prepare(test.folder)  # before the training, which a full disk would make useless
         run = self.compared(test, invariants, progress, session)
-        with _writing(test.folder):
+        with writing(test.folder):
             json_files.write(test.folder, nodeid, run.record)
         return run
 
@@ -114,7 +114,8 @@ class Runs:
 
 
 @contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path) -> Iterator[None]:
+    """Turn an OSError into a CannotRunError that names `folder` and the option."""
     try:
         yield
     except OSError as error:

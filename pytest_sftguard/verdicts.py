@@ -61,6 +61,8 @@ class Invariant:
     """Whether a cell cannot pass while this is not evaluated."""
     reference: ClassVar[str | None] = None
     """Kind of the other run that `check` is given beside the record, one of `tiers.REFERENCES`."""
+    asks_for: ClassVar[tuple[str, ...]] = ()
+    """Fields of the record without which a loop of the user's own passes all the same: nobody asked for them there."""
 
     @property
     def name(self) -> str:
@@ -191,6 +193,9 @@ def _findings(invariant: Checks, record: RunRecord, references: Mapping[str, Run
     except BaseException as error:  # an outsider's may raise anything, pytest's Skipped too; the rest is judged
         broken = f"the invariant itself is broken: {type(error).__name__}: {error}"
         return [*found, Finding(invariant=name, outcome=Outcome.FAILED, message=broken)]
+    left_out = record.observed and any(getattr(record, field) is None for field in getattr(invariant, "asks_for", ()))
+    if left_out:
+        found = [f if f.outcome is Outcome.FAILED else dataclasses.replace(f, required=False) for f in found]
     return found or [Finding(invariant=name, outcome=Outcome.PASSED)]
 
 

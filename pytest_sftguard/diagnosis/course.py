@@ -64,11 +64,9 @@ def _runs_at_skipped(case: Case) -> list[Clue]:
     fused = case.record.optimizer is not None and case.record.optimizer.fused
     clues = [sign(messages[0]), hint("the loss scaler skipped steps, and the schedule did not wait")]
     if fused:
-        clues.append(
-            decisive("the optimizer is fused, so that accelerate reports no step as skipped (accelerate#4242)")
-        )
+        clues.append(decisive("the optimizer is fused: accelerate reports no step as skipped (accelerate#4242)"))
     if case.poisoned:
-        clues.append(against("weights or moments are not finite"))
+        clues += [against("weights or moments are not finite"), against("what it did to the rate came after")]
     return clues
 
 
@@ -102,7 +100,7 @@ def _poisoned_state(case: Case) -> list[Clue]:
         return []
     if case.lost is not None and case.lost.step <= bad.step:
         return []
-    earlier = [s for s in case.record.steps if s.step <= bad.step and s.effect != "skipped_by_scaler"]
+    earlier = [s for s in case.record.steps if s.step <= bad.step and not s.scale_fell]
     if any(not s.gradients_finite for s in earlier) or (bad.nonfinite_weights and case.trainables_are("float16")):
         return []
     if bad.nonfinite_weights:
@@ -130,7 +128,8 @@ def _laundered(case: Case) -> list[Clue]:
     found = [f for f in case.failed("log_honest") if f.message.startswith("laundered")]
     if not found:
         return []
-    if case.poisoned is not None:
+    struck = case.first(lambda s: not s.gradients_finite or not all(map(math.isfinite, s.micro_losses)))
+    if case.poisoned is not None or struck is None or struck.effect != "applied":
         return [sign(found[0].message)]
     return [decisive(found[0].message), sign("the weights stayed finite, so that nothing else shows it")]
 

@@ -146,7 +146,7 @@ def _loss_scale_collapse(case: Case) -> list[Clue]:
         return []
     last = skipped[-1].loss_scale_after
     return [
-        hint(f"the scaler skipped {len(skipped)} of {len(steps)} steps, and the scale is {last:g} at the end"),
+        sign(f"the scaler skipped {len(skipped)} of {len(steps)} steps, and the scale is {last:g} at the end"),
         *(
             [decisive("a scale below 1 scales nothing up: what overflows is not the scaled gradient")]
             if last is not None and last < 1

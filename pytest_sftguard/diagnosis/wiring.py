@@ -175,7 +175,7 @@ WIRING: tuple[Mechanism, ...] = (
     ),
     Mechanism(
         "trainables_in_the_checkpoints_type",
-        "the base was loaded in the type of its checkpoint, as transformers 5 does, and what trains of it is in that type",
+        "the base was loaded in its checkpoint's type, as transformers 5 does, and what trains of it is in that type",
         "pass dtype to from_pretrained: torch.float32, or the type that the cell asks for",
         _checkpoint_type,
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,20 +39,24 @@ class ProbeBatch:
 
 
 def probe_batch(trainer: Trainer) -> ProbeBatch:
-    """The first rows of the training data, collated as for training, at least 16 tokens long.
+    """The first rows of the training data, collated as for training."""
+    return probe_of(next(iter(trainer.get_eval_dataloader(trainer.train_dataset))), trainer.model)
+
+
+def probe_of(batch: Mapping[str, Any], model: Any) -> ProbeBatch:
+    """The rows of `batch`, model inputs with or without labels, at least 16 tokens long.
 
     Below 16 query tokens the CPU kernel of sdpa hides NaN (pytorch#141128), whatever the attention setting ends up as;
     and a row with padding in front is where a fully masked query makes one.
     """
-    batch = next(iter(trainer.get_eval_dataloader(trainer.train_dataset)))
-    device = next(trainer.model.parameters()).device
+    device = next(model.parameters()).device
     names = ("input_ids", "attention_mask")
     inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor) and v.ndim == 2 and k in names}
     length = inputs["input_ids"].shape[1]
     if length < _TOKENS:
         repeats = -(-_TOKENS // length)
         inputs = {k: v.repeat(1, repeats) for k, v in inputs.items()}
-    return ProbeBatch(inputs, _left_padded(inputs, trainer.model))
+    return ProbeBatch(inputs, _left_padded(inputs, model))
 
 
 def seen(inputs: dict[str, Tensor], logits: list[Tensor], unpadded: str, eager: bool) -> FinitenessRecord:

@@ -33,6 +33,7 @@ class Recorder:
         self.parameters = trainables(model)
         self._tensors = now = list(self.parameters.values())
         self._kinds = _kinds(now)
+        self._initial_dtypes = self._kinds[0]
         self._all_moved = False
         self._layout = Layout(now)
         self._start, self._previous, self._largest_move = (self._layout.kept(now) for _ in range(3))
@@ -64,11 +65,21 @@ class Recorder:
     def begin_micro_batch(self) -> None:
         """A micro-batch is about to be computed: the step's clock starts with its first."""
         if self._started is None:
+            self.start_clock()
+            self.look_for_stale_gradients()
+
+    def start_clock(self) -> None:
+        """The step begins now, unless it has begun before."""
+        if self._started is None:
             self._started = time.perf_counter()
-            left = [(n, p.grad) for n, p in self.parameters.items() if p.grad is not None]
-            self._stale = ([n for n, _ in left], norms([g.to_dense() if g.is_sparse else g for _, g in left], math.inf))
             if torch.cuda.is_available() and self._device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self._device)
+
+    @torch.no_grad()
+    def look_for_stale_gradients(self) -> None:
+        """No gradient of the step is there yet: whatever there is, is of another one."""
+        left = [(n, p.grad) for n, p in self.parameters.items() if p.grad is not None]
+        self._stale = ([n for n, _ in left], norms([g.to_dense() if g.is_sparse else g for _, g in left], math.inf))
 
     def micro_batch(self, loss: Tensor, labels: Tensor | None = None, rows: Tensor | None = None) -> None:
         """The raw loss of a micro-batch (any shape; its mean counts).
@@ -85,10 +96,11 @@ class Recorder:
         self._returned.append(_mean(returned))
 
     @torch.no_grad()
-    def before_step(self, loss_scale: Tensor | None = None) -> None:
+    def before_step(self, loss_scale: Tensor | None = None, *, scaled: bool = True) -> None:
         """All gradients of the step are there: unclipped, and multiplied by `loss_scale` where there is a scaler.
 
-        The scale is a tensor of one element, on the device, so that nothing waits for it here.
+        The scale is a tensor of one element, on the device, so that nothing waits for it here. Where they are not
+        `scaled`, it has been divided out already.
         """
         self._follow()
         places, layout, dense, where = self._dense_gradients()
@@ -98,7 +110,7 @@ class Recorder:
             most.append(largest(rows))
         for rows, before in zip(self._layout.laid(self._tensors), self._previous, strict=True) if self.steps else ():
             moved.append(largest(rows.sub_(before)))
-        scale = 1.0 if loss_scale is None else loss_scale
+        scale = loss_scale if loss_scale is not None and scaled else 1.0
         self._gradients = {
             "places": places,
             "layout": layout,
@@ -133,7 +145,7 @@ class Recorder:
         gradients = self._gradients or dict.fromkeys(("l2", "largest", "moved", "scale"), torch.empty(0))
         received = torch.empty(0) if self._received is None else self._received
         (
-            scale, scale_after, loss, micro, tokens, prints,
+            scale, scale_after, loss, micro, tokens, collated,
             norm, most, moved, stale, update, weights, least, moments, given,
         ) = (
             to_host([
@@ -179,7 +191,7 @@ class Recorder:
                 max_update_tensor=furthest,
                 received_grad_norm=None if self._received is None else _hypot(given),
                 supervised_tokens=int(sum(tokens)) if tokens else None,
-                rows=fingerprints.joined(prints) if prints else None,
+                rows=fingerprints.joined(collated) if collated else None,
                 seconds=time.perf_counter() - self._started if self._started is not None else None,
                 peak_memory_bytes=self._peak_memory(),
             )
@@ -196,8 +208,9 @@ class Recorder:
         """Every trainable tensor, now compared with its start."""
         records = []
         partial = partial_factors(self.model)
-        for (name, parameter), start, move in zip(
+        for (name, parameter), dtype, start, move in zip(
             self.parameters.items(),
+            self._initial_dtypes,
             self._layout.unpacked(self._start),
             self._layout.unpacked(self._largest_move),
             strict=True,
@@ -207,7 +220,7 @@ class Recorder:
             records.append(
                 TensorRecord(
                     name=name, dtype=dtype_name(parameter.dtype), elements=parameter.numel(),
-                    initial_dtype=dtype_name(start.dtype),
+                    initial_dtype=dtype_name(dtype),
                     initial_norm=begin.norm().item(), final_norm=end.norm().item(),
                     delta_norm=(end - begin).norm().item(), changed_fraction=changed, partial=name in partial,
                 )

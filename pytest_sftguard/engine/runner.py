@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from pytest_sftguard.engine.isolation import isolated
 from pytest_sftguard.engine.memory import Forecast, free_bytes, overhead_bytes
 from pytest_sftguard.engine.probe import choose_device, probe, versions
 from pytest_sftguard.engine.probes import Probes, Scene
+from pytest_sftguard.engine.raising import raised
 from pytest_sftguard.engine.recording import Recorder
 from pytest_sftguard.engine.redrawing import Redrawn, other_factors, redrawn
 from pytest_sftguard.engine.targets import Target, TargetError, resolve
@@ -26,7 +26,7 @@ from pytest_sftguard.engine.watching import Watch
 from pytest_sftguard.hardware import HardwareProfile
 from pytest_sftguard.matrix import RunConfig
 from pytest_sftguard.precision import PrecisionMode, mode_named
-from pytest_sftguard.records import ErrorRecord, Names, RunRecord
+from pytest_sftguard.records import Names, RunRecord
 from pytest_sftguard.sizes import DEFAULT_MARGIN, shortage
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class _Cell:
             self.seen["not_run"] = str(reason)
         except Exception as error:  # whatever the code under test raises is evidence, not a crash of the guard
             _log.debug("cell %s ended in %s", self.config.cell, self.stage, exc_info=True)
-            self.seen["error"] = _described(error, self.stage)
+            self.seen["error"] = raised(error, self.stage)
         self.seen.update(self.probes.conclude(self.scene))
         return self.seen
 
@@ -183,9 +183,9 @@ class _Cell:
         finally:
             watch.detach()
             self.seen.update(
-                compute_dtypes=watch.compute_dtypes,
+                compute_dtypes=watch.layers.compute_dtypes,
                 weights_dtypes=adapters.weights_dtypes(recorder.model),
-                autocast_dtype=watch.autocast_dtype,
+                autocast_dtype=watch.layers.autocast_dtype,
                 loss_scaling=watch.scaler is not None,
                 tf32=torch.backends.cuda.matmul.allow_tf32 if self.kind == "cuda" else None,
                 max_grad_norm=trainer.args.max_grad_norm,
@@ -234,10 +234,3 @@ class _Cell:
                 return fresh, found, seed
         fresh = self._build("rebuilding")
         return fresh, redrawn(recorder.base_before, trained, fresh.model), None
-
-
-def _described(error: Exception, stage: str) -> ErrorRecord:
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
-    message = (str(error).strip().splitlines() or [""])[0]
-    return ErrorRecord(stage=stage, type=type(error).__name__, message=message[:500], where=where)

@@ -24,6 +24,7 @@ class EffectSize(Invariant):
     multiplies the same numbers. Not asked where the adapter took its start out of the base, or trains its biases."""
 
     code: ClassVar[str] = "D2"
+    asks_for: ClassVar[tuple[str, ...]] = ("round_trip",)
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Look at the logits with the adapter, without it, and of the base that never had one."""

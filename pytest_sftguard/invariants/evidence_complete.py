@@ -65,7 +65,8 @@ class EvidenceComplete(Invariant):
                 yield self.failed(f"step {s.step} lacks {', '.join(missing)}", step=s.step)
                 return
         if record.error is None:
-            absent = [n for n in ("optimizer", "base", "round_trip", "adapter", "seconds") if not getattr(record, n)]
+            needed = ("optimizer", "base", "adapter", "seconds", *(() if record.observed else ("round_trip",)))
+            absent = [n for n in needed if not getattr(record, n)]
             if len(record.answers) != record.questions:
                 absent.append(f"answers (has {len(record.answers)} of {record.questions})")
             if absent:

@@ -29,6 +29,7 @@ class LrTrace(Invariant):
     """Steps that may have the learning rate 0: a linear warm-up begins there."""
 
     code: ClassVar[str] = "B10"
+    asks_for: ClassVar[tuple[str, ...]] = ("schedule",)
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Compare step by step, then count the zeros."""

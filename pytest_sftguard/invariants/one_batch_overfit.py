@@ -102,9 +102,7 @@ class OneBatchOverfit(Invariant):
                 required=False,
             )
 
-    def _settled(
-        self, reference: RunRecord, losses: Sequence[float], quarter: int, last: float
-    ) -> Iterator[Finding]:
+    def _settled(self, reference: RunRecord, losses: Sequence[float], quarter: int, last: float) -> Iterator[Finding]:
         """A learning rate too high ends in the distribution of the labels: one answer to every question."""
         entropy = reference.first_step.label_entropy if reference.first_step is not None else None
         if entropy is None or not last >= entropy:

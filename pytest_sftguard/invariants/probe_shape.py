@@ -22,6 +22,7 @@ class ProbeShape(Invariant):
     """Least number of tokens in a row: from 16 query tokens on, the CPU's kernel of sdpa lets NaN through."""
 
     code: ClassVar[str] = "A11"
+    asks_for: ClassVar[tuple[str, ...]] = ("round_trip",)
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Look at the batch, and at what came of it."""

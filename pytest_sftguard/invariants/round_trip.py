@@ -25,6 +25,7 @@ class RoundTrip(Invariant):
     another decomposition on every load."""
 
     code: ClassVar[str] = "D1"
+    asks_for: ClassVar[tuple[str, ...]] = ("round_trip",)
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Look at the file, at the load, and at the two models' logits."""

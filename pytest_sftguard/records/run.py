@@ -68,6 +68,8 @@ class RunRecord:
     """The machine that the run was on."""
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of Python and of the libraries."""
+    observed: bool = False
+    """Whether the loop is the user's own: of it only the steps are known, and what was asked for beside them."""
     not_run: str | None = None
     """Why the cell was not trained at all; None if it was."""
     predicted_memory_bytes: int | None = None

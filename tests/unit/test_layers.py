@@ -20,6 +20,7 @@ ORDER = (
     {"invariants", "diagnosis", "strategies"},
     {"reports"},
     {"settings", "session"},
+    {"loops"},
     {"detection"},
     {"plugin", "commands"},
     {"__main__"},

@@ -11,13 +11,13 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pytest_sftguard.engine.targets import Target
+from pytest_sftguard.engine.targets import Target, TargetError
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 
-class NotApplicableError(Exception):
+class NotApplicableError(TargetError):
     """A fault cannot be made around this target; the message says what it lacks."""
 
 

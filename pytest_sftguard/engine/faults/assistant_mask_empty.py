@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pytest_sftguard.engine.faults import Fault, NotApplicableError
 from pytest_sftguard.engine.faults._collating import IGNORED, collating
+from pytest_sftguard.engine.targets import Target
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -27,12 +29,18 @@ class AssistantMaskEmpty(Fault):
     mechanism = "all_labels_masked"
     step: ClassVar = 1
 
+    @contextlib.contextmanager
+    def inject(self, target: Target) -> Iterator[Target]:
+        """Only a target that asks questions is known to have a tokenizer."""
+        if target.questions is None:
+            raise NotApplicableError("the target asks no questions, so that no tokenizer is known of it")
+        with super().inject(target) as faulty:
+            yield faulty
+
     def trainer(self, build: Callable[..., Trainer], **arguments: Any) -> Trainer:
         """Ask the tokenizer for each row's mask, and find none of it set."""
         trainer = build(**arguments)
         tokenizer: Any = trainer.processing_class
-        if not hasattr(tokenizer, "apply_chat_template"):
-            raise NotApplicableError("the target has no tokenizer")
 
         def mask(batch: Any) -> None:
             if not self._assistant(tokenizer):

@@ -1,0 +1,15 @@
+"""An exception of the code under test, as evidence."""
+
+from __future__ import annotations
+
+import traceback
+
+from pytest_sftguard.records import ErrorRecord
+
+
+def raised(error: BaseException, stage: str) -> ErrorRecord:
+    """What ended a run in `stage`: its class, the first line of its text, and where it came from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
+    message = (str(error).strip().splitlines() or [""])[0]
+    return ErrorRecord(stage=stage, type=type(error).__name__, message=message[:500], where=where)
