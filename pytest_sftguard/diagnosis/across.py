@@ -7,7 +7,7 @@ from pytest_sftguard.diagnosis.mechanism import Mechanism
 
 
 def _cut(case: Case) -> list[Clue]:
-    found = case.failed("batch_split_equivalence")
+    found = [f for f in case.failed("batch_split_equivalence") if "where nothing predicts" not in f.message]
     if not found:
         return []
     clues = [sign(found[0].message), sign("the rows of the step are the same, and the weights are")]
@@ -17,8 +17,8 @@ def _cut(case: Case) -> list[Clue]:
 
 
 def _unshifted(case: Case) -> list[Clue]:
-    found = [f for f in case.failed("batch_split_equivalence") if "first position of a row" in f.message]
-    return [decisive(found[0].message), sign("the loss times that number is the sum over the tokens")] if found else []
+    found = [f for f in case.failed("batch_split_equivalence") if "where nothing predicts" in f.message]
+    return [decisive(found[0].message), decisive("every cut of the batch has it alike")] if found else []
 
 
 def _replicas(case: Case) -> list[Clue]:
@@ -68,9 +68,9 @@ ACROSS: tuple[Mechanism, ...] = (
         _cut,
     ),
     Mechanism(
-        "normaliser_counts_unshifted_labels",
-        "the loss is divided by the labels before the shift, which are one per row too many",
-        "count labels[..., 1:], as the loss does; or leave the first label of each row at -100",
+        "loss_divided_by_unshifted_labels",
+        "the loss is divided by more labels than are predicted: those at the first position of a row count, too",
+        "count labels[..., 1:], or mask the first position of every row with -100",
         _unshifted,
     ),
     Mechanism(

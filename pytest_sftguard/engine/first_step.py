@@ -63,15 +63,13 @@ class FirstStep:
         known = self._complete and bool(self._sums)
         tokens: tuple[int, ...] = tuple(int(c) for c in self._counts) if known else ()
         total: int = sum(tokens)
-        mean = sum(float(s) for s, _ in self._sums) / total if total else None
+        sums = [float(s) for s, _ in self._sums] if known else []
         return FirstStepRecord(
             random=self._random,
             micro_tokens=tokens,
-            micro_means=tuple(float(s) / n for (s, _), n in zip(self._sums, tokens, strict=True))
-            if all(tokens)
-            else (),
             labels=sum(int(n) for _, n in self._sums) if known else None,
-            token_loss=mean,
+            micro_token_losses=tuple(s / n if n else 0.0 for s, n in zip(sums, tokens, strict=True)),
+            token_loss=sum(sums) / total if total else None,
             label_entropy=self._entropy() if total else None,
         )
 

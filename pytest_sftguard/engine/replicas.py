@@ -24,7 +24,7 @@ from typing import Any
 from pytest_sftguard.engine.fingerprints import joined_texts
 from pytest_sftguard.engine.targets import TargetError
 from pytest_sftguard.matrix import Cell, RunConfig
-from pytest_sftguard.records import ErrorRecord, RunRecord, StepRecord
+from pytest_sftguard.records import ErrorRecord, FirstStepRecord, RunRecord, StepRecord
 
 _PROCESSES = 2
 _MARK = "SFTGUARD_REPLICA"
@@ -59,7 +59,26 @@ def _together(records: list[RunRecord]) -> RunRecord:
     """One record of what several processes saw."""
     steps = tuple(map(_step_together, zip(*(r.steps for r in records), strict=False)))
     digests = tuple(r.adapter_digest for r in records)
-    return dataclasses.replace(records[0], steps=steps, replica_digests=digests)
+    first = _first_together([r.first_step for r in records if r.first_step is not None])
+    return dataclasses.replace(records[0], steps=steps, replica_digests=digests, first_step=first)
+
+
+def _first_together(parts: list[FirstStepRecord]) -> FirstStepRecord | None:
+    """The micro-batches of all processes as those of one step."""
+    if len(parts) != _PROCESSES:
+        return None
+    tokens = tuple(n for p in parts for n in p.micro_tokens)
+    losses = tuple(loss for p in parts for loss in p.micro_token_losses)
+    labels = [p.labels for p in parts if p.labels is not None]
+    known = len(labels) == len(parts) and bool(sum(tokens))
+    return FirstStepRecord(
+        random=max((p.random for p in parts), key=("", "adapter", "model").index),
+        micro_tokens=tokens if known else (),
+        micro_token_losses=losses if known else (),
+        labels=sum(labels) if known else None,
+        token_loss=math.fsum(n * loss for n, loss in zip(tokens, losses, strict=True)) / sum(tokens) if known else None,
+        label_entropy=parts[0].label_entropy if known else None,
+    )
 
 
 def _step_together(parts: tuple[StepRecord, ...]) -> StepRecord:

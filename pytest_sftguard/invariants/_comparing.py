@@ -75,20 +75,21 @@ def _starts_at_zero(record: RunRecord) -> bool:
     return bool(second) and all(t.initial_norm == 0 for t in second)
 
 
-def averages_tokens(record: RunRecord, rtol: float) -> bool | None:
-    """Whether the first step's loss is the mean over all of its labels; None where that is not known."""
-    first = record.first_step
-    if first is None or first.token_loss is None or not record.steps or record.steps[0].loss is None:
+MEAN, MEAN_OF_MEANS, SUM_OF_MEANS, OTHER = "mean", "mean of means", "sum of means", "other"
+
+
+def average(record: RunRecord, rtol: float) -> str | None:
+    """What the first step's loss is of the losses of its labels; None where that is not known.
+
+    Their mean, the mean of the micro-batches' means, the sum of those, or something else, such as a mean with a term
+    beside it.
+    """
+    first, loss = record.first_step, record.steps[0].loss if record.steps else None
+    if first is None or first.token_loss is None or loss is None or not first.micro_token_losses:
         return None
-    return gap(record.steps[0].loss, first.token_loss) <= rtol
-
-
-def averages_means(record: RunRecord, rtol: float) -> bool:
-    """Whether the first step's loss is the mean of its micro-batches' means, and there are several."""
-    first = record.first_step
-    if first is None or len(first.micro_means) < 2 or not record.steps or record.steps[0].loss is None:
-        return False
-    return gap(record.steps[0].loss, math.fsum(first.micro_means) / len(first.micro_means)) <= rtol
+    total = math.fsum(first.micro_token_losses)
+    kinds = {MEAN: first.token_loss, MEAN_OF_MEANS: total / len(first.micro_token_losses), SUM_OF_MEANS: total}
+    return next((kind for kind, value in kinds.items() if gap(loss, value) <= rtol), OTHER)
 
 
 def uneven(*records: RunRecord) -> bool | None:

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pytest_sftguard.invariants._comparing import (
+    MEAN,
+    MEAN_OF_MEANS,
+    OTHER,
+    SUM_OF_MEANS,
     agreement,
-    averages_means,
-    averages_tokens,
+    average,
     both_skipped,
     gap,
     other_rows,
@@ -20,6 +23,8 @@ from pytest_sftguard.invariants._comparing import (
 )
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.verdicts import Finding, Invariant
+
+_PIECEMEAL = (MEAN_OF_MEANS, SUM_OF_MEANS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +60,7 @@ class BatchSplitEquivalence(Invariant):
     def _divisor(self, record: RunRecord) -> Iterator[Finding]:
         """A loss that is divided by labels which nothing predicts is too low in every cut alike."""
         first = record.first_step
-        if averages_tokens(record, self.token_rtol) is not False or first is None:
+        if average(record, self.token_rtol) in (None, MEAN) or first is None:
             return
         loss, tokens = record.steps[0].loss, sum(first.micro_tokens)
         if loss is None or first.token_loss is None or first.labels is None or first.labels == tokens:
@@ -90,15 +95,16 @@ class BatchSplitEquivalence(Invariant):
     def _incomparable(self, record: RunRecord, reference: RunRecord, reason: str) -> Finding:
         """Where the runs cannot be compared, each can still be held against the labels of its own first step."""
         ours, theirs = record.steps[0].loss, reference.steps[0].loss
-        own, other = (averages_tokens(r, self.token_rtol) for r in (record, reference))
-        if own is False and other is True and record.first_step is not None:
-            limit = record.first_step.token_loss
-            return self.failed(
-                f"the loss of step 1 is the mean over its labels in {reference.cell}, and not in {record.cell}:"
-                f" {ours:.6g} where that mean is {limit:.6g}",
-                step=1, observed=ours, limit=limit,
-            )  # fmt: skip
-        if not own and ours is not None and theirs is not None and self._undivided(ours, theirs, record, reference):
+        own, other = (average(r, self.token_rtol) for r in (record, reference))
+        if (own in _PIECEMEAL or (own == OTHER and other == MEAN)) and record.first_step is not None:
+            if own != MEAN_OF_MEANS or other == MEAN:  # a mean of means may be meant so: that of rows, one by one
+                limit = record.first_step.token_loss
+                return self.failed(
+                    f"the loss of step 1 is no mean over its labels in {record.cell}: it is {ours:.6g}, where that"
+                    f" mean is {limit:.6g}",
+                    step=1, observed=ours, limit=limit,
+                )  # fmt: skip
+        if own != MEAN and ours is not None and theirs is not None and self._undivided(ours, theirs, record, reference):
             return self.failed(
                 f"the loss of step 1 is {ours:.6g} in {record.cell} and {theirs:.6g} in {reference.cell}: those of the"
                 " micro-batches are added up, and nothing divides them",
@@ -157,17 +163,15 @@ class BatchSplitEquivalence(Invariant):
         An auxiliary term over the micro-batch, such as a router's, is no mean over labels. Of two cuts of which one has
         the mean over all labels, the other is wrong; without knowing, it is the one that accumulates.
         """
-        own, other = (averages_tokens(r, self.token_rtol) for r in (record, reference))
+        own, other = (average(r, self.token_rtol) for r in (record, reference))
         finite = math.isfinite(ours) and math.isfinite(theirs)
-        if not finite or own is other is True:
+        if not finite or own in _PIECEMEAL or (own == other == MEAN) or (own == OTHER and other == MEAN):
             return ""
-        if own is True:
+        if own == MEAN:
             return f"in this cell it is the mean over all labels, in {reference.cell} it is not: that cut is wrong"
-        if own is None and record.gradient_accumulation_steps == 1:
-            return "nothing is accumulated in this cell"
-        if averages_means(record, self.token_rtol):
-            return ""
-        if own is other is False and not self._undivided(ours, theirs, record, reference):
+        if own is None:
+            return "nothing is accumulated in this cell" if record.gradient_accumulation_steps == 1 else ""
+        if not self._undivided(ours, theirs, record, reference):
             return "it is no mean over labels, so that its author alone can say whether it may depend on the cut"
         return ""
 

@@ -14,12 +14,11 @@ class FirstStepRecord:
     `model`: elsewhere."""
     micro_tokens: tuple[int, ...] = ()
     """Labels that count after the shift, of each micro-batch."""
-    micro_means: tuple[float, ...] = ()
-    """Mean over those labels of each micro-batch, computed from the logits; empty where `token_loss` is None."""
+    micro_token_losses: tuple[float, ...] = ()
+    """Mean over those labels, of each micro-batch, computed from the logits that the model returned; 0 without any."""
     labels: int | None = None
     """Labels that count, those at the first position of a row too, which nothing predicts; None without logits."""
     token_loss: float | None = None
-    """Mean over all labels of the step that count after the shift, computed from the logits that the model returned;
-    None where it returned none, or labels are no token ids."""
+    """The same over all labels of the step; None where the model returned no logits, or labels are no token ids."""
     label_entropy: float | None = None
     """Entropy of the distribution of the step's labels, in nats: the loss of whoever knows no more than that."""

@@ -55,28 +55,3 @@ def insert(batch: Any, places: Any, token: int) -> None:
             rows.append(torch.cat([row[:place], row.new_tensor([fill]), row[place:]]))
         batch[name] = torch.stack(rows)
     batch.pop("position_ids", None)
-
-
-def uneven(trainer: Trainer) -> Trainer:
-    """`trainer` on rows of which every third is supervised at two more tokens: its last one, over and over.
-
-    Which rows is told by their tokens, so that it is the same in every cut of the batch.
-    """
-    import torch
-
-    def change(batch: Any) -> None:
-        ids, mask = batch["input_ids"], supervised(batch)
-        longer = (ids * mask).sum(1) % 3 == 0
-        ends = torch.where(mask, torch.arange(ids.shape[1], device=ids.device), 0).amax(1)
-        for name, fill in (("input_ids", None), ("labels", IGNORED), ("attention_mask", 0)):
-            if name not in batch:
-                continue
-            rows = batch[name]
-            tail = rows[:, -1:].expand(-1, 2) if fill is None else rows.new_full((len(rows), 2), fill)
-            grown = torch.cat([rows, tail], dim=1)
-            for i in longer.nonzero().flatten().tolist():
-                grown[i, ends[i] + 1 : ends[i] + 3] = 1 if name == "attention_mask" else ids[i, ends[i]]
-            batch[name] = grown
-        batch.pop("position_ids", None)
-
-    return collating(trainer, change)

@@ -18,6 +18,7 @@ PATH = f"{__name__}:build_trainer"
 
 _FAULT, _TARGET = "SFTGUARD_FAULT", "SFTGUARD_FAULT_TARGET"
 _current: list[Target] = []
+_held = contextlib.ExitStack()  # a generator that nobody holds is closed, and the fault with it
 
 
 @contextlib.contextmanager
@@ -50,5 +51,5 @@ def __getattr__(name: str) -> Any:
 def _faulty() -> Target:
     if not _current:  # a process of the guard's own: the fault stays until it ends
         manager = injected(os.environ[_FAULT], os.environ[_TARGET])
-        contextlib.ExitStack().enter_context(manager)
+        _held.enter_context(manager)
     return _current[-1]

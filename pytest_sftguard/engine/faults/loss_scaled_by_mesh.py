@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,24 +13,26 @@ if TYPE_CHECKING:
 
 
 class LossScaledByMesh(Fault):
-    """The compensation counts processes that share the data."""
+    """The factor that makes up for averaging over ranks counts ranks that share their data."""
 
     id = "loss-scaled-by-mesh"
     source = "https://github.com/huggingface/transformers/issues/39648"
-    injects = "loss * num_processes in compute_loss"
+    injects = "compute_loss multiplies by accelerator.num_processes once more"
     reported_by: ClassVar = ("replica_equivalence",)
     mechanism = "replicas_average_means"
+    step = 1
+    batch = (8, 1)
     looks: ClassVar = ("replicas",)
 
     def trainer(self, build: Callable[..., Trainer], **arguments: Any) -> Trainer:
-        """Compensate twice."""
+        """Multiply what compute_loss gives."""
         trainer = build(**arguments)
         original = trainer.compute_loss
 
-        def compute_loss(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            count = trainer.accelerator.num_processes
-            return (result[0] * count, *result[1:]) if isinstance(result, tuple) else result * count
+        @functools.wraps(original)
+        def scaled(*args: Any, **kwargs: Any) -> Any:
+            result, factor = original(*args, **kwargs), trainer.accelerator.num_processes
+            return (result[0] * factor, *result[1:]) if isinstance(result, tuple) else result * factor
 
-        trainer.compute_loss = compute_loss
+        trainer.compute_loss = scaled
         return trainer

@@ -1,4 +1,4 @@
-"""The number of labels is counted before the shift, which drops the first of each row."""
+"""The loss is divided by labels that were counted before the shift: one too many for each row."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ if TYPE_CHECKING:
 
 
 class NormaliserCountsUnshiftedLabels(Fault):
-    """The loss is divided by one label per row too many."""
+    """Rows are supervised from their first token on, which nothing predicts, and which is counted all the same."""
 
     id = "normaliser-counts-unshifted-labels"
     source = "https://github.com/huggingface/transformers/pull/46204"
-    injects = "a label at the first position of each row, counted in num_items_in_batch"
+    injects = "labels at the first position of each row, and num_items_in_batch counted over all labels"
     reported_by: ClassVar = ("batch_split_equivalence",)
-    mechanism = "normaliser_counts_unshifted_labels"
-    batch = (2, 2)
+    mechanism = "loss_divided_by_unshifted_labels"
+    step = 1
 
     def trainer(self, build: Callable[..., Trainer], **arguments: Any) -> Trainer:
-        """Supervise the first token, and count it."""
-        trainer = build(**arguments)
+        """Supervise the first position, and count as releases before May 2026 did."""
+        trainer = collating(build(**arguments), _supervise_the_first)
         trainer._loss_shifts_labels = False
+        return trainer
 
-        def first(batch: Any) -> None:
-            batch["labels"][:, 0] = batch["input_ids"][:, 0]
 
-        return collating(trainer, first)
+def _supervise_the_first(batch: Any) -> None:
+    batch["labels"][:, 0] = batch["input_ids"][:, 0]
