@@ -101,7 +101,9 @@ def _nonfinite_batch(case: Case) -> list[Clue]:
     clues = [sign(f"the raw loss of step {lost.step} is {lost.loss} while every weight was still finite")]
     if lost.step > 1:
         clues.append(sign(f"the {lost.step - 1} steps before it were sound: it is this batch, not the model"))
-    if "float16" not in case.record.compute_dtypes:
+    if "float16" in case.record.compute_dtypes:
+        clues.append(against("the arithmetic is float16, in which a sound batch may overflow"))
+    else:
         clues.append(sign("the arithmetic has float32's range"))
     return clues
 
