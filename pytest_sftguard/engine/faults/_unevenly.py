@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 def unevenly(trainer: Trainer) -> Trainer:
     """`trainer` with a second question and answer in every other row, where its rows all have as many labels."""
     rows = trainer.train_dataset
-    if isinstance(rows, list) and all(isinstance(r, dict) and {"input_ids", "labels"} <= r.keys() for r in rows):
-        if len({sum(label != -100 for label in r["labels"]) for r in rows}) == 1:
-            following = itertools.cycle(rows[1:] + rows[:1])
-            trainer.train_dataset = [
-                _both(row, after) if i % 2 else row for i, (row, after) in enumerate(zip(rows, following, strict=False))
-            ]
+    plain = isinstance(rows, list) and all(isinstance(r, dict) and {"input_ids", "labels"} <= r.keys() for r in rows)
+    if plain and len({sum(label != -100 for label in r["labels"]) for r in rows}) == 1:
+        following = itertools.cycle(rows[1:] + rows[:1])
+        trainer.train_dataset = [
+            _both(row, after) if i % 2 else row for i, (row, after) in enumerate(zip(rows, following, strict=False))
+        ]
     return trainer
 
 
