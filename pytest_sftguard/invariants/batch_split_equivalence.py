@@ -96,13 +96,13 @@ class BatchSplitEquivalence(Invariant):
         """Where the runs cannot be compared, each can still be held against the labels of its own first step."""
         ours, theirs = record.steps[0].loss, reference.steps[0].loss
         own, other = (average(r, self.token_rtol) for r in (record, reference))
-        wrong = own in _PIECEMEAL or (own == OTHER and other == MEAN)
-        meant = own == MEAN_OF_MEANS and other != MEAN  # the mean of rows, one by one, perhaps
-        if wrong and not meant and record.first_step is not None:
+        # a mean of means may be meant so, as that of rows one by one: it is wrong where another cut has the other mean
+        wrong = own == SUM_OF_MEANS or (own in (MEAN_OF_MEANS, OTHER) and other == MEAN)
+        if wrong and record.first_step is not None:
             limit = record.first_step.token_loss
             return self.failed(
-                f"the loss of step 1 is no mean over its labels in {record.cell}: it is {ours:.6g}, where that"
-                f" mean is {limit:.6g}",
+                f"the loss of step 1 is no mean over its labels in {record.cell}: it is {ours:.6g}, where that mean"
+                f" is {limit:.6g}",
                 step=1, observed=ours, limit=limit,
             )  # fmt: skip
         if own != MEAN and ours is not None and theirs is not None and self._undivided(ours, theirs, record, reference):

@@ -46,10 +46,17 @@ class ReplicaEquivalence(Invariant):
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Compare the processes with each other, then with the one."""
-        if missing := self.not_compared(reference):
+        if reference is not None and reference.error is not None and not reference.steps:
+            error = reference.error  # DDP refuses some models, loudly: nothing was trained that could be unsound
+            yield self.not_evaluated(
+                f"it cannot be trained in two processes: {error.type}: {error.message}", required=False
+            )
+        elif missing := self.not_compared(reference):
             yield missing
-            return
-        assert reference is not None
+        elif reference is not None:
+            yield from self._compared(record, reference)
+
+    def _compared(self, record: RunRecord, reference: RunRecord) -> Iterator[Finding]:
         digests = reference.replica_digests
         if not record.steps or not reference.steps or len(digests) < 2 or not all(digests):
             yield self.not_evaluated("no optimizer step of two processes was seen")
