@@ -41,7 +41,7 @@ class Observer:
     `precision` says which mode of the matrix is meant, such as `bf16-mixed`, and is held against what really
     happened; unset, it is the mode that was seen. `steps` is the number of optimizer steps that the loop must take;
     unset, any number from one on. `max_grad_norm` is the threshold of clipping, held against the gradients that the
-    optimizer really got; 0: no clipping. `fresh` builds the model once more, untrained: with it the adapter is saved with
+    optimizer really got; 0: no clipping. `fresh` builds the model once more, untrained: with it the adapter is saved by
     `model.save_pretrained` (or `save`, which is given a folder) and loaded onto a fresh base at the end.
     """
 
