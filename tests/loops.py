@@ -84,12 +84,22 @@ def bare(
 
 
 def plain_accelerate(
-    of: nn.Module, *, steps: int = 6, accumulation: int = 1, spoil: Spoil | None = None, **observed: Any
+    of: nn.Module,
+    *,
+    steps: int = 6,
+    accumulation: int = 1,
+    spoil: Spoil | None = None,
+    observe: Callable[..., Observer] | None = None,
+    **observed: Any,
 ) -> Observer:
-    """A plain accelerate loop, with one line that is ours."""
+    """A plain accelerate loop, with one line that is ours; `observe` is the fixture in a test that has it."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
     prepared, optimizer, data = accelerator.prepare(of, adam(of), batches())
-    with observe_accelerate(accelerator, prepared, optimizer, **observed) as observer, _spoilt(of, spoil):
+    if observe is None:
+        made = observe_accelerate(accelerator, prepared, optimizer, **observed)
+    else:
+        made = observe(prepared, optimizer, accelerator=accelerator, **observed)
+    with made as observer, _spoilt(of, spoil):
         for i, batch in enumerate(data):
             if i == steps * accumulation:
                 break
