@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, hint, sign
@@ -99,7 +100,10 @@ def _nonfinite_batch(case: Case) -> list[Clue]:
     if lost is None or not case.sound_until_lost or lost.supervised_tokens == 0:
         return []
     clues = [sign(f"the raw loss of step {lost.step} is {lost.loss} while every weight was still finite")]
-    if lost.step > 1:
+    finite = [x for x in case.record.losses[: lost.step - 1] if math.isfinite(x)]
+    if finite and max(finite) > 2 * finite[0]:
+        clues += [against("the loss had been rising"), against("the batch before it was lost to the same")]
+    elif lost.step > 1:
         clues.append(sign(f"the {lost.step - 1} steps before it were sound: it is this batch, not the model"))
     if "float16" in case.record.compute_dtypes:
         clues.append(against("the arithmetic is float16, in which a sound batch may overflow"))

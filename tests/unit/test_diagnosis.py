@@ -166,7 +166,7 @@ EVIDENCE = (
         "adapter_frozen": healthy(adapter=()),
         "learning_rate_zero": with_steps(healthy(), changed=0, learning_rate=0.0),
         "learning_rate_too_high": with_step(
-            with_step(healthy(), 1, loss=0.5), 3, loss=50.0, grad_norm=math.inf, received_grad_norm=math.inf
+            with_step(with_step(healthy(), 1, loss=0.5), 3, loss=50.0), 4, loss=NAN, micro_losses=(NAN,)
         ),
     }
 )

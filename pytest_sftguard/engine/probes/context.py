@@ -23,8 +23,9 @@ _ROWS = 4
 """Of each micro-batch: every row costs a forward pass of its own, under each attention."""
 _LEAST_WIDTH = 16
 """Below 16 tokens sdpa on a CPU hides NaN (pytorch#141128)."""
-_OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict")
-"""Arguments that are left out: they choose what is computed of the logits, or in which form it comes."""
+_OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict", "fused_lm_head")
+"""Arguments that are left out: they choose what is computed of the logits, or in which form it comes; the last one is
+TRL's, for a loss without them."""
 _SCORES = 1 << 28
 """Scores that are kept of the rows alone, 1 GB in float32: rows beyond are not compared, but for the first."""
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
