@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import sys
@@ -39,19 +40,24 @@ def largest(
     """
     if not betas(optimizer):
         return None, ""
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    rates: dict[int, tuple[float, float]] = {}
+    for group in optimizer.param_groups:
+        of_group = float(group["lr"]), float(group.get("weight_decay") or 0.0)
+        rates.update(dict.fromkeys(map(id, group["params"]), of_group))
     worst, where = 0.0, ""
     for (name, parameter), change, old, new in zip(parameters.items(), moved, before, after, strict=True):
         if math.isnan(change):
             return math.nan, name
-        group = groups.get(id(parameter))
-        rate = float(group["lr"]) if group else 0.0
-        decay = float(group.get("weight_decay") or 0.0) if group else 0.0
-        rest = change - rate * decay * old - torch.finfo(parameter.dtype).eps * max(old, new)
-        ratio = _ratio(rest, rate)
-        if ratio > worst:
+        rate, decay = rates.get(id(parameter), (0.0, 0.0))
+        rest = change - rate * decay * old - _eps(parameter.dtype) * (old if old > new else new)
+        if rest > worst * rate and (ratio := _ratio(rest, rate)) > worst:
             worst, where = ratio, name
     return worst, where
+
+
+@functools.cache
+def _eps(dtype: torch.dtype) -> float:
+    return float(torch.finfo(dtype).eps)
 
 
 def _ratio(change: float, rate: float) -> float:
