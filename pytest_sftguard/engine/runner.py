@@ -213,9 +213,11 @@ class _Cell:
         probe = finiteness.probe_batch(trainer)
         record, reloaded = adapters.round_trip(trained, saved, fresh.model, probe, self.unused)
         digest, drawn = compared.without(trained, saved)
+        parts = "parts of the base are drawn under each seed, and come with the adapter's file" if compared.rows else ""
         self.seen["round_trip"] = dataclasses.replace(
-            record, fresh_base_digest=digest, other_seed=other_seed, drawn=Names.of(drawn)
-        )
+            record, fresh_base_digest=digest, other_seed=other_seed, drawn=Names.of(drawn),
+            base_differs=record.base_differs or parts,
+        )  # fmt: skip
         return reloaded
 
     def _rebuilt(self, trainer: Trainer, trained: torch.nn.Module) -> tuple[Trainer, Redrawn, int | None]:
