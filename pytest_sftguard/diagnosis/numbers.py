@@ -152,7 +152,7 @@ def _loss_scale_collapse(case: Case) -> list[Clue]:
             if last is not None and last < 1
             else []
         ),
-        hint("skipping did not cure it: it is no growth probe and no warm-up"),
+        *([] if case.lost else [hint("skipping did not cure it: it is no growth probe and no warm-up")]),
         *([hint("no parameter changed in the whole run")] if case.no_effect else []),
         *([hint("the loss itself is not finite")] if case.lost else []),
     ]

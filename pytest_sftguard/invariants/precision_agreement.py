@@ -49,6 +49,9 @@ class PrecisionAgreement(Invariant):
         if not record.steps or not reference.steps:
             yield self.not_evaluated("no optimizer step was seen")
             return
+        if not all(map(math.isfinite, reference.losses)):
+            yield self.not_evaluated("the float32 sibling lost its own loss: it is no reference", required=False)
+            return
         if reason := self._incomparable(record, reference):
             yield self.not_evaluated(reason, required=False)
             return

@@ -284,14 +284,14 @@ def test_outsider_that_cannot_be_used(pytester, engine, one_cell, clean, path, m
     engine.make = canned.failing
     result = pytester.runpytest_inprocess(f"--sftguard-invariants={path}")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
-    clean(result, message[:100], lines=12)
+    clean(result, message[:100], lines=16)
     result.stdout.fnmatch_lines(["fp32-b2x1 FAILED: *raw_loss_finite*"])
 
 
 def test_waived_invariant_fails_nothing(pytester, engine, one_cell):
     """What an invariant that the user waived would have failed is reported, and holds up nothing else."""
     engine.make = lambda c: canned.with_step(canned.of(c), 2, loss=float("nan"))
-    waived = "--sftguard-waive=raw_loss_finite,evidence_complete"
+    waived = "--sftguard-waive=raw_loss_finite,evidence_complete,log_honest"
     result = pytester.runpytest_inprocess(waived)
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(["raw_loss_finite: not evaluated -- waived by the user: loss is not finite*"])
