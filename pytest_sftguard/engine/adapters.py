@@ -124,7 +124,8 @@ def round_trip(
     device = next(trained.parameters()).device
     base = base.to(device).eval()
     with torch.no_grad(), eager(base):
-        inputs, (base_logits,), unpadded = probe.answers(base)
+        inputs, raw, unpadded = probe.answers(base)
+        base_logits = finiteness.attended(raw.pop(), inputs)  # logits are large: none is kept longer than needed
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         reloaded = PeftModel.from_pretrained(base, str(folder)).to(device).eval()
@@ -133,13 +134,13 @@ def round_trip(
 
     with torch.no_grad(), eager(trained) as one, eager(reloaded) as other:
         trained.eval()
-        before, after = trained(**inputs).logits, reloaded(**inputs).logits
         with _disabled(trained):
-            without = trained(**inputs).logits
+            base_change = _apart(finiteness.attended(trained(**inputs).logits, inputs), base_logits)
+        after = finiteness.attended(reloaded(**inputs).logits, inputs)
+        effect = _apart(after, base_logits)
+        del base_logits
+        before = finiteness.attended(trained(**inputs).logits, inputs)
     seen = finiteness.seen(inputs, [before, after], unpadded, one and other)
-    before, after, without, base_logits = (
-        finiteness.attended(t, inputs) for t in (before, after, without, base_logits)
-    )
     wrong_shape = {n for n in expected if n in saved and saved[n].shape != expected[n].shape}
     return RoundTripRecord(
         file_bytes=path.stat().st_size if path.exists() else 0,
@@ -152,10 +153,10 @@ def round_trip(
         load_warnings=tuple(str(w.message)[:300] for w in caught if _tells_of_tensors(str(w.message))),
         restored=restored,
         max_abs_logit=before.float().abs().max().item(),
-        max_logit_change=(before.float() - after.float()).abs().max().item(),
-        max_logit_effect=(after.float() - base_logits.float()).abs().max().item(),
+        max_logit_change=_apart(before, after),
+        max_logit_effect=effect,
         finiteness=seen,
-        max_base_change=(without.float() - base_logits.float()).abs().max().item(),
+        max_base_change=base_change,
         base_differs=base_differs(fresh_config),
     ), reloaded
 
@@ -172,6 +173,11 @@ def _of_adapter(trained: nn.Module, folder: Path) -> Path:
     """Where peft saves the active adapter: one of another name in a folder of its own."""
     name = active_adapters(trained)[0]
     return folder if name == "default" or folder.name == name else folder / name
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """Largest absolute difference; NaN where there is one."""
+    return float((one.float() - other.float()).abs_().max().item())
 
 
 def _differing(expected: dict[str, Tensor], loaded: dict[str, Tensor]) -> Iterable[str]:

@@ -2,7 +2,7 @@
 
     python -m tests.studies.false_alarms [--cells 240] [--jobs 2] [--markdown docs/false-alarms.md]
 
-Every axis is drawn at random from a fixed seed, so that all values meet. One in six cells is judged in the tier
+Every axis is drawn at random from a fixed seed, so that all values meet. One in twenty cells is judged in the tier
 `thorough`, the others in `standard`.
 """
 
@@ -78,7 +78,7 @@ def samples(count: int) -> list[Sample]:
     draw = random.Random(20261124)
     every = ({axis: draw.choice(values) for axis, values in AXES.items()} for _ in itertools.count())
     sound = itertools.islice(filter(_is_sound, every), count)
-    return [Sample(values, "standard" if i % 6 else "thorough") for i, values in enumerate(sound)]
+    return [Sample(values, "standard" if i % 20 else "thorough") for i, values in enumerate(sound)]
 
 
 def _is_sound(values: dict[str, Any]) -> bool:
