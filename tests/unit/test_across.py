@@ -1,0 +1,154 @@
+"""Two runs side by side: no gap in either ever passes, and runs that differ in nothing that counts do."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_sftguard.invariants import load_invariants
+from pytest_sftguard.invariants._comparing import gap, resolution
+from pytest_sftguard.records import RunRecord
+from pytest_sftguard.verdicts import Outcome, judge
+from tests.canned import H100, with_step
+from tests.strategies import non_finite
+from tests.unit.cases.across import (
+    AUXILIARY,
+    ERROR,
+    FALLING,
+    NOISY,
+    drawing,
+    first,
+    half,
+    moving,
+    one_batch,
+    replicas,
+    run,
+    stepped,
+    threaded,
+)
+
+INVARIANTS = {getattr(i, "reference", None): i for i in load_invariants() if getattr(i, "reference", None)}
+PAIRS = {
+    "cut": (run(), run((4, 2))),
+    "fp32": (half(), run()),
+    "rerun": (run(), run(variant="rerun")),
+    "resumed": (run(), run(variant="resumed")),
+    "one_batch": (run(), one_batch(*FALLING)),
+    "replicas": (run(), replicas()),
+}
+READ = {
+    "cut": ("loss", "grad_norm"),
+    "fp32": ("loss", "grad_norm"),
+    "rerun": ("loss", "grad_norm", "learning_rate"),
+    "resumed": ("loss", "grad_norm", "learning_rate", "max_update"),
+    "one_batch": ("loss",),
+    "replicas": ("loss", "grad_norm"),
+}
+"""Numbers of a step that each comparison reads."""
+
+
+def outcome(kind: str, record: RunRecord, reference: RunRecord) -> Outcome:
+    """What the invariant that compares with `kind` says of the two."""
+    return judge(record, [INVARIANTS[kind]], {kind: reference}).outcome
+
+
+def test_every_reference_has_its_invariant() -> None:
+    """Each kind of reference is compared with by one invariant."""
+    assert set(INVARIANTS) == set(PAIRS)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_runs_that_agree_pass(kind: str) -> None:
+    """Two runs that agree in all that the kind is about pass."""
+    assert outcome(kind, *PAIRS[kind]) is Outcome.PASSED
+
+
+@given(data=st.data(), value=st.none() | non_finite())
+def test_a_hole_in_either_never_passes(data: st.DataObject, value: float | None) -> None:
+    """NaN, infinity or nothing at all in the place of a number of the first step of either run never passes."""
+    kind = data.draw(st.sampled_from(sorted(PAIRS)))
+    name = data.draw(st.sampled_from(READ[kind]))
+    record, reference = PAIRS[kind]
+    if kind == "one_batch" or data.draw(st.booleans()):
+        reference = stepped(reference, **{name: value})
+    else:
+        record = stepped(record, **{name: value})
+    assert outcome(kind, record, reference) is not Outcome.PASSED
+
+
+@pytest.mark.parametrize("kind", ["rerun", "resumed"])
+@given(data=st.data())
+def test_any_other_bit_fails(kind: str, data: st.DataObject) -> None:
+    """Where bits are compared, a loss that is the next number up fails, at any step."""
+    record, reference = PAIRS[kind]
+    step = data.draw(st.integers(1, len(reference.steps)))
+    loss = math.nextafter(reference.losses[step - 1], math.inf)
+    assert outcome(kind, record, with_step(reference, step, loss=loss)) is Outcome.FAILED
+
+
+@pytest.mark.parametrize(
+    ("kind", "record", "reference"),
+    [
+        pytest.param("cut", stepped(run(), loss=4.00001), run((4, 2)), id="last-digits"),
+        pytest.param("cut", drawing(stepped(run(), grad_norm=3.0), "adapter"), run((4, 2)), id="adapter-dropout"),
+        pytest.param("rerun", threaded(stepped(run(), loss=4.00001)), threaded(run()), id="threads"),
+        pytest.param("resumed", threaded(run()), with_step(threaded(run()), 4, loss=2.02), id="drift"),
+        pytest.param("one_batch", run(), one_batch(*[x * 0.9 for x in FALLING], entropy=0.5), id="falls"),
+        pytest.param("one_batch", run(), one_batch(4.0, 3.9999, 3.9998, 3.9997), id="falls-little"),
+        pytest.param("one_batch", run(), one_batch(4.0, 4.0, *[3.9] * 6), id="warms-up"),
+        pytest.param("fp32", moving(half(), 1.2), run(), id="moved-alike"),
+    ],
+)
+def test_what_may_differ(kind: str, record: RunRecord, reference: RunRecord) -> None:
+    """Differences that rounding, dropout or threads make are none."""
+    assert outcome(kind, record, reference) is Outcome.PASSED
+
+
+EVEN = first(run((4, 2)), micro_tokens=(12, 12))
+OPEN = {
+    "other-rows": ("cut", run(), stepped(run((4, 2)), rows="7ea"), "saw other rows"),
+    "rows-unknown": ("cut", stepped(run(), rows=None), run((4, 2)), "is not known"),
+    "dropout": ("cut", drawing(run(), "model"), drawing(run((4, 2)), "model"), "draws random numbers"),
+    "even-rows": ("cut", run(), EVEN, "as many labels"),
+    "auxiliary": ("cut", *AUXILIARY, "its author alone"),
+    "other-cut-is-wrong": ("cut", run(), stepped(run((2, 4)), loss=4.1), "that cut is wrong"),
+    "float32-itself": ("fp32", run(), run(), "is the float32 one itself"),
+    "bf16-rounds-it-away": (
+        "one_batch", half(), one_batch(*[4.0] * 8, precision="bf16-mixed"), "rounds away what the adapter changed",
+    ),
+    "bf16-noise": ("one_batch", half(), one_batch(4.0, 4.001, 3.999, 4.002, precision="bf16-mixed"), "less than"),
+    "dropout-noise": ("one_batch", run(), one_batch(*NOISY, random="model"), "less than dropout"),
+    "replicas-dropout": ("replicas", drawing(run(), "model"), replicas(), "each process draws its own"),
+    "replicas-refused": ("replicas", run(), replicas(steps=(), error=ERROR), "cannot be trained in two processes"),
+    "other-device": ("replicas", run(device=H100), replicas(), "and the cell is on a cuda"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "record", "reference", "said"), OPEN.values(), ids=OPEN)
+def test_what_cannot_be_compared(kind: str, record: RunRecord, reference: RunRecord, said: str) -> None:
+    """Where two runs say nothing of each other, that is said, and it holds up no cell."""
+    (finding, *_) = judge(record, [INVARIANTS[kind]], {kind: reference}).findings
+    assert (finding.outcome, finding.required) == (Outcome.NOT_EVALUATED, False)
+    assert said in finding.message
+
+
+@given(one=st.floats(1e-6, 1e6), other=st.floats(1e-6, 1e6))
+def test_gap_is_a_share(one: float, other: float) -> None:
+    """The difference of two numbers is the same either way, and a share of the larger."""
+    assert 0 <= gap(one, other) == gap(other, one) <= 1
+
+
+def test_gap_of_nothing() -> None:
+    """Two zeros do not differ; what is no number differs by no number."""
+    assert gap(0.0, 0.0) == 0.0
+    assert math.isnan(gap(math.nan, 1.0))
+    assert math.isnan(gap(math.inf, math.inf))
+
+
+@pytest.mark.parametrize(("loss", "bits"), [(4.125, 8), (4.12890625, 11), (4.1234567, 0)])
+def test_losses_tell_their_type(loss: float, bits: int) -> None:
+    """A loss of eight significant bits was rounded to bfloat16, and can be held to no more."""
+    assert resolution(stepped(run(), micro_losses=(loss,))) == (2.0**-bits if bits else 0.0)
