@@ -16,7 +16,7 @@ from pytest_sftguard.diagnosis import diagnose
 from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.session import CannotRunError, CellTest, Runs
-from pytest_sftguard.verdicts import Finding, JudgedRun, Outcome
+from pytest_sftguard.verdicts import Finding, JudgedRun
 
 if TYPE_CHECKING:
     from pytest_sftguard.engine.faults import Fault
@@ -157,14 +157,12 @@ def healthy(target: str, precision: str, trained: bool, device: str = "cpu") -> 
 
 
 def _judged(fault: Fault, path: str, device: str) -> JudgedRun:
-    standard = tiers.TIERS["standard"]
+    looks, references = tiers.asked("standard", fault.looks)
     config = RunConfig(
         cell=Cell(fault.precision, *fault.batch), target=path, steps=fault.steps, device=device,
         questions=16 * fault.asks,
-        training_arguments=dict(fault.arguments),
-        looks=tuple(dict.fromkeys((*standard.looks, *(n for n in fault.looks if n in tiers.LOOKS)))),
+        training_arguments=dict(fault.arguments), looks=looks,
     )  # fmt: skip
-    references = tuple(r for r in tiers.REFERENCES if r in standard.references or r in fault.looks)
     try:
         return Runs().compared(CellTest(config=config, references=references), load_invariants())
     except CannotRunError as error:
@@ -194,10 +192,7 @@ def seen(run: JudgedRun, tensor: str) -> dict[str, Any]:
 
 def reports(run: JudgedRun) -> list[Finding]:
     """The findings that keep `run` from passing: what failed, and what had to be evaluated and could not be."""
-    return [
-        f for f in run.verdict.findings
-        if f.outcome is Outcome.FAILED or (f.outcome is Outcome.NOT_EVALUATED and f.required)
-    ]  # fmt: skip
+    return [f for f in run.verdict.findings if f.doubts]
 
 
 def beside(attempts: Sequence[Attempt], plain: Sequence[Attempt]) -> list[Attempt]:

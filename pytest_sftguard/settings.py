@@ -74,7 +74,7 @@ def _batches(value: Any) -> tuple[Any, ...]:
     return tuple(parse_batch(item) for item in _items(value))
 
 
-def _paths(value: Any) -> tuple[str, ...]:
+def _texts(value: Any) -> tuple[str, ...]:
     return tuple(_text(item) for item in _items(value))
 
 
@@ -131,15 +131,11 @@ def _tier(value: Any) -> str:
 def _looks(value: Any) -> tuple[str, ...]:
     from pytest_sftguard.tiers import LOOKS, REFERENCES
 
-    items = tuple(_text(item) for item in _items(value))
+    items = _texts(value)
     for item in items:
         if item not in (*LOOKS, *REFERENCES):
             raise ValueError(f"there is no look {item!r}: choose from {', '.join((*LOOKS, *REFERENCES))}")
     return items
-
-
-def _invariant_names(value: Any) -> tuple[str, ...]:
-    return tuple(_text(item) for item in _items(value))
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -224,7 +220,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("looks", _looks, (), "looks and reference runs beside those of the tier, by name, such as `merging rerun`"),
     Setting(
         "waive",
-        _invariant_names,
+        _texts,
         (),
         "invariants that you know not to hold, such as fp32_master: reported as waived, and no failure",
     ),
@@ -234,7 +230,7 @@ SETTINGS: tuple[Setting, ...] = (
         {},
         'thresholds of invariants, as JSON such as {"strict_answers.min_parsed_fraction": 1.0}',
     ),
-    Setting("invariants", _paths, (), "your own invariants, module:Class, judged beside the built-in ones"),
+    Setting("invariants", _texts, (), "your own invariants, module:Class, judged beside the built-in ones"),
     Setting(
         "fit_margin",
         _margin,
@@ -278,7 +274,7 @@ class Settings:
     def configs(self) -> list[RunConfig]:
         """One RunConfig for each cell of the matrix. SettingError where the axes do not go together."""
         from pytest_sftguard.matrix import RunConfig, expand, parse_batch
-        from pytest_sftguard.tiers import LOOKS, TIERS
+        from pytest_sftguard.tiers import asked
 
         device = "cuda" if self.require_gpu and self.device == "auto" else self.device
         default = ("fp32", *(("tf32",) if device == "cuda" else ()), "bf16-mixed", "fp16-mixed")
@@ -287,7 +283,7 @@ class Settings:
             cells = expand(self.precision or default, batches, self.effective_batch)
         except ValueError as error:
             raise SettingError(str(error)) from None
-        looks = tuple(dict.fromkeys((*TIERS[self.tier].looks, *(n for n in self.looks if n in LOOKS))))
+        looks, _ = asked(self.tier, self.looks)
         return [
             RunConfig(
                 cell=cell, target=self.target, steps=self.steps, model=self.model, seed=self.seed, device=device,
@@ -300,9 +296,9 @@ class Settings:
     @property
     def references(self) -> tuple[str, ...]:
         """Kinds of reference runs that are trained for the purpose, in the order of the table of tiers."""
-        from pytest_sftguard.tiers import REFERENCES, TIERS
+        from pytest_sftguard.tiers import asked
 
-        return tuple(r for r in REFERENCES if r in TIERS[self.tier].references or r in self.looks)
+        return asked(self.tier, self.looks)[1]
 
 
 def marker_line(name: str) -> str:

@@ -53,6 +53,13 @@ REFERENCES = TIERS["thorough"].references
 """Every kind of reference run."""
 
 
+def asked(tier: str, more: Iterable[str] = ()) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The looks and the kinds of reference runs of `tier` and of `more`, in the order of the tables."""
+    names = set(more)
+    looks = tuple(n for n in LOOKS if n in TIERS[tier].looks or n in names)
+    return looks, tuple(r for r in REFERENCES if r in TIERS[tier].references or r in names)
+
+
 class NoReferenceError(Exception):
     """There is no such reference for a cell; the message says why."""
 

@@ -40,6 +40,11 @@ class Finding:
     required: bool = True
     """Whether the cell cannot pass while this is not evaluated."""
 
+    @property
+    def doubts(self) -> bool:
+        """Whether this keeps the cell from passing: it failed, or had to be evaluated and could not be."""
+        return self.outcome is Outcome.FAILED or (self.outcome is Outcome.NOT_EVALUATED and self.required)
+
 
 class Checks(Protocol):
     """What judging needs of an invariant; any object with a `check` will do."""

@@ -57,10 +57,7 @@ class Case:
 
     def doubted(self, invariant: str) -> list[Finding]:
         """The findings of `invariant` that failed, or that could not be decided and had to be."""
-        return [
-            f for f in self.verdict.of(invariant)
-            if f.outcome is Outcome.FAILED or (f.outcome is Outcome.NOT_EVALUATED and f.required)
-        ]  # fmt: skip
+        return [f for f in self.verdict.of(invariant) if f.doubts]
 
     def first(self, condition: Callable[[StepRecord], bool]) -> StepRecord | None:
         """The first step of which `condition` holds."""

@@ -115,7 +115,6 @@ class _Cell:
 
     def run(self) -> dict[str, Any]:
         """All stages in order; the fields of a RunRecord that they filled."""
-        self.stage = "build"
         try:
             self._stages()
         except TargetError:

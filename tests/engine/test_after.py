@@ -10,7 +10,7 @@ import torch
 from pytest_sftguard import registry
 from pytest_sftguard.engine import faults, parsing
 from pytest_sftguard.engine.faults._injected import injected
-from pytest_sftguard.engine.models import sums
+from pytest_sftguard.engine.models import sums, tiny
 from pytest_sftguard.engine.targets import Target
 from pytest_sftguard.verdicts import JudgedRun, Outcome
 
@@ -154,7 +154,7 @@ def test_parser_is_tried(name: str) -> None:
     target = Target(
         path="x:y", build=sums.build_trainer, questions=sums.questions, parse_answer=parse, answer_prefix=""
     )
-    batch = sums.Collator(0)(sums.rows(words)[:4])
+    batch = tiny.collate(sums.rows(words)[:4])
     record = parsing.tried(target, words, target.pairs(4), [batch])
     assert record is not None
     assert {k for k in ("junk", "misread", "raised") if getattr(record, k)} >= ({wrong} if wrong else set())

@@ -142,7 +142,7 @@ ELSEWHERE = {
     "attention_kernel_backward_not_finite", "loss_gradient_wrong", "rotary_frequencies_in_half_precision",
     "padded_on_the_right", "parser_accepts_junk", "retry_keeps_trained_weights", "accumulation_mean_of_means",
     "loss_divided_by_unshifted_labels", "replicas_average_means", "resume_loses_scale", "resume_loses_state",
-    "rows_depend_on_their_batch", "learned_something_else", "not_repeatable", "adapter_file_incomplete",
+    "rows_depend_on_their_batch", "learned_something_else", "not_repeatable",
 }  # fmt: skip
 """Mechanisms that a look or another run shows: the fault library has a training of each, but for the last few, which
 name what no other mechanism explains."""

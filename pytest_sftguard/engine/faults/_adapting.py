@@ -25,11 +25,6 @@ def adapting(change: Callable[[Any, Any, dict[str, Any]], None]) -> Iterator[Non
         PeftModel.__init__ = original
 
 
-def low_rank(trainer: Any) -> list[Any]:
-    """The trainable tensors of a Trainer's adapter that are floating numbers."""
-    return [p for p in trainer.model.parameters() if p.requires_grad and p.is_floating_point()]
-
-
 def without_head(base: Any, config: Any) -> list[str]:
     """Take the head out of the adapter's targets, which else is saved with its base; the names of its modules."""
     head = base.get_output_embeddings()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pytest_sftguard.engine.faults import Fault
-from pytest_sftguard.engine.faults._adapting import low_rank
+from pytest_sftguard.engine.faults._training import cast
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -26,7 +26,6 @@ class AttemptingToUnscaleFp16(Fault):
 
     def trainer(self, build: Callable[..., Trainer], **arguments: Any) -> Trainer:
         """Cast the trainable tensors."""
-        trainer = build(**arguments)
-        for parameter in low_rank(trainer):
-            parameter.data = parameter.data.half()
-        return trainer
+        import torch
+
+        return cast(build(**arguments), torch.float16)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pytest_sftguard.engine.faults import Fault
-from pytest_sftguard.engine.faults._adapting import low_rank
+from pytest_sftguard.engine.faults._training import cast
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -27,7 +27,4 @@ class WeightDecaySwallowedInBf16(Fault):
         """Cast the trainable tensors."""
         import torch
 
-        trainer = build(**arguments)
-        for parameter in low_rank(trainer):
-            parameter.data = parameter.data.to(torch.bfloat16)
-        return trainer
+        return cast(build(**arguments), torch.bfloat16)

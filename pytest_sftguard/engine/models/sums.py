@@ -13,16 +13,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
-    AutoModelForCausalLM,
     LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
     set_seed,
 )
 
-from pytest_sftguard.engine.models.tiny import in_dtype
+from pytest_sftguard.engine.models.tiny import causal_base, collate
 
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 _WORDS = (*_SPECIAL, "+", "=", "?", ":", "the", "sum", "of", "and", "is", *map(str, range(51)))
@@ -57,12 +55,7 @@ def build_trainer(*, model: str | None = None, dtype: str = "float32", **trainin
     Weights of the tiny base come from a fixed seed, the adapter's and the data order from `seed`.
     """
     words = tokenizer()
-    weights = getattr(torch, dtype)
-    if model is None:
-        set_seed(0)
-        base: Any = in_dtype(LlamaForCausalLM(_tiny()), weights)
-    else:
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=weights)
+    base = causal_base(model, getattr(torch, dtype), _tiny())
     arguments = TrainingArguments(**{"learning_rate": 5e-3, "lr_scheduler_type": "linear"} | training_arguments)
     set_seed(arguments.seed)
     # a random head cannot say anything with certainty: it learns as well, where the model is ours
@@ -73,7 +66,7 @@ def build_trainer(*, model: str | None = None, dtype: str = "float32", **trainin
         args=arguments,
         train_dataset=rows(words),
         eval_dataset=rows(words)[:8],
-        data_collator=Collator(words.pad_token_id),
+        data_collator=collate,  # whose padding is `<pad>`
         processing_class=words,
     )
 
@@ -86,27 +79,6 @@ def rows(words: PreTrainedTokenizerFast) -> list[dict[str, list[int]]]:
         answer = [*words(str(int(number)), add_special_tokens=False)["input_ids"], words.eos_token_id]
         made.append({"input_ids": [*question, *answer], "labels": [-100] * len(question) + answer})
     return made
-
-
-class Collator:
-    """Pads to the longest row of the batch, on the right: shapes (rows, tokens)."""
-
-    def __init__(self, pad: int) -> None:
-        self.pad = pad
-
-    def __call__(self, features: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        """Collate `features`, rows of `input_ids` and `labels`."""
-        longest = max(len(f["input_ids"]) for f in features)
-
-        def padded(key: str, fill: int) -> torch.Tensor:
-            return torch.tensor([f[key] + [fill] * (longest - len(f[key])) for f in features])
-
-        mask = [[1] * len(f["input_ids"]) + [0] * (longest - len(f["input_ids"])) for f in features]
-        return {
-            "input_ids": padded("input_ids", self.pad),
-            "attention_mask": torch.tensor(mask),
-            "labels": padded("labels", -100),
-        }
 
 
 def _prompt(index: int) -> str:

@@ -22,12 +22,7 @@ def build_trainer(*, model: str | None = None, dtype: str = "float32", **trainin
 
     Weights of the tiny base come from a fixed seed, the adapter's and the data order from `seed`.
     """
-    weights = getattr(torch, dtype)
-    if model is None:
-        set_seed(0)
-        base: Any = in_dtype(LlamaForCausalLM(_tiny()), weights)
-    else:
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=weights)
+    base = causal_base(model, getattr(torch, dtype), _tiny())
     arguments = TrainingArguments(**{"learning_rate": 1e-3, "lr_scheduler_type": "constant"} | training_arguments)
     set_seed(arguments.seed)
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -37,6 +32,14 @@ def build_trainer(*, model: str | None = None, dtype: str = "float32", **trainin
         train_dataset=rows(base.config.vocab_size),
         data_collator=collate,
     )
+
+
+def causal_base(model: str | None, dtype: torch.dtype, config: LlamaConfig) -> Any:
+    """The causal language model in the folder or at the hub id `model`; None: one of `config`, from a fixed seed."""
+    if model is not None:
+        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    set_seed(0)
+    return in_dtype(LlamaForCausalLM(config), dtype)
 
 
 def in_dtype(model: Any, dtype: torch.dtype) -> Any:
