@@ -99,6 +99,7 @@ def _train_together(folder: Path) -> ErrorRecord | None:
         _MARK: "1", "WORLD_SIZE": str(_PROCESSES), "LOCAL_WORLD_SIZE": str(_PROCESSES),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false", "GLOO_SOCKET_IFNAME": _loopback(),
+        "PYTHONUNBUFFERED": "1",  # what one says before it is killed is all that its error can quote
         "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
     }  # fmt: skip
     command = [sys.executable, "-m", __name__, str(folder / "config.json"), str(folder)]
