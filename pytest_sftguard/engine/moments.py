@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Mapping
@@ -56,7 +57,7 @@ class Moments:
 
     def _sort(self, optimizer: torch.optim.Optimizer, layout: Layout) -> None:
         """Sort the states by how they can be looked at, unless they are the tensors that have been sorted before."""
-        held = [v for state in optimizer.state.values() for v in state.values()]
+        held = list(itertools.chain.from_iterable(state.values() for state in optimizer.state.values()))
         if not self._tensors_alone:
             held = [v for v in held if isinstance(v, Tensor)]
         if len(held) == len(self._held) and all(map(operator.is_, held, self._held)):

@@ -63,14 +63,15 @@ class Layout:
     def laid(self, tensors: Sequence[Tensor], places: Sequence[int] | None = None) -> Iterator[Tensor]:
         """Copies of `tensors`, block by block, shape (tensors, elements); each is written over the one before.
 
-        Where `places` are given, `tensors` are the ones at these, and all others are zero. Without gradients only.
+        Where `places` are given, in ascending order, `tensors` are the ones at these, and all others are zero. Without
+        gradients only.
         """
-        there = dict(enumerate(tensors) if places is None else zip(places, tensors, strict=True))
-        whole = len(there) == len(self._order)
+        whole = len(tensors) == len(self._order)
+        there = {} if whole else dict(zip(places or (), tensors, strict=True))
         for block in self._blocks:
             for members, stack in block.stacks:
                 if whole:
-                    torch.stack([there[i] for i in members], out=stack)
+                    torch.stack([tensors[i] for i in members], out=stack)
                     continue
                 stack.zero_()
                 for i, row in zip(members, stack, strict=True):
@@ -98,8 +99,8 @@ class Layout:
 
 
 def largest(rows: Tensor) -> Tensor:
-    """Largest absolute element of each row, NaN where it holds one."""
-    return torch.maximum(rows.amax(1), rows.amin(1).neg_()) if rows.shape[1] else rows.new_zeros(rows.shape[0])
+    """Largest absolute element of each row, NaN where it holds one; `rows` lose their signs."""
+    return rows.abs_().amax(1) if rows.shape[1] else rows.new_zeros(rows.shape[0])
 
 
 def l2(rows: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Recorder:
             moves.zero_()
         self._names = list(self.parameters)
         self._moments = Moments(self.parameters)
-        [start] = to_host([joined([largest(rows) for rows in self._start])])
+        [start] = to_host([joined([largest(rows.clone()) for rows in self._start])])
         self._largest_weights = self._layout.ordered(start)
         self._base_before = base_digests(model)
         self._layer_of = _holders(self.parameters, lora_layers(model))
@@ -110,12 +110,12 @@ class Recorder:
             most.append(largest(rows))
         for rows, before in zip(self._layout.laid(self._tensors), self._previous, strict=True) if self.steps else ():
             moved.append(largest(rows.sub_(before)))
-        scale = loss_scale if loss_scale is not None and scaled else 1.0
+        scale = loss_scale if scaled else None
         self._gradients = {
             "places": places,
             "layout": layout,
-            "l2": joined(norm) / scale,
-            "largest": joined(most) / scale,
+            "l2": _unscaled(joined(norm), scale),
+            "largest": _unscaled(joined(most), scale),
             "scale": _one(loss_scale),
             "moved": joined(moved),
         }
@@ -125,22 +125,23 @@ class Recorder:
         """The optimizer is about to step: these are the gradients that it gets, still scaled where `loss_scale` is."""
         _, layout, dense, where = self._dense_gradients()
         norm = joined([l2(rows) for rows in layout.laid(dense, where)])
-        self._received = norm / (1.0 if loss_scale is None else loss_scale)
+        self._received = _unscaled(norm, loss_scale)
 
     @torch.no_grad()
     def after_step(
         self, optimizer: torch.optim.Optimizer, learning_rate: float | None, loss_scale: Tensor | None = None
     ) -> None:
         """The optimizer has stepped, or was kept from it by the scaler, whose scale is now `loss_scale`."""
-        self._follow()
+        if not self.gradients_seen:
+            self._follow()
         weights_seen, update_seen, least_move = [], [], []
         for i, (rows, kept) in enumerate(zip(self._layout.laid(self._tensors), self._previous, strict=True)):
-            weights_seen.append(largest(rows))
             update_seen.append(largest(kept.sub_(rows)))
             if kept.numel() and not self._all_moved:
                 moves = self._largest_move[i]
-                least_move.append(torch.maximum(moves, kept.abs_(), out=moves).amin().reshape(1))
+                least_move.append(torch.maximum(moves, kept, out=moves).amin().reshape(1))
             kept.copy_(rows)
+            weights_seen.append(largest(rows))
         seen = self._gradients is not None
         gradients = self._gradients or dict.fromkeys(("l2", "largest", "moved", "scale"), torch.empty(0))
         received = torch.empty(0) if self._received is None else self._received
@@ -343,6 +344,10 @@ def _kinds(parameters: list[Tensor]) -> tuple[list[torch.dtype], list[torch.devi
 def _one(scalar: Tensor | None) -> Tensor:
     """A copy of a scalar that may be changed in place, shape (1,); shape (0,) for None."""
     return torch.empty(0) if scalar is None else scalar.detach().clone().reshape(1)
+
+
+def _unscaled(numbers: Tensor, loss_scale: Tensor | None) -> Tensor:
+    return numbers if loss_scale is None else numbers / loss_scale
 
 
 def _mean(loss: Tensor) -> Tensor:

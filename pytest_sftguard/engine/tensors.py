@@ -42,7 +42,7 @@ def to_host(parts: Sequence[Tensor]) -> list[list[float]]:
     if not parts:
         return []
     device = next((p.device for p in parts if p.numel()), torch.device("cpu"))
-    there = [p.detach().to(device).reshape(-1) for p in parts if p.numel()]
+    there = [p if p.device == device else p.to(device) for p in parts if p.numel()]
     flat = torch.cat([torch.empty(0, dtype=torch.float64, device=device), *there]).tolist()  # in the widest type
     lists, start = [], 0
     for p in parts:

@@ -46,9 +46,11 @@ def largest(
         rates.update(dict.fromkeys(map(id, group["params"]), of_group))
     worst, where = 0.0, ""
     for (name, parameter), change, old, new in zip(parameters.items(), moved, before, after, strict=True):
+        rate, decay = rates.get(id(parameter), (0.0, 0.0))
+        if change <= worst * rate:  # what is taken off would only make it less
+            continue
         if math.isnan(change):
             return math.nan, name
-        rate, decay = rates.get(id(parameter), (0.0, 0.0))
         rest = change - rate * decay * old - _eps(parameter.dtype) * (old if old > new else new)
         if rest > worst * rate and (ratio := _ratio(rest, rate)) > worst:
             worst, where = ratio, name

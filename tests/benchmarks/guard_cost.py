@@ -1,6 +1,6 @@
 """Measures what watching costs in each step, beside other ways to find a NaN, and writes the table of docs/cost.md.
 
-    python -m tests.benchmarks.guard_cost          (a few minutes on one core)
+    python -m tests.benchmarks.guard_cost          (ten minutes on one core)
     python -m tests.benchmarks.guard_cost --write  (and puts the table into docs/cost.md)
 
 Every way trains the app's embedded model, in one process and one thread. The ways take turns, round by round, in an
@@ -126,9 +126,9 @@ class Times:
     processor: list[float]
 
 
-def one_round(way: str, steps: int) -> Times:
+def one_round(way: str, cell: Cell, steps: int) -> Times:
     """Train once."""
-    config = RunConfig(cell=Cell("fp32", 8, 1), target=TARGET, device="cpu", steps=steps + WARM_UP)
+    config = RunConfig(cell=cell, target=TARGET, device="cpu", steps=steps + WARM_UP)
     mode, target = mode_named("fp32"), resolve(TARGET)
     with isolated(), tempfile.TemporaryDirectory() as folder:
 
@@ -151,26 +151,42 @@ def _between(times: list[float]) -> list[float]:
     return [b - a for a, b in itertools.pairwise(times)]
 
 
-def measured(ways: list[str], rounds: int, steps: int) -> dict[str, list[Times]]:
+def measured(ways: list[str], cell: Cell, rounds: int, steps: int) -> dict[str, list[Times]]:
     """Every way, round by round."""
     for way in ways:  # whatever is loaded and made once
-        one_round(way, 1)
+        one_round(way, cell, 1)
     found: dict[str, list[Times]] = {way: [] for way in ways}
     for i in range(rounds):
         turn = i % len(ways)
         for way in ways[turn:] + ways[:turn]:
-            found[way].append(one_round(way, steps))
-        print(f"round {i + 1} of {rounds}: " + ", ".join(f"{w} {_middle(t[-1].wall)}" for w, t in found.items()))
+            found[way].append(one_round(way, cell, steps))
+        print(
+            f"{cell}, round {i + 1} of {rounds}: " + ", ".join(f"{w} {_middle(t[-1].wall)}" for w, t in found.items())
+        )
         sys.stdout.flush()
     return found
 
 
-def table(found: dict[str, list[Times]], steps: int) -> str:
-    """Markdown, with a line on where and how."""
+def table(found: dict[str, dict[str, list[Times]]], steps: int) -> str:
+    """Markdown, with a line on where and how; `found` by cell and way."""
     lines = [
-        "| | step, wall (ms) | quartiles | step, processor (ms) | wall / bare | processor / bare | of single rounds |",
-        "|---|---|---|---|---|---|---|",
+        "| cell | | step, wall (ms) | quartiles | processor (ms) | wall / bare | processor / bare | single rounds |",
+        "|---|---|---|---|---|---|---|---|",
+        *(row for cell, by_way in found.items() for row in _rows(cell, by_way)),
     ]
+    rounds = len(next(iter(found.values()))["bare"])
+    device = probe("cpu")
+    lines += [
+        "",
+        f"{device.name}, {_cores()} cores, one thread, load {os.getloadavg()[0]:.1f} at the end; Python"
+        f" {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}."
+        f" {rounds} rounds of {steps} steps for each; medians of all steps, quartiles of the wall, and the medians of"
+        " the rounds' ratios, of the processor with the smallest and the largest.",
+    ]
+    return "\n".join(lines)
+
+
+def _rows(cell: str, found: dict[str, list[Times]]) -> Iterator[str]:
     for way, times in found.items():
         wall = [s for t in times for s in t.wall]
         low, _, high = statistics.quantiles(wall, n=4)
@@ -181,22 +197,12 @@ def table(found: dict[str, list[Times]], steps: int) -> str:
             ]
             for kind in ("wall", "processor")
         }
-        lines.append(
-            f"| {WAYS[way][1]} | {_middle(wall)} | {low * 1e3:.2f} to {high * 1e3:.2f} "
+        yield (
+            f"| {cell} | {WAYS[way][1]} | {_middle(wall)} | {low * 1e3:.2f} to {high * 1e3:.2f} "
             f"| {_middle([s for t in times for s in t.processor])} "
             f"| {statistics.median(ratios['wall']):.3f} | {statistics.median(ratios['processor']):.3f} "
             f"| {min(ratios['processor']):.3f} to {max(ratios['processor']):.3f} |"
         )
-    rounds = len(found["bare"])
-    device = probe("cpu")
-    lines += [
-        "",
-        f"{device.name}, {_cores()} cores, one thread, load {os.getloadavg()[0]:.1f} at the end; Python"
-        f" {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}."
-        f" {rounds} rounds of {steps} steps for each; medians of all steps, quartiles of the wall, and the medians of"
-        " the rounds' ratios, of the processor with the smallest and the largest.",
-    ]
-    return "\n".join(lines)
 
 
 def _cores() -> int:
@@ -211,6 +217,10 @@ def main() -> None:
     """Measure on this machine."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="rounds of each way (default 10)")
+    parser.add_argument(
+        "--batches", nargs="+", default=["8x4", "8x1"], metavar="AxB",
+        help="micro-batch x accumulation of each cell (default: the app's own, and the smallest step of the matrix)",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, default=30, metavar="N", help="counted steps of a round (default 30)")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="what to compare with bare")
     parser.add_argument("--write", action="store_true", help="put the table into docs/cost.md")
@@ -219,7 +229,9 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     ways = list(dict.fromkeys(["bare", *options.ways]))
-    made = table(measured(ways, options.rounds, options.steps), options.steps)
+    cells = [Cell("fp32", *map(int, batch.split("x"))) for batch in options.batches]
+    found = {str(cell): measured(ways, cell, options.rounds, options.steps) for cell in cells}
+    made = table(found, options.steps)
     print(made)
     if options.write:
         page = PAGE.read_text(encoding="utf-8")
