@@ -103,9 +103,16 @@ class OneBatchOverfit(Invariant):
             )
 
     def _settled(self, reference: RunRecord, losses: Sequence[float], quarter: int, last: float) -> Iterator[Finding]:
-        """A learning rate too high ends in the distribution of the labels: one answer to every question."""
+        """A learning rate too high ends in the distribution of the labels, one answer to all, or before it."""
         entropy = reference.first_step.label_entropy if reference.first_step is not None else None
         if entropy is None or not last >= entropy:
+            return
+        if all(s.grad_norm == 0 for s in reference.steps[-quarter:]):  # logits that nothing moves any more
+            yield self.failed(
+                f"trained on one batch alone, the loss stopped at {last:.4g}, where every gradient is exactly 0:"
+                f" whoever knows the distribution of the labels and nothing else has {entropy:.4g}",
+                observed=last, limit=entropy,
+            )  # fmt: skip
             return
         fall = losses[0] - last
         before = statistics.fmean(losses[-2 * quarter : -quarter])

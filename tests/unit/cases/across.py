@@ -68,6 +68,13 @@ def half(**changes: Any) -> RunRecord:
     return stepped(run(precision="bf16-mixed"), **({"loss": 4.001, "grad_norm": 2.001} | changes))
 
 
+def dead(*losses: float) -> RunRecord:
+    """One batch whose last losses have no gradient any more."""
+    record = one_batch(*losses)
+    steps = (*record.steps[:2], *(dataclasses.replace(s, grad_norm=0.0) for s in record.steps[2:]))
+    return dataclasses.replace(record, steps=steps)
+
+
 def one_batch(*losses: float, precision: str = "fp32", entropy: float = 1.0, **changes: Any) -> RunRecord:
     """A record of one batch over and over, with `losses`."""
     record = run(precision=precision)
@@ -201,6 +208,7 @@ FAILURES = {
         "nan": (run(), "the loss is nan at step 5", one_batch(*FALLING[:4], NAN, NAN)),
         "inf": (run(), "the loss is inf at step 2", one_batch(4.0, math.inf, 4.0, 4.0)),
         "constant": (run(), "is 4 at all of 20 steps, to the bit: nothing is learned", one_batch(*[4.0] * 20)),
+        "dead": (run(), "stopped at 4.1, where every gradient is exactly 0", dead(4.4, 75.0, *[4.1] * 8)),
         "rises": (run(), "does not fall: 4 at first, 6", one_batch(4.0, 3.0, 2.0, 4.0, 5.0, 6.0)),
         "does-not-fall": (run(), "does not fall", one_batch(4.0, 3.0, 3.5, 4.0, 4.0, 4.0)),
         "rises-in-half": (half(), "does not fall", one_batch(4.0, 4.1, 4.2, 4.3, precision="bf16-mixed")),
