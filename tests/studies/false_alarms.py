@@ -46,6 +46,14 @@ AXES: dict[str, Sequence[Any]] = {
 """What the cells are drawn from."""
 
 
+LEFT_OUT = (
+    "Not among them, since it is no healthy training: a head that is trained whole and left by peft in float16, or in",
+    "bfloat16 at a learning rate of 1e-5. Both are reported, rightly: there an element moved by 321 to 31,563 learning",
+    "rates, here half of each update was rounded away.",
+)
+"""What a reader must know of the draw; `_is_sound` has the numbers."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One healthy training."""
@@ -84,10 +92,13 @@ def samples(count: int) -> list[Sample]:
 def _is_sound(values: dict[str, Any]) -> bool:
     """Whether the training is a healthy one.
 
-    One kind is not: peft leaves a head that is trained whole in float16, where Adam's second moments are stored as 0
-    and an element was seen to move by 321 to 31,563 learning rates; update_upper_bound reports it, rightly.
+    Two kinds are not, and are reported, rightly: a head that is trained whole and that peft leaves in half precision.
+    In float16 Adam's second moments are stored as 0, and an element was seen to move by 321 to 31,563 learning rates
+    (update_upper_bound). In bfloat16 at a learning rate of 1e-5 half of each update is rounded away: the head came
+    0.00039 far where it comes 0.00078 in float32 (precision_agreement).
     """
-    return not (values["precision"] == "fp16-true" and values["LoRA"] == "head")
+    swallowed = values["precision"] == "bf16-true" and values["learning rate"] <= 1e-5
+    return not (values["LoRA"] == "head" and (swallowed or values["precision"] == "fp16-true"))
 
 
 def judged(sample: Sample) -> Attempt:
@@ -131,6 +142,8 @@ def _page(drawn: list[Sample], alarms: list[tuple[Sample, Attempt]], seconds: fl
         "",
         f"Made with `python -m tests.studies.false_alarms --cells {len(drawn)} --markdown docs/false-alarms.md` in",
         f"{seconds / 60:.0f} minutes on {platform.machine()}, torch {torch.__version__}.",
+        "",
+        *LEFT_OUT,
         "",
         "| axis | value: cells (false alarms) |",
         "|---|---|",
