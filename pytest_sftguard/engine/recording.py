@@ -132,8 +132,7 @@ class Recorder:
         self, optimizer: torch.optim.Optimizer, learning_rate: float | None, loss_scale: Tensor | None = None
     ) -> None:
         """The optimizer has stepped, or was kept from it by the scaler, whose scale is now `loss_scale`."""
-        if not self.gradients_seen:
-            self._follow()
+        self._follow()
         weights_seen, update_seen, least_move = [], [], []
         for i, (rows, kept) in enumerate(zip(self._layout.laid(self._tensors), self._previous, strict=True)):
             update_seen.append(largest(kept.sub_(rows)))
