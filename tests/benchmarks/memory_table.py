@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import re
 import tempfile
 import warnings
 from pathlib import Path
@@ -29,6 +28,7 @@ from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.precision import mode_named
 from pytest_sftguard.sizes import format_bytes
 from tests.benchmarks.memory_targets import TOKENS
+from tests.benchmarks.pages import put
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "memory.md"
 STEPS = 3
@@ -148,11 +148,7 @@ def main() -> None:
     kind, _ = choose_device("auto")
     made = table(kind)
     if options.write:
-        page = PAGE.read_text(encoding="utf-8")
-        marked = re.compile(rf"(<!-- {kind} table -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        if not marked.search(page):
-            raise SystemExit(f"{PAGE.name} has no place for a {kind} table")
-        PAGE.write_text(marked.sub(lambda m: m[1] + made + m[2], page, count=1), encoding="utf-8")
+        put(PAGE, f"{kind} table", made)
 
 
 if __name__ == "__main__":
