@@ -55,7 +55,7 @@ def joined_texts(texts: Iterable[str | None]) -> str | None:
 
 def _whole(tensor: Tensor) -> Any:
     """The tensor as 64-bit integers; on a CPU in numpy, whose calls on so few numbers take a quarter of torch's."""
-    wide = tensor.detach().to(torch.int64)
+    wide = tensor if tensor.dtype is torch.int64 else tensor.detach().to(torch.int64)
     return wide.numpy() if wide.device.type == "cpu" else wide
 
 

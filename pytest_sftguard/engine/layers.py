@@ -21,7 +21,9 @@ class LayerWatch:
         """Whether a forward pass now is one of the training's, whose types count."""
         self.autocast_dtype: str | None = None
         self._returned: dict[str, set[int]] = {}
-        self._hooks = [*self._watch_layers(), *self._watch_buffers()]
+        self._on_layers = self._watch_layers()
+        self._layer_hooks = [register(hook) for register, hook in self._on_layers]
+        self._buffer_hooks = self._watch_buffers()
 
     @property
     def compute_dtypes(self) -> dict[str, int]:
@@ -30,23 +32,38 @@ class LayerWatch:
 
     def detach(self) -> None:
         """Take the hooks off the model."""
-        for hook in self._hooks:
+        for hook in [*self._layer_hooks, *self._buffer_hooks]:
             hook.remove()
+        self._layer_hooks, self._buffer_hooks, self._on_layers = [], [], []
 
-    def _watch_layers(self) -> list[Any]:
+    def begin_micro_batch(self, *, first: bool) -> None:
+        """Another micro-batch of the training begins, the `first` of its step or a later one.
+
+        Where a token has passed through every layer in this step, there is nothing more to learn in it: a hook costs
+        its call, and the module its fast way. In the first step all micro-batches are seen, for their types.
+        """
+        if first and not self._layer_hooks:
+            self._layer_hooks = [register(hook) for register, hook in self._on_layers]
+        elif not first and self._layer_hooks and self.recorder.steps and self.recorder.all_layers_used:
+            for hook in self._layer_hooks:
+                hook.remove()
+            self._layer_hooks = []
+
+    def _watch_layers(self) -> list[tuple[Callable[..., Any], Callable[..., None]]]:
         """Hooks that note which layers a token passed through: an expert without one has no gradient, soundly.
 
         And of what type their products are. Where the product is a module within the layer, one hook does for both.
+        Beside each hook stands what puts it in its place.
         """
         products = {id(layer): layer for layer in product_layers(self.recorder.model)}
-        hooks = []
+        hooks: list[tuple[Callable[..., Any], Callable[..., None]]] = []
         for name, layer in lora_layers(self.recorder.model).items():
             product = products.pop(id(layer.base_layer), None)
             if product is None:
-                hooks.append(layer.register_forward_pre_hook(self._note_use(name)))
+                hooks.append((layer.register_forward_pre_hook, self._note_use(name)))
             else:
-                hooks.append(product.register_forward_hook(self._note_product(name)))
-        return hooks + [layer.register_forward_hook(self._note_product("")) for layer in products.values()]
+                hooks.append((product.register_forward_hook, self._note_product(name)))
+        return hooks + [(layer.register_forward_hook, self._note_product("")) for layer in products.values()]
 
     def _note_use(self, name: str) -> Callable[..., None]:
         def note(module: Any, inputs: Any, output: Any = None) -> None:

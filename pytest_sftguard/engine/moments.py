@@ -11,9 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytest_sftguard.engine import updates
 from pytest_sftguard.engine.packed import Layout, joined, total
 from pytest_sftguard.engine.tensors import norms, to_host
 from pytest_sftguard.records import Names
+
+_SHOWN = ("exp_avg", "step")
+"""States of Adam's kin that are asked only where something else is wrong: they are factors of each step's update, so
+that NaN in them, or an infinite momentum, is in the weights after the same step. An infinite second moment stops them.
+"""
 
 
 class Moments:
@@ -23,8 +29,8 @@ class Moments:
         self._parameters = parameters
         self._held: list[Any] = []
         self._tensors_alone = True
-        self._alike: list[tuple[list[int], list[Tensor]]] = []
-        self._scalars: list[Tensor] = []
+        self._plain: list[Tensor] = []
+        self._layout = Layout(self._plain)
         self._others: list[Tensor] = []
 
     def named(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
@@ -36,15 +42,16 @@ class Moments:
             if _counts(value, parameter)
         ]
 
-    def finite(self, optimizer: torch.optim.Optimizer, layout: Layout) -> Tensor:
+    def finite(self, optimizer: torch.optim.Optimizer, *, stepped: bool) -> Tensor:
         """A few numbers, all of them finite only where all states are; nothing is waited for.
 
-        `layout` is that of the parameters.
+        Where the optimizer has `stepped` on every parameter, those states are left out that then show in the weights:
+        see `_SHOWN`.
         """
-        self._sort(optimizer, layout)
-        seen = [total(rows) for places, states in self._alike for rows in layout.laid(states, places)]
-        if self._scalars:
-            seen.append(torch.stack(self._scalars).sum().reshape(1))
+        if not stepped:
+            return norms([t for _, t in self.named(optimizer)], math.inf)
+        self._sort(optimizer)
+        seen = [total(rows) for rows in self._layout.laid(self._plain)]
         if self._others:
             seen.append(norms(self._others, math.inf))
         return joined(seen)
@@ -55,7 +62,7 @@ class Moments:
         [largest] = to_host([norms([t for _, t in named], math.inf)])
         return Names.of(n for (n, _), value in zip(named, largest, strict=True) if not math.isfinite(value))
 
-    def _sort(self, optimizer: torch.optim.Optimizer, layout: Layout) -> None:
+    def _sort(self, optimizer: torch.optim.Optimizer) -> None:
         """Sort the states by how they can be looked at, unless they are the tensors that have been sorted before."""
         held = list(itertools.chain.from_iterable(state.values() for state in optimizer.state.values()))
         if not self._tensors_alone:
@@ -63,21 +70,13 @@ class Moments:
         if len(held) == len(self._held) and all(map(operator.is_, held, self._held)):
             return
         self._tensors_alone = all(isinstance(v, Tensor) for v in held)
-        self._held, self._alike, self._scalars, self._others = held, [], [], []
-        alike: dict[str, tuple[list[int], list[Tensor]]] = {}
-        for place, parameter in enumerate(self._parameters.values()):
-            for key, value in optimizer.state.get(parameter, {}).items():
-                if not _counts(value, parameter):
-                    continue
-                if layout.takes([value], [place]):
-                    places, tensors = alike.setdefault(key, ([], []))
-                    places.append(place)
-                    tensors.append(value)
-                elif value.dim() == 0 and value.dtype == torch.float32 and value.device == parameter.device:
-                    self._scalars.append(value)
-                else:
-                    self._others.append(value)
-        self._alike = list(alike.values())
+        self._held = held
+        shown = _SHOWN if updates.betas(optimizer) else ()
+        counted = [value for name, value in self.named(optimizer) if name.rpartition(":")[2] not in shown]
+        # quantised states are tensors of a class of their own, which need not know how to be stacked
+        self._plain = [v for v in counted if type(v) is Tensor and v.layout is torch.strided]
+        self._others = [v for v in counted if type(v) is not Tensor or v.layout is not torch.strided]
+        self._layout = Layout(self._plain)
 
 
 def _counts(value: object, parameter: Tensor) -> bool:

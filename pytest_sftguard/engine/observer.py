@@ -112,7 +112,8 @@ class Observer:
         if not self._losses and loss.requires_grad:
             loss.register_hook(self._backward_begins)  # type: ignore[no-untyped-call] # torch leaves it untyped
         self._losses.append(loss.detach())
-        self.recorder.micro_batch(loss, labels if isinstance(labels, Tensor) and labels.dim() else None)
+        self.recorder.collated({"labels": labels})
+        self.recorder.micro_batch(loss)
         self._inputs, self._labels = {}, None
 
     def before_step(self, optimizer: Any = None, scaler: Any = None) -> None:
@@ -165,7 +166,7 @@ class Observer:
         adapter, base, digest = recorder.adapter(), recorder.base(), recorder.adapter_digest()
         trip = self._round_trip()
         kind = next(iter(recorder.model.parameters())).device.type
-        steps = tuple(recorder.steps)
+        steps = recorder.finished()
         rows = next((v.shape[0] for v in self._first_inputs.values() if v.dim()), 1)
         accumulation = self._accumulation or max((len(s.micro_losses) for s in steps), default=1) or 1
         tf32 = torch.backends.cuda.matmul.allow_tf32 if kind == "cuda" else None
@@ -261,6 +262,7 @@ class Observer:
         self._layers.looking = model.training
         if not model.training:
             return
+        self._layers.begin_micro_batch(first=not self._losses)
         self.recorder.start_clock()
         self._inputs = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
         if args and isinstance(args[0], Tensor):

@@ -18,7 +18,7 @@ _Key = TypeVar("_Key")
 
 _AT_ONCE = {"cpu": 1 << 18}
 """Elements that are looked at together: on a CPU a megabyte of float32, which a cache holds meanwhile."""
-_AT_ONCE_ELSEWHERE = 1 << 24
+_AT_ONCE_ELSEWHERE = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,6 @@ class Layout:
         memory = {kind: torch.empty(size, dtype=kind[0], device=kind[1]) for kind, size in sizes.items()}
         self._blocks = [_block(part, memory[self._kinds[part[0]]], lengths, shapes) for part in parts]
         self._order = [i for part in parts for i in part]
-
-    def takes(self, tensors: Sequence[Tensor], places: Sequence[int]) -> bool:
-        """Whether `tensors` are of the types and shapes of `places`, so that copying changes nothing."""
-        return all(
-            t.dtype is self._kinds[i][0] and t.shape == self._shapes[i] for t, i in zip(tensors, places, strict=True)
-        )
 
     def laid(self, tensors: Sequence[Tensor], places: Sequence[int] | None = None) -> Iterator[Tensor]:
         """Copies of `tensors`, block by block, shape (tensors, elements); each is written over the one before.

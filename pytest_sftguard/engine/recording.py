@@ -7,17 +7,19 @@ reductions over the trainable tensors and one transfer to the host.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pytest_sftguard.engine import fingerprints, updates
+from pytest_sftguard.engine import updates
 from pytest_sftguard.engine.adapters import base_digests, base_tensors, lora_layers, partial_factors, trainables
+from pytest_sftguard.engine.collated import Collated
 from pytest_sftguard.engine.moments import Moments
 from pytest_sftguard.engine.packed import Layout, joined, l2, largest
 from pytest_sftguard.engine.tensors import combined, digests, dtype_name, norms, to_host
@@ -30,6 +32,9 @@ class Recorder:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.steps: list[StepRecord] = []
+        """The steps so far, but for what `finished` adds."""
+        padding = getattr(getattr(model, "config", None), "pad_token_id", None)
+        self._collated = Collated(padding if isinstance(padding, int) else None)
         self.parameters = trainables(model)
         self._tensors = now = list(self.parameters.values())
         self._kinds = _kinds(now)
@@ -54,19 +59,19 @@ class Recorder:
     def _open(self) -> None:
         self._micro_losses: list[Tensor] = []
         self._returned: list[Tensor] = []
-        self._tokens: list[Tensor] = []
-        self._rows: list[Tensor | None] = []
         self._gradients: dict[str, Any] | None = None
         self._received: Tensor | None = None
         self._started: float | None = None
         self._stale: tuple[list[str], Tensor] = ([], torch.empty(0))
         self.used_layers = set()
 
-    def begin_micro_batch(self) -> None:
-        """A micro-batch is about to be computed: the step's clock starts with its first."""
-        if self._started is None:
+    def begin_micro_batch(self) -> bool:
+        """A micro-batch is about to be computed: the step's clock starts with its first. Says whether this is it."""
+        first = self._started is None
+        if first:
             self.start_clock()
             self.look_for_stale_gradients()
+        return first
 
     def start_clock(self) -> None:
         """The step begins now, unless it has begun before."""
@@ -81,15 +86,13 @@ class Recorder:
         left = [(n, p.grad) for n, p in self.parameters.items() if p.grad is not None]
         self._stale = ([n for n, _ in left], norms([g.to_dense() if g.is_sparse else g for _, g in left], math.inf))
 
-    def micro_batch(self, loss: Tensor, labels: Tensor | None = None, rows: Tensor | None = None) -> None:
-        """The raw loss of a micro-batch (any shape; its mean counts).
+    def collated(self, inputs: Mapping[str, Any]) -> None:
+        """What a micro-batch of the step that is under way is made of."""
+        self._collated.add(len(self.steps) + 1, inputs)
 
-        Beside it its labels, shape (rows, tokens), and a fingerprint of its rows.
-        """
-        self._rows.append(rows)
+    def micro_batch(self, loss: Tensor) -> None:
+        """The raw loss of a micro-batch (any shape; its mean counts)."""
         self._micro_losses.append(_mean(loss))
-        if labels is not None:
-            self._tokens.append((labels[..., 1:] != -100).sum())
 
     def micro_batch_done(self, returned: Tensor) -> None:
         """What the training loop adds up for the step's loss."""
@@ -143,19 +146,21 @@ class Recorder:
             weights_seen.append(largest(rows))
         seen = self._gradients is not None
         gradients = self._gradients or dict.fromkeys(("l2", "largest", "moved", "scale"), torch.empty(0))
+        stepped = seen and len(gradients["places"]) == len(self._names)
         received = torch.empty(0) if self._received is None else self._received
         (
-            scale, scale_after, loss, micro, tokens, collated,
+            scale, scale_after, loss, micro, collated,
             norm, most, moved, stale, update, weights, least, moments, given,
         ) = (
             to_host([
                 gradients["scale"], _one(loss_scale),
-                _stacked(self._returned), _stacked(self._micro_losses), _stacked(self._tokens), _whole(self._rows),
+                _stacked(self._returned), _stacked(self._micro_losses), self._collated.due(),
                 gradients["l2"], gradients["largest"], gradients["moved"], self._stale[1],
                 joined(update_seen), joined(weights_seen), joined(least_move),
-                self._moments.finite(optimizer, self._layout), received,
+                self._moments.finite(optimizer, stepped=stepped), received,
             ])
         )  # fmt: skip
+        self._collated.take(collated)
         self._all_moved = self._all_moved or (bool(least) and all(v > 0 for v in least))
         with_gradient, most = self._of_gradients(most)
         update, weights = self._layout.ordered(update), self._layout.ordered(weights)
@@ -185,18 +190,26 @@ class Recorder:
                 max_change_before=_largest(moved) if moved else None,
                 idle=Names.of(self._idle(self.used_layers)),
                 nonfinite_weights=NONE if sound else _named(self._names, (not f for f in finite)),
-                nonfinite_moments=NONE if _finite(moments) else self._moments.nonfinite(optimizer),
+                nonfinite_moments=NONE
+                if sound and _finite(moments) and _finite(norm) and _finite(given)
+                else self._moments.nonfinite(optimizer),
                 max_update=_largest(update),
                 max_update_ratio=ratio,
                 max_update_tensor=furthest,
                 received_grad_norm=None if self._received is None else _hypot(given),
-                supervised_tokens=int(sum(tokens)) if tokens else None,
-                rows=fingerprints.joined(collated) if collated else None,
                 seconds=time.perf_counter() - self._started if self._started is not None else None,
                 peak_memory_bytes=self._peak_memory(),
             )
         )
         self._open()
+
+    def finished(self) -> tuple[StepRecord, ...]:
+        """Every step so far, complete."""
+        self._collated.settle()
+        return tuple(
+            dataclasses.replace(s, supervised_tokens=self._collated.tokens(s.step), rows=self._collated.rows(s.step))
+            for s in self.steps
+        )
 
     def begin_from_here(self) -> None:
         """The weights that the training begins with have been loaded since: steps are measured from them."""
@@ -283,6 +296,11 @@ class Recorder:
         return set(self._idle(self.ever_used))
 
     @property
+    def all_layers_used(self) -> bool:
+        """Whether a token of the step that is under way has passed through every adapted layer."""
+        return self.used_layers >= self._layers
+
+    @property
     def gradients_seen(self) -> bool:
         """Whether the gradients of the step that is under way have been looked at."""
         return self._gradients is not None
@@ -299,10 +317,17 @@ class Recorder:
 
     def _dense_gradients(self) -> tuple[list[int], Layout, list[Tensor], list[int]]:
         """The gradients that there are: whose, how they are laid out, themselves, and their places in the layout."""
-        gradients = [p.grad for p in self._tensors]
-        places = [i for i, g in enumerate(gradients) if g is not None]
-        dense = [g.to_dense() if g.is_sparse else g for g in gradients if g is not None]
-        if [g.dtype for g in dense] != [self._kinds[0][i] for i in places]:  # kept in a type of their own
+        places, dense, alike = [], [], True
+        for i, (parameter, dtype) in enumerate(zip(self._tensors, self._kinds[0], strict=True)):
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if gradient.layout is not torch.strided:
+                gradient = gradient.to_dense()
+            alike = alike and gradient.dtype is dtype
+            places.append(i)
+            dense.append(gradient)
+        if not alike:  # kept in a type of their own
             return places, Layout(dense), dense, list(range(len(dense)))
         return places, self._layout, dense, places
 
@@ -362,12 +387,6 @@ def _holders(parameters: Iterable[str], layers: Iterable[str]) -> dict[str, str]
 
 def _stacked(scalars: list[Tensor]) -> Tensor:
     return torch.stack([s.float() for s in scalars]) if scalars else torch.empty(0)
-
-
-def _whole(numbers: list[Tensor | None]) -> Tensor:
-    """Whole numbers as doubles, shape (0,) where one is missing."""
-    there = [n.double() for n in numbers if n is not None]
-    return torch.stack(there) if there and len(there) == len(numbers) else torch.empty(0)
 
 
 def _named(names: list[str], flags: Any) -> Names:

@@ -188,7 +188,7 @@ class _Cell:
                 loss_scaling=watch.scaler is not None,
                 tf32=torch.backends.cuda.matmul.allow_tf32 if self.kind == "cuda" else None,
                 max_grad_norm=trainer.args.max_grad_norm,
-                steps=tuple(recorder.steps),
+                steps=recorder.finished(),
                 first_step=watch.first_step.record(),
                 log=watch.log(),
                 global_step=trainer.state.global_step,

@@ -17,7 +17,7 @@ _KIN = re.compile(r"(Paged|Fused|CPU|DeepSpeedCPU|AnyPrecision)?AdamW?(4bit|8bit
 
 def betas(optimizer: torch.optim.Optimizer) -> tuple[float, ...]:
     """Decay rates of the moments, of the group that can move furthest; empty where it is none of Adam's kin."""
-    if not any(_KIN.fullmatch(kind.__name__) for kind in type(optimizer).__mro__):
+    if not _kin(tuple(kind.__name__ for kind in type(optimizer).__mro__)):
         return ()
     pairs = [tuple(float(b) for b in group["betas"]) for group in optimizer.param_groups if "betas" in group]
     return max(
@@ -55,6 +55,11 @@ def largest(
         if rest > worst * rate and (ratio := _ratio(rest, rate)) > worst:
             worst, where = ratio, name
     return worst, where
+
+
+@functools.cache
+def _kin(names: tuple[str, ...]) -> bool:
+    return any(map(_KIN.fullmatch, names))
 
 
 @functools.cache

@@ -17,7 +17,6 @@ import torch
 from transformers import TrainerCallback
 
 from pytest_sftguard.engine import scales
-from pytest_sftguard.engine.fingerprints import fingerprint
 from pytest_sftguard.engine.first_step import FirstStep
 from pytest_sftguard.engine.layers import LayerWatch
 from pytest_sftguard.engine.recording import Recorder
@@ -45,7 +44,6 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
         self._in_training_step = False
         self.batches: list[dict[str, Any]] = []
         self.first_step = FirstStep(trainer, recorder.model)
-        self._padding = _padding(recorder.model)
         trainer.compute_loss = self._compute_loss(trainer.compute_loss)
         trainer.training_step = self._training_step(trainer.training_step)
         trainer.accelerator.backward = self._backward(trainer.accelerator.backward)
@@ -82,10 +80,8 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
         def wrapped(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             if not self._in_training_step:  # an evaluation
                 return original(model, inputs, *args, **kwargs)
-            labels = inputs.get("labels") if hasattr(inputs, "get") else None
             self._keep(inputs)
             self.layers.looking = True
-            rows = fingerprint(inputs, self._padding)
             look = contextlib.nullcontext() if self.recorder.steps else self.first_step.watching(inputs)
             try:
                 with look:
@@ -93,20 +89,21 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
             finally:
                 self.layers.looking = False
             loss = result[0] if isinstance(result, tuple) else result
-            self.recorder.micro_batch(loss, labels if isinstance(labels, torch.Tensor) else None, rows)
+            self.recorder.micro_batch(loss)
             return result
 
         return wrapped
 
     def _keep(self, inputs: Any) -> None:
-        """Remember the first micro-batches as the model is given them: the tensors themselves, no copies."""
+        """Remember what the model is given, and the first micro-batches whole: the tensors themselves, no copies."""
+        self.recorder.collated(inputs if hasattr(inputs, "get") else {})
         if len(self.batches) < _BATCHES_KEPT and hasattr(inputs, "items"):
             self.batches.append({**inputs, STEP: len(self.recorder.steps) + 1})
 
     def _training_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            self.recorder.begin_micro_batch()
+            self.layers.begin_micro_batch(first=self.recorder.begin_micro_batch())
             self._in_training_step = True
             try:
                 returned = original(*args, **kwargs)
@@ -165,11 +162,6 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
 
     def _still_scaled(self) -> bool:
         return scales.still_on(self.scaler, self.optimizer)
-
-
-def _padding(model: Any) -> int | None:
-    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
-    return padding if isinstance(padding, int) else None
 
 
 def _length(dataloader: Any) -> int | None:

@@ -3,10 +3,11 @@
     python -m tests.benchmarks.guard_cost          (ten minutes on one core)
     python -m tests.benchmarks.guard_cost --write  (and puts the table into docs/cost.md)
 
-Every way trains the app's embedded model, in one process and one thread. The ways take turns, round by round, in an
-order that rotates, so that whatever else the machine does meets all of them. A step is the time from the end of one to
-the end of the next, the data loader's included. The processor's time is beside the wall's: other programs slow the wall
-down, and the processor less.
+Every way trains the app's embedded model, in one process, and computes in one thread. The trainings take turns after
+every step, in an order that is drawn for each lap, so that whatever else the machine does meets all of them; each round
+makes them all anew, since where its tensors come to lie in memory makes a training a percent faster or slower. A step
+is the time from the end of one to the end of the next, the data loader's included. The processor's time is beside the
+wall's: other programs slow the wall down, and the processor less.
 """
 
 from __future__ import annotations
@@ -14,13 +15,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import itertools
 import os
 import platform
 import statistics
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,9 +41,14 @@ from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.precision import mode_named
 from pytest_sftguard.tiers import TIERS
 from tests.benchmarks.pages import put
+from tests.benchmarks.turns import Times, Turns
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cost.md"
 TARGET = "homework.sft:build_trainer"
+CELLS = [
+    Cell("fp32", 8, 4), Cell("fp32", 2, 4), Cell("fp32", 8, 1), Cell("bf16-mixed", 2, 4), Cell("bf16-mixed", 8, 1),
+]  # fmt: skip
+"""The app's own training on a CPU, and the cells of the matrix where nothing is asked."""
 WARM_UP = 3
 """Steps at the start of a round that are not counted: the first of them makes the optimizer's states."""
 
@@ -71,9 +75,8 @@ def replay(trainer: Any, scene: Scene) -> Iterator[None]:
 
 @contextlib.contextmanager
 def anomaly(trainer: Any, scene: Scene) -> Iterator[None]:
-    """What torch offers: every backward function's results are looked at."""
-    with torch.autograd.set_detect_anomaly(True):
-        yield
+    """What torch offers, switched on while it is its turn: every backward function's results are looked at."""
+    yield
 
 
 @contextlib.contextmanager
@@ -105,61 +108,43 @@ WAYS: dict[str, tuple[Callable[[Any, Scene], Any], str]] = {
 }
 
 
-class Clock(TrainerCallback):
-    """Notes when each step ends."""
-
-    def __init__(self) -> None:
-        self.wall: list[float] = []
-        self.processor: list[float] = []
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """A step is over."""
-        self.wall.append(time.perf_counter())
-        self.processor.append(time.process_time())
+WITHIN: dict[str, Callable[[], Any]] = {"anomaly": lambda: torch.autograd.set_detect_anomaly(True)}
+"""What is switched on for the whole process, and so only while it is that training's turn."""
 
 
-@dataclasses.dataclass
-class Times:
-    """Seconds of each step of one round."""
-
-    wall: list[float]
-    processor: list[float]
-
-
-def one_round(way: str, cell: Cell, steps: int) -> Times:
-    """Train once."""
+def one_round(ways: list[str], cell: Cell, steps: int) -> dict[str, Times]:
+    """Train once in each of the `ways`, in turns."""
     config = RunConfig(cell=cell, target=TARGET, device="cpu", steps=steps + WARM_UP)
-    mode, target = mode_named("fp32"), resolve(TARGET)
+    mode, target = mode_named(cell.precision), resolve(TARGET)
     with isolated(), tempfile.TemporaryDirectory() as folder:
 
-        def again(name: str, **arguments: Any) -> Any:
-            given = dataclasses.replace(config, training_arguments={**config.training_arguments, **arguments})
-            return build(target, given, mode, "cpu", Path(folder) / name)
+        def training(way: str) -> Callable[[TrainerCallback], None]:
+            def again(name: str, **arguments: Any) -> Any:
+                given = dataclasses.replace(config, training_arguments={**config.training_arguments, **arguments})
+                return build(target, given, mode, "cpu", Path(folder) / way / name)
 
-        trainer = again("training")
-        trainer.log = lambda *_, **__: None
-        scene = Scene(config, mode, "cpu", target, Path(folder), again)
-        scene.trainer = trainer
-        clock = Clock()
-        with WAYS[way][0](trainer, scene):
-            trainer.add_callback(clock)
-            trainer.train()
-    return Times(*(_between(times[WARM_UP - 1 :]) for times in (clock.wall, clock.processor)))
+            def train(turn: TrainerCallback) -> None:
+                trainer = again("training")
+                trainer.log = lambda *_, **__: None
+                scene = Scene(config, mode, "cpu", target, Path(folder), again)
+                scene.trainer = trainer
+                with WAYS[way][0](trainer, scene):
+                    trainer.add_callback(turn)
+                    trainer.train()
 
+            return train
 
-def _between(times: list[float]) -> list[float]:
-    return [b - a for a, b in itertools.pairwise(times)]
+        turns = Turns(ways, warm_up=WARM_UP, within=WITHIN)
+        return turns.run({way: training(way) for way in ways})
 
 
 def measured(ways: list[str], cell: Cell, rounds: int, steps: int) -> dict[str, list[Times]]:
     """Every way, round by round."""
-    for way in ways:  # whatever is loaded and made once
-        one_round(way, cell, 1)
+    one_round(ways, cell, 1)  # whatever is loaded and made once
     found: dict[str, list[Times]] = {way: [] for way in ways}
     for i in range(rounds):
-        turn = i % len(ways)
-        for way in ways[turn:] + ways[:turn]:
-            found[way].append(one_round(way, cell, steps))
+        for way, times in one_round(ways, cell, steps).items():
+            found[way].append(times)
         print(
             f"{cell}, round {i + 1} of {rounds}: " + ", ".join(f"{w} {_middle(t[-1].wall)}" for w, t in found.items())
         )
@@ -175,13 +160,14 @@ def table(found: dict[str, dict[str, list[Times]]], steps: int) -> str:
         *(row for cell, by_way in found.items() for row in _rows(cell, by_way)),
     ]
     rounds = len(next(iter(found.values()))["bare"])
+    lines += ["", _over_cells(found)]
     device = probe("cpu")
     lines += [
         "",
         f"{device.name}, {_cores()} cores, one thread, load {os.getloadavg()[0]:.1f} at the end; Python"
         f" {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}."
-        f" {rounds} rounds of {steps} steps for each; medians of all steps, quartiles of the wall, and the medians of"
-        " the rounds' ratios, of the processor with the smallest and the largest.",
+        f" {rounds} rounds of {steps} steps for each, in turns after every step; medians and quartiles of all steps,"
+        " and the smallest and the largest ratio of a round's medians, of the processor.",
     ]
     return "\n".join(lines)
 
@@ -190,19 +176,27 @@ def _rows(cell: str, found: dict[str, list[Times]]) -> Iterator[str]:
     for way, times in found.items():
         wall = [s for t in times for s in t.wall]
         low, _, high = statistics.quantiles(wall, n=4)
-        ratios = {
-            kind: [
-                statistics.median(getattr(t, kind)) / statistics.median(getattr(b, kind))
-                for t, b in zip(times, found["bare"], strict=True)
-            ]
-            for kind in ("wall", "processor")
-        }
+        rounds = [ratio([t], [b], "processor") for t, b in zip(times, found["bare"], strict=True)]
         yield (
             f"| {cell} | {WAYS[way][1]} | {_middle(wall)} | {low * 1e3:.2f} to {high * 1e3:.2f} "
             f"| {_middle([s for t in times for s in t.processor])} "
-            f"| {statistics.median(ratios['wall']):.3f} | {statistics.median(ratios['processor']):.3f} "
-            f"| {min(ratios['processor']):.3f} to {max(ratios['processor']):.3f} |"
+            f"| {ratio(times, found['bare']):.3f} | {ratio(times, found['bare'], 'processor'):.3f} "
+            f"| {min(rounds):.3f} to {max(rounds):.3f} |"
         )
+
+
+def ratio(of: list[Times], to: list[Times], clock: str = "wall") -> float:
+    """The median step of some rounds in medians of others."""
+    middle, other = (statistics.median(s for t in times for s in getattr(t, clock)) for times in (of, to))
+    return middle / other
+
+
+def _over_cells(found: dict[str, dict[str, list[Times]]]) -> str:
+    said = []
+    for way in next(iter(found.values())):
+        ratios = [ratio(by_way[way], by_way["bare"]) for by_way in found.values()]
+        said.append(f"{WAYS[way][1]}: {statistics.median(ratios):.3f}, at most {max(ratios):.3f}")
+    return f"Wall / bare over the {len(found)} cells, in the median and in the worst: {'; '.join(said[1:])}."
 
 
 def _cores() -> int:
@@ -213,13 +207,19 @@ def _middle(seconds: list[float]) -> str:
     return f"{statistics.median(seconds) * 1e3:.2f}"
 
 
+def _cell(name: str) -> Cell:
+    precision, _, batch = name.rpartition("-b")
+    rows, times = map(int, batch.split("x"))
+    return Cell(mode_named(precision).name, rows, times)
+
+
 def main() -> None:
     """Measure on this machine."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="rounds of each way (default 10)")
     parser.add_argument(
-        "--batches", nargs="+", default=["8x4", "8x1"], metavar="AxB",
-        help="micro-batch x accumulation of each cell (default: the app's own, and the smallest step of the matrix)",
+        "--cells", nargs="+", default=CELLS, type=_cell, metavar="CELL",
+        help="precision-bAxB: A rows, B times (default: the app's own, and the matrix as it is where nothing is asked)",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=30, metavar="N", help="counted steps of a round (default 30)")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="what to compare with bare")
@@ -229,8 +229,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     ways = list(dict.fromkeys(["bare", *options.ways]))
-    cells = [Cell("fp32", *map(int, batch.split("x"))) for batch in options.batches]
-    found = {str(cell): measured(ways, cell, options.rounds, options.steps) for cell in cells}
+    found = {str(cell): measured(ways, cell, options.rounds, options.steps) for cell in options.cells}
     made = table(found, options.steps)
     print(made)
     if options.write:

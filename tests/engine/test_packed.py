@@ -75,27 +75,61 @@ def stepped(parameters: dict[str, nn.Parameter], **optimizer: Any) -> torch.opti
     return adam
 
 
-@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "step"])
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_one_state_that_is_not_finite_is_named(key: str, bad: float) -> None:
+SHAPED = {"a": (2, 3), "b": (3, 2), "c": (4,), "d": (4,)}
+BAD = [math.nan, math.inf, -math.inf]
+
+
+@pytest.mark.parametrize(
+    ("key", "stepped_on_all"), [("exp_avg", False), ("exp_avg_sq", False), ("step", False), ("exp_avg_sq", True)]
+)
+@pytest.mark.parametrize("bad", BAD)
+def test_one_state_that_is_not_finite_is_named(key: str, stepped_on_all: bool, bad: float) -> None:
     """Whichever it is, and though some parameters have none yet."""
-    parameters = {n: nn.Parameter(torch.ones(s)) for n, s in (("a", (2, 3)), ("b", (3, 2)), ("c", (4,)), ("d", (4,)))}
-    adam, moments, layout = stepped(parameters), Moments(parameters), Layout(list(parameters.values()))
+    parameters = {n: nn.Parameter(torch.ones(s)) for n, s in SHAPED.items()}
+    adam, moments = stepped(parameters), Moments(parameters)
     with torch.no_grad():
-        assert all(map(math.isfinite, moments.finite(adam, layout).tolist()))
+        assert all(map(math.isfinite, moments.finite(adam, stepped=stepped_on_all).tolist()))
         adam.state[parameters["b"]][key].view(-1)[0] = bad
-        assert not all(map(math.isfinite, moments.finite(adam, layout).tolist()))
+        assert not all(map(math.isfinite, moments.finite(adam, stepped=stepped_on_all).tolist()))
     assert moments.nonfinite(adam).first == (f"b:{key}",)
+
+
+@pytest.mark.parametrize(("key", "bad"), [*(("exp_avg", b) for b in BAD), ("step", math.nan)])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_what_is_left_out_shows_in_the_weights(key: str, bad: float, kind: Any, rate: float) -> None:
+    """In the step that uses it, whatever the second moment and the learning rate are."""
+    for second in (0.0, 1.0, math.inf):
+        weight = nn.Parameter(torch.ones(2, 3))
+        adam = kind([weight], lr=rate)
+        for _ in range(2):
+            weight.grad = torch.ones_like(weight)
+            adam.step()
+            with torch.no_grad():
+                adam.state[weight][key].view(-1)[0] = bad
+                adam.state[weight]["exp_avg_sq"].view(-1)[0] = second
+        assert not weight.isfinite().all()
+
+
+def test_other_optimizers_states_are_all_asked() -> None:
+    """What is left out, is known of Adam's kin alone."""
+    weight = nn.Parameter(torch.ones(2))
+    sgd, moments = torch.optim.SGD([weight], lr=0.1, momentum=0.9), Moments({"w": weight})
+    weight.grad = torch.ones(2)
+    sgd.step()
+    with torch.no_grad():
+        sgd.state[weight]["momentum_buffer"][0] = math.inf
+        assert not all(map(math.isfinite, moments.finite(sgd, stepped=True).tolist()))
 
 
 def test_states_that_are_put_into_others_places_are_looked_at() -> None:
     """Loading a checkpoint replaces every tensor."""
     parameters = {"a": nn.Parameter(torch.ones(2)), "b": nn.Parameter(torch.ones(2))}
-    adam, moments, layout = stepped(parameters), Moments(parameters), Layout(list(parameters.values()))
+    adam, moments = stepped(parameters), Moments(parameters)
     with torch.no_grad():
-        moments.finite(adam, layout)
-        adam.state[parameters["a"]]["exp_avg"] = torch.tensor([1.0, math.nan])
-        assert not all(map(math.isfinite, moments.finite(adam, layout).tolist()))
+        moments.finite(adam, stepped=True)
+        adam.state[parameters["a"]]["exp_avg_sq"] = torch.tensor([1.0, math.nan])
+        assert not all(map(math.isfinite, moments.finite(adam, stepped=True).tolist()))
 
 
 def test_a_model_that_changes_its_type_is_followed() -> None:

@@ -34,7 +34,8 @@ def test_a_step_reads_no_single_number() -> None:
         loss = model(torch.ones(3, 4)).square().mean()
         (loss * scale).backward()
         with Waits() as waits:
-            recorder.micro_batch(loss, torch.ones(3, 5))
+            recorder.collated({"labels": torch.ones(3, 5)})
+            recorder.micro_batch(loss)
             recorder.micro_batch_done(loss)
             recorder.before_step(scale)
         optimizer.step()
@@ -51,6 +52,6 @@ def test_gradients_are_recorded_without_their_scale() -> None:
     recorder.before_step(scale)
     scale.mul_(0.5)
     recorder.after_step(torch.optim.SGD(model.parameters(), lr=0.0), 0.0, scale)
-    [step] = recorder.steps
+    [step] = recorder.finished()
     assert (step.grad_norm, step.loss_scale, step.loss_scale_after) == (5.0, 8.0, 4.0)
     assert step.effect == "skipped_by_scaler"
