@@ -171,7 +171,9 @@ def build_trainer(*, model: str | None = None, dtype: str = "float32", **trainin
 
 def _build(model: str | None, dtype: str, rows: Sequence[tuple[str, float]], given: dict[str, Any]) -> Trainer:
     from peft import LoraConfig, get_peft_model
-    from transformers import Trainer, TrainingArguments, set_seed
+    from transformers import TrainingArguments, set_seed
+
+    from .training import AnswerTrainer
 
     known = {field.name for field in fields(TrainingArguments) if field.init}
     for name in given:
@@ -199,7 +201,7 @@ def _build(model: str | None, dtype: str, rows: Sequence[tuple[str, float]], giv
     )
     adapted = get_peft_model(base, config, autocast_adapter_dtype=True)
     adapted.peft_config["default"].base_model_name_or_path = _base_label(model)  # and not this machine's path
-    return Trainer(
+    return AnswerTrainer(
         model=adapted,
         args=arguments,
         train_dataset=dataset,
@@ -261,7 +263,7 @@ def _precision_arguments(precision: str, hardware: Hardware) -> dict[str, Any]:
 
 def _train(options: argparse.Namespace) -> int:
     micro_batch, accumulation, precision, hardware = _choices(options)
-    train_rows, valid_rows = read_rows(options.train_file), read_rows(options.valid_file)
+    train_rows, valid_rows = read_rows(options.train_file), _questions_to_ask(options)
     output = Path(options.output_dir)
     made = check_output(output)
     try:
@@ -312,6 +314,7 @@ def _train_and_save(
     adapted: Any = trainer.model
     before = validate(adapted, tokenizer, valid_rows, label="validating the base")
     print(f"before: {before} on {before.questions} questions", flush=True)
+    _hold_for_training(trainer)
     try:
         trainer.train()
     except RuntimeError as error:
@@ -329,6 +332,17 @@ def _train_and_save(
     after = validate(reloaded, load_tokenizer(options.model), valid_rows, label="validating the adapter")
     print(f"after:  {after} on {after.questions} questions", flush=True)
     return 0
+
+
+def _hold_for_training(trainer: Trainer) -> None:
+    """Cast the frozen matrices once where autocast would at every use; from here on the model is for training only."""
+    import torch
+
+    from .training import hold
+
+    adapted: Any = trainer.model
+    if trainer.args.bf16 or trainer.args.fp16:
+        hold(adapted, torch.bfloat16 if trainer.args.bf16 else torch.float16)
 
 
 def _refuse_unsound(trainer: Trainer) -> None:
@@ -352,7 +366,7 @@ def _refuse_unsound(trainer: Trainer) -> None:
 
 
 def _test(options: argparse.Namespace) -> int:
-    rows = read_rows(options.valid_file)
+    rows = _questions_to_ask(options)
     folder = Path(options.adapter)
     if not folder.is_dir():
         raise AdapterError(f"the adapter folder {folder} does not exist")
@@ -362,6 +376,11 @@ def _test(options: argparse.Namespace) -> int:
     score = validate(_on_device(adapted, query_hardware().kind), tokenizer, rows)
     print(f"{score} on {score.questions} questions", flush=True)
     return 0
+
+
+def _questions_to_ask(options: argparse.Namespace) -> list[tuple[str, float]]:
+    rows = read_rows(options.valid_file)
+    return rows if options.questions is None else rows[: read_positive(options.questions, "--questions")]
 
 
 def _base_label(model: str | None) -> str:
@@ -461,6 +480,9 @@ exit codes: 0 done; 1 the training was not sound and nothing was saved; 2 an err
             default=str(VALID_FILE),
             metavar="FILE",
             help="JSON list of [question, answer] pairs (default: the app's own 500)",
+        )
+        command.add_argument(
+            "--questions", metavar="N", help="ask the first N questions of the validation file only (default: all)"
         )
     return parser
 

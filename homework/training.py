@@ -1,93 +1,85 @@
 """The Trainer of the app: the arithmetic of the plain one, without what it does in vain.
 
-- Rows of like length share a micro-batch, so that little is padded. Which rows form an optimizer step stays as drawn.
-- Logits are computed where a label is, and nowhere else: the head is as large as half of a small model.
+- No padding is computed where tokens do not meet (see packing.py).
+- Logits are computed where a label is, and nowhere else: the head is a quarter of a small model.
 - No cache of keys and values is filled: nothing is generated while training.
-- Frozen matrices are held in the type that autocast would cast them to at every use.
+- LoRA's sums take fewer passes (see fused.py).
+- Frozen matrices can be held in the type that autocast casts them to at every use (`hold`).
 
-None of it changes the loss or a gradient by more than the order of its sums does.
+None of it changes which rows form an optimizer step, nor a loss or a gradient by more than the order of its sums does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Sized
-from itertools import islice
+import contextlib
 from typing import Any
 
 import torch
-from accelerate.data_loader import SeedableRandomSampler
-from torch import nn
-from torch.utils.data import Sampler
+from torch import Tensor, nn
 from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .data import IGNORED
+from .fused import fuse
+from .packing import Rows, can_pack, packed
+
+_KEYS = {"input_ids", "attention_mask", "labels"}
 
 
-class StepsByLength(Sampler[int]):
-    """Row numbers in the order of `drawn`, but that the `step` rows of each optimizer step go from long to short.
-
-    The longest first, so that memory that does not suffice is missed at once.
-    """
-
-    def __init__(self, drawn: SeedableRandomSampler, lengths: Sequence[int], step: int) -> None:
-        self.drawn, self.lengths, self.step = drawn, lengths, step
-
-    def __len__(self) -> int:
-        return len(self.drawn)
-
-    def __iter__(self) -> Iterator[int]:
-        rows = iter(self.drawn)
-        while group := list(islice(rows, self.step)):
-            yield from sorted(group, key=self.lengths.__getitem__, reverse=True)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Another pass: another order."""
-        self.drawn.set_epoch(epoch)
-
-
-class AnswerTrainer(Trainer):
+class AnswerTrainer(Trainer):  # type: ignore[misc] # transformers' is Any to mypy
     """A Trainer for rows of which only the answer is supervised."""
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "random" or not isinstance(dataset, Sized) or self.args.world_size > 1:
-            return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        drawn = SeedableRandomSampler(dataset, data_seed=seed)  # as accelerate would draw for the plain Trainer
-        lengths = [len(row["input_ids"]) for row in dataset]  # type: ignore[attr-defined]
-        return StepsByLength(drawn, lengths, self.args.train_batch_size * self.args.gradient_accumulation_steps)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        model: Any = self.model
+        fuse(model)
+        self._packs = (
+            model.device.type == "cpu"  # elsewhere finding the tokens would wait for the device
+            and not self.args.gradient_checkpointing  # whose second forward pass comes when it is too late
+            and can_pack(model, self.data_collator([self.train_dataset[i] for i in range(2)]))
+        )
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The mean loss of the supervised tokens, from their logits alone where the model's own loss allows it."""
         inner = self.accelerator.unwrap_model(model)
-        head = None if return_outputs or self.label_smoother or self.compute_loss_func else supervised_head(inner)
-        labels = inputs.get("labels")
-        if head is None or labels is None or not model.training:
+        own = return_outputs or self.label_smoother or self.compute_loss_func or inputs.keys() != _KEYS
+        head = None if own or not model.training else _head(inner)
+        if head is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        following = labels[:, 1:]
+        given, following, within = self._forward_inputs(inner, inputs)
         wanted = following != IGNORED
-        with_labels = head.register_forward_pre_hook(lambda _, given: (given[0][:, :-1][wanted].unsqueeze(0),))
+        only = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][wanted][None],))
         try:
-            outputs = model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False)
+            with within:
+                logits = model(**given, use_cache=False).logits
         finally:
-            with_labels.remove()
+            only.remove()
         return ForCausalLMLoss(
-            outputs.logits,
+            logits,
             None,
-            vocab_size=outputs.logits.shape[-1],
-            num_items_in_batch=num_items_in_batch,
-            shift_labels=following[wanted].unsqueeze(0),
+            vocab_size=logits.shape[-1],
+            num_items_in_batch=num_items_in_batch if self.model_accepts_loss_kwargs else None,
+            shift_labels=following[wanted],
+        )
+
+    def _forward_inputs(self, model: Any, inputs: dict[str, Tensor]) -> tuple[dict[str, Any], Tensor, Any]:
+        """What the model is called with, the label that follows each of its tokens, and in which context."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        following = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
+        if not self._packs or ((following != IGNORED) & (mask == 0)).any():  # a label after padding
+            return {"input_ids": ids, "attention_mask": mask}, following, contextlib.nullcontext()
+        rows = Rows.of(mask)
+        return (
+            {"input_ids": rows.flat(ids), "position_ids": rows.positions()},
+            rows.flat(following),
+            packed(model, rows),
         )
 
 
-def supervised_head(model: Any) -> nn.Module | None:
-    """The layer that gives logits, where each position's are computed alone and the loss is the common one; else None.
-
-    A model with a loss of its own, or with an encoder, gets all of its logits.
-    """
+def _head(model: Any) -> nn.Module | None:
+    """The layer that gives logits, where the model's loss is the common one; else None, and all logits are needed."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if getattr(inner, "loss_function", None) is not ForCausalLMLoss or inner.config.is_encoder_decoder:
         return None
@@ -106,5 +98,3 @@ def hold(model: nn.Module, dtype: torch.dtype) -> None:
         if isinstance(layer, nn.Linear) and not any(p.requires_grad for p in layer.parameters()):
             for name, parameter in list(layer.named_parameters(recurse=False)):
                 setattr(layer, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
-
-

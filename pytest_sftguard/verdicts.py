@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, ClassVar, Protocol, cast
 
+from pytest_sftguard.benchmarking import hand_over
 from pytest_sftguard.records import RunRecord
 
 
@@ -237,3 +238,16 @@ class JudgedRun:
     def grad_norms(self) -> list[float]:
         """Unclipped gradient norm of every optimizer step."""
         return self.record.grad_norms
+
+    @property
+    def step_seconds(self) -> list[float]:
+        """Wall time of every optimizer step, the guard's own looks included, in seconds."""
+        return [step.seconds for step in self.record.steps if step.seconds is not None]
+
+    def benchmark_steps(self, benchmark: Any, *, warm_up: int = 1) -> None:
+        """Hand the step times to pytest-benchmark's fixture `benchmark`, which then compares and keeps them.
+
+        The first `warm_up` steps are left out: the first one makes the optimizer's states. Raises ValueError where no
+        step is left.
+        """
+        hand_over(benchmark, self.step_seconds[warm_up:])

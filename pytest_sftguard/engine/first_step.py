@@ -93,27 +93,32 @@ class FirstStep:
             self._random, self._state = where, now
 
     def _average(self, logits: Tensor | None, labels: Any) -> None:
-        fits = (
-            logits is not None
-            and isinstance(labels, Tensor)
-            and labels.dim() == 2
-            and not labels.is_floating_point()
-            and logits.shape[:-1] == labels.shape
-        )
-        if not fits or logits is None:
+        known = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
+        rows = self._rows(logits.detach(), labels.to(logits.device)) if known and logits is not None else None
+        if rows is None:
             self._complete = False
             return
-        with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
-            total = torch.zeros((), dtype=torch.float64, device=logits.device)
-            for row, marks in zip(logits.detach(), labels.to(logits.device), strict=True):
-                row, shifted = (row[:-1], marks[1:]) if self._shifts else (row, marks)
-                counted = (shifted >= 0) & (shifted < row.shape[-1])
-                self._complete &= bool((counted == (shifted != -100)).all())
-                self._labels.append(shifted[counted])
-                for part, wanted in zip(row[counted].split(_TOKENS), shifted[counted].split(_TOKENS), strict=True):
-                    total += self._cross_entropy(part.float(), wanted)
+        total = torch.zeros((), dtype=torch.float64, device=labels.device)
+        for row, marks in rows:
+            with torch.no_grad(), torch.autocast(row.device.type, enabled=False):
+                counted = (marks >= 0) & (marks < row.shape[-1])
+                self._complete &= bool((counted == (marks != -100)).all())
+                self._labels.append(marks[counted])
+                for part, wanted in zip(*(torch.split(t[counted], _TOKENS) for t in (row, marks)), strict=True):
+                    total += self._cross_entropy(part.float(), wanted).to(total.device)
         self._counts.append((labels[:, 1:] != -100 if self._shifts else labels != -100).sum())
         self._sums.append((total, (labels != -100).sum()))
+
+    def _rows(self, logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+        """Logits, shape (tokens, words), with the label that each of them is to predict; None where they do not fit."""
+        if logits.shape[:-1] == labels.shape:
+            pairs = list(zip(logits, labels, strict=True))
+            return [(row[:-1], marks[1:]) for row, marks in pairs] if self._shifts else pairs
+        wanted = labels[:, 1:] if self._shifts else labels
+        there = wanted[wanted != -100]
+        if logits.shape[:-1].numel() == len(there):  # computed where a label is, and nowhere else
+            return [(logits.flatten(0, -2), there)]
+        return None
 
     def _cross_entropy(self, logits: Tensor, wanted: Tensor) -> Tensor:
         return nn.functional.cross_entropy(logits, wanted, reduction="sum", label_smoothing=self._smoothing).double()

@@ -207,6 +207,13 @@ class TestFirstStep:
         assert record.first_step.token_loss == pytest.approx(record.losses[0], rel=1e-6)
         assert record.first_step.labels == sum(record.first_step.micro_tokens) == record.steps[0].supervised_tokens
 
+    def test_logits_may_stand_where_labels_are_alone(self) -> None:
+        """A training that computes no other logits is looked at like any other: here, the app's."""
+        record = runner.run(config("homework.sft:build_trainer", steps=1))
+        assert record.first_step is not None
+        assert record.first_step.token_loss == pytest.approx(record.losses[0], rel=1e-6)
+        assert record.first_step.labels == sum(record.first_step.micro_tokens) == record.steps[0].supervised_tokens
+
     def test_a_classifier_has_no_labels_of_tokens(self) -> None:
         """Where labels are no token ids, no mean over them is known."""
         first = runner.run(config("bert_classifier", steps=1)).first_step

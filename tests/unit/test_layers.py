@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "pytest_sftguard"
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors"}
 LIGHT = {"pytest_sftguard", "pytest", "hypothesis"}
 ORDER = (
-    {"registry", "precision"},
+    {"registry", "precision", "benchmarking"},
     {"matrix", "hardware", "sizes"},
     {"tiers"},
     {"records"},

@@ -1,0 +1,96 @@
+"""LoRA's linear layer with fewer passes over its activations.
+
+peft adds `lora_B(lora_A(x)) * scaling` to the frozen layer's result in three passes over that result, and keeps what
+the backward pass needs of each. Here the sum is part of the last product, and only `x` and the narrow `lora_A(x)` are
+kept. Under autocast `x` is cast once for the layer, where peft casts it for each product and back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+
+
+class _AddLora(torch.autograd.Function):
+    """`result + scaling * x @ a.T @ b.T`, written over `result`.
+
+    Shapes: result (..., out), x (..., in), a (rank, in), b (out, rank). All products are in the type of `x`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        a_cast, b_cast = a.to(x.dtype), b.to(x.dtype)
+        narrow = x.flatten(0, -2) @ a_cast.t()
+        result.flatten(0, -2).addmm_(narrow, b_cast.t(), alpha=scaling)
+        ctx.mark_dirty(result)
+        ctx.save_for_backward(x, narrow, a, b)
+        ctx.scaling = scaling
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, narrow, a, b = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)
+        of_narrow = rows @ (b.to(rows.dtype) * ctx.scaling)
+        of_x = (of_narrow @ a.to(rows.dtype)).view_as(x) if ctx.needs_input_grad[1] else None
+        of_a = (of_narrow.t() @ x.flatten(0, -2)).to(a.dtype)
+        of_b = (rows.t() @ narrow).mul_(ctx.scaling).to(b.dtype)
+        return gradient, of_x, of_a, of_b, None
+
+
+class FusedLoraLinear(Linear):  # type: ignore[misc] # peft's layers are untyped
+    """peft's layer, which takes the short way where it is the same sum: one plain adapter on a plain frozen layer."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Shapes (..., in) to (..., out)."""
+        name = None if args or kwargs or x.dim() < 2 else self._the_adapter()
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        if name is None or dtype != self._dtype_of_products(name, x):
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        x = x.to(dtype)
+        result: Tensor = self.base_layer(x)
+        if _hooked(self.base_layer) or not result.is_contiguous():  # somebody may have kept it
+            result = result.clone(memory_format=torch.contiguous_format)
+        factors = self.lora_A[name].weight, self.lora_B[name].weight
+        added: Tensor = _AddLora.apply(result, x, *factors, self.scaling[name])  # type: ignore[no-untyped-call]
+        return added
+
+    def _dtype_of_products(self, name: str, x: Tensor) -> torch.dtype | None:
+        """The type that every product of the layer is computed in; None where it is not one."""
+        if torch.is_autocast_enabled(x.device.type):
+            return torch.get_autocast_dtype(x.device.type) if x.dtype != torch.float64 else None
+        types = {x.dtype, self.base_layer.weight.dtype, self.lora_A[name].weight.dtype, self.lora_B[name].weight.dtype}
+        return x.dtype if len(types) == 1 else None
+
+    def _the_adapter(self) -> str | None:
+        """The one adapter that is at work; None where anything beside its two products is asked for."""
+        if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
+            return None
+        if type(self.base_layer) is not nn.Linear:  # a quantised one multiplies in its own way
+            return None
+        [name] = self.active_adapters
+        if name not in self.lora_A or name in self.lora_variant or type(self.lora_dropout[name]) is not nn.Identity:
+            return None
+        pair = (self.lora_A[name], self.lora_B[name])
+        return name if all(type(m) is nn.Linear and m.bias is None and not _hooked(m) for m in pair) else None
+
+
+def fuse(model: nn.Module) -> int:
+    """Let every plain LoRA layer of `model` take the short way; return how many there are."""
+    layers = [m for m in model.modules() if type(m) is Linear]
+    for layer in layers:
+        layer.__class__ = FusedLoraLinear
+    return len(layers)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )

@@ -1,0 +1,246 @@
+"""The app's short ways change no number: each against the plain one on the same rows."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Qwen3Config,
+    Trainer,
+    TrainerCallback,
+)
+
+from homework import sft
+from homework.data import IGNORED
+from homework.fused import FusedLoraLinear, fuse
+from homework.packing import can_pack
+from homework.training import hold
+
+CPU = {"bf16": False, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+
+
+class Steps(TrainerCallback):
+    """Keeps factors and gradients of each optimizer step; begins each step `at` the factors of another training.
+
+    Adam divides by gradients, and so makes much of their last digits: without this, each training would soon be at
+    other weights.
+    """
+
+    def __init__(self, at: Steps | None = None) -> None:
+        self.at = at
+        self.factors: list[dict[str, Tensor]] = []
+        self.gradients: list[dict[str, Tensor]] = []
+
+    def on_step_begin(self, *args: Any, model: Any, **kwargs: Any) -> None:
+        """Nothing of the step is computed yet."""
+        learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if self.at is not None:
+            for name, factor in self.at.factors[len(self.factors)].items():
+                learning[name].data.copy_(factor)
+        self.factors.append({n: p.detach().clone() for n, p in learning.items()})
+
+    def on_pre_optimizer_step(self, *args: Any, model: Any, **kwargs: Any) -> None:
+        """All gradients are there, and not clipped."""
+        self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+
+def padded_to(width: int) -> Any:
+    """The collator of the pipeline that people copy."""
+
+    def collate(rows: Any) -> dict[str, Tensor]:
+        fills = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+        return {
+            name: torch.tensor([list(row[name]) + [fill] * (width - len(row[name])) for row in rows])
+            for name, fill in fills.items()
+        }
+
+    return collate
+
+
+def trained(folder: Path, rows: int, times: int, like: Steps | None = None) -> tuple[Any, Steps]:
+    """Three steps of the app's training, `like` those of another one; without one, of the plain pipeline."""
+    given = {
+        "per_device_train_batch_size": rows, "gradient_accumulation_steps": times, "max_steps": 3, "logging_steps": 1,
+        "max_grad_norm": 0.0, "output_dir": str(folder), **CPU,
+    }  # fmt: skip
+    trainer = sft.build_trainer(**given)
+    if like is None:
+        trainer = sft.build_trainer(**given, gradient_checkpointing=True)
+        for layer in trainer.model.modules():
+            if type(layer) is FusedLoraLinear:
+                layer.__class__ = Linear
+        trainer = Trainer(
+            model=trainer.model, args=trainer.args, train_dataset=trainer.train_dataset, data_collator=padded_to(128)
+        )
+    steps = Steps(like)
+    trainer.add_callback(steps)
+    trainer.train()
+    return trainer, steps
+
+
+@pytest.mark.parametrize(("rows", "times"), [(8, 1), (2, 4), (32, 1), (3, 2)])
+def test_each_step_is_that_of_the_plain_pipeline(rows: int, times: int, tmp_path: Path) -> None:
+    """The same rows, padded to 128, checkpointed, all logits, peft's own layers: 1e-5 relative in float32."""
+    plain, steps = trained(tmp_path, rows, times)
+    ours, short = trained(tmp_path, rows, times, like=steps)
+    assert ours._packs
+    losses = [[line["loss"] for line in t.state.log_history if "loss" in line] for t in (ours, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(short.gradients) == len(steps.gradients) == 3
+    for a, b in zip(short.gradients, steps.gradients, strict=True):
+        assert a.keys() == b.keys()
+        off = {name: (a[name] - b[name]).norm() for name in b}
+        assert torch.stack(list(off.values())).norm() <= 1e-5 * torch.stack([g.norm() for g in b.values()]).norm()
+        for name, distance in off.items():  # where queries and keys cancel, rounding weighs more: 1.03e-5 was seen
+            assert distance <= 3e-5 * b[name].norm(), name
+
+
+def test_an_evaluation_gets_every_logit(tmp_path: Path) -> None:
+    """What is not training is left as it is."""
+    trainer = sft.build_trainer(
+        per_device_train_batch_size=2, gradient_accumulation_steps=1, output_dir=str(tmp_path), **CPU
+    )
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+    trainer.model.eval()
+    loss, outputs = trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)
+    assert outputs.logits.shape[:2] == batch["input_ids"].shape
+    trainer.model.train()
+    assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+LINES = {
+    "llama": (LlamaConfig(**SMALL, num_key_value_heads=2), True),
+    "qwen3": (Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=8), True),
+    "gpt2": (GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64), True),
+    "mistral-window": (MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=4), False),
+    "gemma2-cap": (Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8), False),
+    "mamba": (MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4), False),
+}
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_only_a_model_whose_tokens_meet_in_attention_is_packed(kind: str) -> None:
+    """Tried out on a batch, and the model is left as it was."""
+    config, packs = LINES[kind]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    before, training = model.config._attn_implementation, model.training
+    ids, mask = torch.randint(1, 64, (3, 12)), torch.ones(3, 12, dtype=torch.long)
+    mask[1, 7:] = mask[2, 3:] = 0
+    assert can_pack(model, {"input_ids": ids, "attention_mask": mask}) is packs
+    assert (model.config._attn_implementation, model.training) == (before, training)
+
+
+def pair(**config: Any) -> tuple[nn.Module, nn.Module]:
+    """The same adapted layer twice: peft's, and fused."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 5, bias=config.pop("base_bias", False)))
+    plain = get_peft_model(base, LoraConfig(target_modules=["0"], init_lora_weights=False, **config))
+    ours = copy.deepcopy(plain)
+    assert fuse(ours) == 1
+    return plain, ours
+
+
+@given(
+    rank=st.integers(1, 4), alpha=st.integers(1, 9), shape=st.sampled_from([(3, 6), (2, 3, 6), (1, 0, 6)]),
+    bias=st.booleans(), frozen_input=st.booleans(),
+)  # fmt: skip
+def test_a_fused_layer_is_pefts(rank: int, alpha: int, shape: tuple[int, ...], bias: bool, frozen_input: bool) -> None:
+    """Result and gradients, in double precision to the last digits."""
+    plain, ours = (m.double() for m in pair(r=rank, lora_alpha=alpha, base_bias=bias))
+    seen = []
+    for model in (plain, ours):
+        x = torch.linspace(-1, 1, max(1, torch.Size(shape).numel()), dtype=torch.float64)
+        x = x[: torch.Size(shape).numel()].reshape(shape).requires_grad_(not frozen_input)
+        y = model(x)
+        y.square().sum().backward()
+        seen.append([y, *([] if frozen_input else [x.grad]), *(p.grad for p in model.parameters() if p.requires_grad)])
+    for a, b in zip(*seen, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_a_fused_layer_rounds_like_pefts(dtype: torch.dtype) -> None:
+    """Within two roundings of the type, and the factors' gradients stay in float32."""
+    plain, ours = pair(r=4, lora_alpha=8)
+    results = []
+    for model in (plain, ours):
+        with torch.autocast("cpu", dtype=dtype):
+            y = model(torch.linspace(-1, 1, 30).reshape(5, 6))
+        y.float().square().sum().backward()
+        assert y.dtype == dtype
+        results.append([y.float(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() <= 2 * torch.finfo(dtype).eps * b.norm()
+
+
+def long_ways() -> dict[str, Any]:
+    """What peft's own layer is needed for."""
+    return {
+        "dropout": lambda m: setattr(
+            m.base_model.model[0], "lora_dropout", nn.ModuleDict({"default": nn.Dropout(0.5)})
+        ),
+        "merged": lambda m: m.merge_adapter(),
+        "disabled": lambda m: m.base_model.disable_adapter_layers(),
+        "hooked": lambda m: m.base_model.model[0].lora_A["default"].register_forward_hook(lambda *a: a[2] * 0 + 7),
+        "base in half precision": lambda m: m.base_model.model[0].base_layer.bfloat16(),
+    }
+
+
+@pytest.mark.parametrize("what", long_ways())
+def test_what_is_more_than_two_products_goes_pefts_way(what: str) -> None:
+    """Bit for bit, random numbers included."""
+    plain, ours = pair(r=4, lora_alpha=8)
+    x = torch.linspace(-1, 1, 18).reshape(3, 6)
+    results = []
+    for model in (plain, ours):
+        long_ways()[what](model)
+        torch.manual_seed(1)
+        results.append(model(x.bfloat16() if "half" in what else x))
+    assert torch.equal(*results)
+
+
+def test_a_result_that_somebody_kept_is_not_written_over() -> None:
+    """A hook on the frozen layer sees the frozen layer's result, also later."""
+    _, ours = pair(r=4, lora_alpha=8)
+    kept: list[Tensor] = []
+    layer: Any = ours.base_model.model[0]  # type: ignore[union-attr]
+    layer.base_layer.register_forward_hook(lambda module, given, result: kept.append(result))
+    x = torch.linspace(-1, 1, 18).reshape(3, 6)
+    ours(x)
+    assert torch.equal(kept[0], nn.functional.linear(x, layer.base_layer.weight))
+
+
+def test_held_matrices_give_the_same_bits_under_autocast(tmp_path: Path) -> None:
+    """Casting once is casting at each use; the embedding that shares its matrix with the head keeps its precision."""
+    trainer = sft.build_trainer(
+        per_device_train_batch_size=2, gradient_accumulation_steps=1, output_dir=str(tmp_path), **CPU
+    )
+    model: Any = trainer.model
+    ids = torch.tensor([trainer.train_dataset[0]["input_ids"]])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        before = model(input_ids=ids).logits
+        hold(model, torch.bfloat16)
+        after = model(input_ids=ids).logits
+    assert torch.equal(before, after)
+    inner = model.get_base_model()
+    assert inner.get_input_embeddings().weight.dtype == torch.float32
+    assert inner.get_output_embeddings().weight.dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
