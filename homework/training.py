@@ -12,6 +12,7 @@ None of it changes which rows form an optimizer step, nor a loss or a gradient b
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,19 +37,27 @@ class AnswerTrainer(Trainer):  # type: ignore[misc] # transformers' is Any to my
         self._packs = (
             model.device.type == "cpu"  # elsewhere finding the tokens would wait for the device
             and not self.args.gradient_checkpointing  # whose second forward pass comes when it is too late
-            and can_pack(model, self.data_collator([self.train_dataset[i] for i in range(2)]))
+            and can_pack(
+                model, self.data_collator([self.train_dataset[i] for i in range(min(2, len(self.train_dataset)))])
+            )
         )
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The mean loss of the supervised tokens, from their logits alone where the model's own loss allows it."""
-        inner = self.accelerator.unwrap_model(model)
         own = return_outputs or self.label_smoother or self.compute_loss_func or inputs.keys() != _KEYS
-        head = None if own or not model.training else _head(inner)
+        head = None if own or not model.training else _head(self.accelerator.unwrap_model(model))
         if head is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        given, following, within = self._forward_inputs(inner, inputs)
+        # the Trainer's own method does the rest: what a loss is multiplied by among several processes is its to know
+        return super().compute_loss(partial(self._supervised, model, head), inputs, return_outputs, num_items_in_batch)
+
+    def _supervised(
+        self, model: Any, head: nn.Module, *, num_items_in_batch: Any = None, **inputs: Tensor
+    ) -> dict[str, Tensor]:
+        """What the model itself would return for `inputs`, but for the logits that nobody asks for."""
+        given, following, within = self._forward_inputs(self.accelerator.unwrap_model(model), inputs)
         wanted = following != IGNORED
         only = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][wanted][None],))
         try:
@@ -56,13 +65,9 @@ class AnswerTrainer(Trainer):  # type: ignore[misc] # transformers' is Any to my
                 logits = model(**given, use_cache=False).logits
         finally:
             only.remove()
-        return ForCausalLMLoss(
-            logits,
-            None,
-            vocab_size=logits.shape[-1],
-            num_items_in_batch=num_items_in_batch if self.model_accepts_loss_kwargs else None,
-            shift_labels=following[wanted],
-        )
+        targets = following[wanted]
+        loss = ForCausalLMLoss(logits, None, logits.shape[-1], num_items_in_batch, shift_labels=targets)
+        return {"loss": loss, "logits": logits}
 
     def _forward_inputs(self, model: Any, inputs: dict[str, Tensor]) -> tuple[dict[str, Any], Tensor, Any]:
         """What the model is called with, the label that follows each of its tokens, and in which context."""

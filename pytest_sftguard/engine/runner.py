@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_sftguard.engine import adapters, finiteness, generation, parsing, replicas, variants
+from pytest_sftguard.engine.bases import Bases
 from pytest_sftguard.engine.building import build
 from pytest_sftguard.engine.isolation import isolated
 from pytest_sftguard.engine.memory import Forecast, free_bytes, overhead_bytes
@@ -73,6 +74,8 @@ def run(config: RunConfig, progress: Callable[[int], None] | None = None) -> Run
     return dataclasses.replace(record, **seen, seconds=time.perf_counter() - started)
 
 
+_bases = Bases()
+"""Those of the process: its cells train on the same checkpoint."""
 _forecast = Forecast()
 """One for the process, so that what one cell's rehearsal said of another is not rehearsed again."""
 
@@ -155,7 +158,8 @@ class _Cell:
         config = dataclasses.replace(
             self.config, training_arguments={**self.config.training_arguments, **training_arguments}
         )
-        return build(self.target, config, self.mode, self.kind, self.folder / name)
+        with _bases.shared():
+            return build(self.target, config, self.mode, self.kind, self.folder / name)
 
     def _resume(self, checkpoint: str) -> None:
         """Train on as another process would: with a Trainer of its own, from what the first one saved."""
