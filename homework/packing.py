@@ -107,12 +107,24 @@ def packed(model: Any, rows: Rows) -> Iterator[None]:
         config._attn_implementation = before
 
 
-@torch.no_grad()
+_tried: dict[tuple[type, str, torch.dtype], bool] = {}
+
+
 def can_pack(model: Any, batch: dict[str, Tensor]) -> bool:
     """Whether `model` gives the tokens of a batch the same logits in one line as in padded rows, tried out.
 
     A model whose tokens meet elsewhere than in attention does not: convolutions, recurrences, a router with capacities.
+    It is tried once a process for each configuration.
     """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    key = type(inner), inner.config.to_json_string(use_diff=False), next(model.parameters()).dtype
+    if key not in _tried:
+        _tried[key] = _agrees(model, batch)
+    return _tried[key]
+
+
+@torch.no_grad()
+def _agrees(model: Any, batch: dict[str, Tensor]) -> bool:
     training = model.training
     model.eval()
     try:

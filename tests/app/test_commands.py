@@ -52,6 +52,28 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 2) -> str:
     return lines[-1]
 
 
+def test_a_validation_asks_as_many_questions_as_were_asked_for(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first of the file, before and after, and again when the adapter is tested."""
+    out, asked = str(tmp_path / "adapter"), ["--questions", "3"]
+    assert sft.main(["train", "--output-dir", out, *small, *asked]) == 0
+    assert sft.main(["test", out, *small[2:4], *asked]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.endswith("questions")]
+    assert [line.rpartition(" on ")[2] for line in said] == ["3 questions"] * 3
+    assert "--questions" in fails(capsys, "train", *small, "--questions", "0")
+
+
+def test_the_command_trains_in_bfloat16_on_a_cpu(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Validation before and after it is in float32, the matrices that were held in bfloat16 notwithstanding."""
+    out = tmp_path / "adapter"
+    assert sft.main(["train", "--output-dir", str(out), *small[:-1], "bf16"]) == 0
+    assert "after:" in capsys.readouterr().out
+    assert (out / "adapter_model.safetensors").is_file()
+
+
 def test_help_costs_no_torch() -> None:
     """`--help` and importing the selectors load neither torch nor transformers."""
     code = (

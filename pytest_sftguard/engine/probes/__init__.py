@@ -25,6 +25,7 @@ from pytest_sftguard.records import LookRecord
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from pytest_sftguard.engine.examples import Examples
     from pytest_sftguard.engine.recording import Recorder
     from pytest_sftguard.engine.watching import Watch
 
@@ -67,6 +68,8 @@ class Scene:
     """The Trainer that was built for reloading; its model's base is `reloaded`'s."""
     initial: dict[str, Tensor] = field(default_factory=dict)
     """The trainable tensors as they were before the first step, on the device."""
+    examples: Examples | None = None
+    """The target's questions as they stand in its rows, once a look has asked for them."""
     loads: Loads = field(default_factory=Loads)
     """What transformers said of the checkpoints that the training's model was loaded from."""
     redrawn: set[str] | None = None

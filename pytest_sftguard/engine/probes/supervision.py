@@ -82,8 +82,9 @@ def examples_of(scene: Scene) -> Examples | None:
     tokenizer = scene.trainer.processing_class
     if scene.target.questions is None or tokenizer is None or not callable(tokenizer):
         return None
-    found = Examples(scene.target, tokenizer, _QUESTIONS)
-    return found if found.questions else None
+    if scene.examples is None:
+        scene.examples = Examples(scene.target, tokenizer, _QUESTIONS)
+    return scene.examples if scene.examples.questions else None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,149 @@
+"""Measures the matrix beside the same trainings in processes of their own; writes a table of docs/performance.md.
+
+    python -m tests.benchmarks.matrix_speed --write   (six minutes on two cores)
+
+Six cells of the app's training on its embedded model, three precisions times two batches, under the guard's `quick`
+tier: in one session of pytest, and in six sessions of one cell each. Beside them what the trainings would take by
+themselves: their steps by the Trainer alone, and one start of a process that imports what they need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+from pytest_sftguard.engine.building import build
+from pytest_sftguard.engine.isolation import isolated
+from pytest_sftguard.engine.probe import probe
+from pytest_sftguard.engine.targets import resolve
+from pytest_sftguard.matrix import Cell, RunConfig
+from pytest_sftguard.precision import mode_named
+from tests.benchmarks.pages import put
+from tests.benchmarks.turns import Turns
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "performance.md"
+TARGET = "homework.sft:build_trainer"
+CELLS = [Cell(p, 2 * m, 4 // m) for p in ("fp32", "bf16-mixed", "fp16-mixed") for m in (1, 4)]
+TEST = """
+import pytest
+
+@pytest.mark.gpu_stability
+def test_training(sft_run):
+    pass
+"""
+IMPORTS = "import pytest, homework.training, pytest_sftguard.engine.runner, transformers.generation"
+
+
+def session(folder: Path, steps: int, *more: str) -> float:
+    """Wall seconds of one session of pytest."""
+    (folder / "test_training.py").write_text(TEST)
+    command = [
+        sys.executable, "-m", "pytest", "-q", str(folder), "-c", os.devnull, "--rootdir", str(folder),
+        "-m", "gpu_stability", "--sftguard-target", TARGET, "--sftguard-steps", str(steps), *more,
+    ]  # fmt: skip
+    began = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - began
+    if done.returncode:
+        raise SystemExit(f"the session failed:\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
+    return seconds
+
+
+def axes(cells: list[Cell]) -> list[str]:
+    """Options that ask for `cells`."""
+    rows = dict.fromkeys(f"{c.per_device_train_batch_size}x{c.gradient_accumulation_steps}" for c in cells)
+    return [
+        "--sftguard-precision", " ".join(dict.fromkeys(c.precision for c in cells)),
+        "--sftguard-batch", " ".join(rows),
+    ]  # fmt: skip
+
+
+def start() -> float:
+    """Wall seconds of a process that imports what a training needs."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", IMPORTS], cwd=ROOT, check=True)
+    return time.perf_counter() - began
+
+
+def bare(cell: Cell, steps: int, folder: Path) -> float:
+    """Seconds of the steps of one training by the Trainer alone."""
+    mode = mode_named(cell.precision)
+    config = RunConfig(cell=cell, target=TARGET, device="cpu", steps=steps)
+    trainer = build(resolve(TARGET), config, mode, "cpu", folder)
+    trainer.log = lambda *_, **__: None
+    turns = Turns(["bare"], warm_up=0)
+
+    def train(turn: object) -> None:
+        trainer.add_callback(turn)
+        trainer.train()
+
+    return sum(turns.run({"bare": train})["bare"].wall)
+
+
+def table(found: dict[int, dict[str, list[float]]], started: list[float]) -> str:
+    """Markdown, with a line on where and how."""
+    one = statistics.median(started)
+    lines = [
+        "| steps of a cell | one session | six sessions | six / one | bare steps of all cells | one / (bare + start) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for steps, seen in found.items():
+        together, apart, alone = (statistics.median(seen[k]) for k in ("together", "apart", "bare"))
+        lines.append(
+            f"| {steps} | {together:.1f} s | {apart:.1f} s | {apart / together:.2f} | {alone:.1f} s "
+            f"| {together / (alone + one):.2f}: {together:.1f} s of {alone:.1f} s + {one:.1f} s |"
+        )
+    device = probe("cpu")
+    rounds = len(next(iter(found.values()))["together"])
+    lines += [
+        "",
+        f"Cells: {', '.join(map(str, CELLS))}. {device.name}, {torch.get_num_threads()} threads, Python"
+        f" {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}; medians of"
+        f" {rounds} rounds.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure on this machine."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=2, metavar="N", help="rounds (default 2)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[8, 30], metavar="N", help="steps (default 8 and 30)")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
+    options = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(os.cpu_count() or 1)
+    started: list[float] = []
+    found: dict[int, dict[str, list[float]]] = {
+        s: {k: [] for k in ("together", "apart", "bare")} for s in options.steps
+    }
+    with isolated(), tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        start()  # whatever the disk must read first
+        for number in range(options.rounds):
+            started.append(start())
+            for steps, seen in found.items():
+                seen["together"].append(session(folder, steps, *axes(CELLS)))
+                seen["apart"].append(sum(session(folder, steps, *axes([cell])) for cell in CELLS))
+                seen["bare"].append(sum(bare(cell, steps, folder / "bare") for cell in CELLS))
+                said = {k: round(v[-1], 1) for k, v in seen.items()}
+                print(f"round {number + 1}, {steps} steps: {said}, start {started[-1]:.1f} s", flush=True)
+    made = table(found, started)
+    print(made)
+    if options.write:
+        put(PAGE, "matrix", made)
+
+
+if __name__ == "__main__":
+    main()
