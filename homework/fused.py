@@ -15,19 +15,21 @@ from torch import Tensor, nn
 
 
 class _AddLora(torch.autograd.Function):
-    """`result + scaling * x @ a.T @ b.T`, written over `result`.
+    """`result + scaling * x @ a.T @ b.T`, written over `result` where it is nobody else's.
 
     Shapes: result (..., out), x (..., in), a (rank, in), b (out, rank). All products are in the type of `x`.
     """
 
     @staticmethod
-    def forward(ctx: Any, result: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    def forward(ctx: Any, result: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, over: bool) -> Tensor:
         a_cast, b_cast = a.to(x.dtype), b.to(x.dtype)
         narrow = x.flatten(0, -2) @ a_cast.t()
-        result.flatten(0, -2).addmm_(narrow, b_cast.t(), alpha=scaling)
-        ctx.mark_dirty(result)
         ctx.save_for_backward(x, narrow, a, b)
         ctx.scaling = scaling
+        if not over:
+            return torch.addmm(result.flatten(0, -2), narrow, b_cast.t(), alpha=scaling).view(result.shape)
+        result.view(-1, result.shape[-1]).addmm_(narrow, b_cast.t(), alpha=scaling)
+        ctx.mark_dirty(result)
         return result
 
     @staticmethod
@@ -38,7 +40,7 @@ class _AddLora(torch.autograd.Function):
         of_x = (of_narrow @ a.to(rows.dtype)).view_as(x) if ctx.needs_input_grad[1] else None
         of_a = (of_narrow.t() @ x.flatten(0, -2)).to(a.dtype)
         of_b = (rows.t() @ narrow).mul_(ctx.scaling).to(b.dtype)
-        return gradient, of_x, of_a, of_b, None
+        return gradient, of_x, of_a, of_b, None, None
 
 
 class FusedLoraLinear(Linear):  # type: ignore[misc] # peft's layers are untyped
@@ -52,10 +54,9 @@ class FusedLoraLinear(Linear):  # type: ignore[misc] # peft's layers are untyped
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         x = x.to(dtype)
         result: Tensor = self.base_layer(x)
-        if _hooked(self.base_layer) or not result.is_contiguous():  # somebody may have kept it
-            result = result.clone(memory_format=torch.contiguous_format)
+        over = result.is_contiguous() and not _hooked(self.base_layer)  # a hook may have kept it
         factors = self.lora_A[name].weight, self.lora_B[name].weight
-        added: Tensor = _AddLora.apply(result, x, *factors, self.scaling[name])  # type: ignore[no-untyped-call]
+        added: Tensor = _AddLora.apply(result, x, *factors, self.scaling[name], over)  # type: ignore[no-untyped-call]
         return added
 
     def _dtype_of_products(self, name: str, x: Tensor) -> torch.dtype | None:

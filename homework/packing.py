@@ -51,7 +51,7 @@ class Rows:
 
     def flat(self, padded: Tensor) -> Tensor:
         """What belongs to tokens, of (rows, width, ...) shape (1, tokens, ...)."""
-        return padded.flatten(0, 1)[self.places][None]
+        return padded.flatten(0, 1).index_select(0, self.places)[None]
 
     def padded(self, line: Tensor) -> Tensor:
         """Heads of tokens, shape (1, heads, tokens, size), as rows: shape (rows, heads, width, size), 0 elsewhere."""

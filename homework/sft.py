@@ -32,6 +32,7 @@ from .adapters import (
     save_adapter,
 )
 from .answers import OPEN_TAG, Parsed, read_answer
+from .augment import augmented
 from .base import digest, is_embedded, load_base, load_tokenizer, name_of
 from .data import TRAIN_FILE, VALID_FILE, DataError, PadToLongest, encode_rows, plain_prompt, prompt_of, read_rows
 from .selection import (
@@ -73,13 +74,16 @@ class Recipe:
     """Rank of each LoRA pair."""
     alpha: int
     """LoRA's alpha; the update is scaled by alpha / rank."""
+    copies: int = 1
+    """Rows that the command makes of each training row, all but one about other values (see augment.py)."""
 
 
 EMBEDDED_RECIPE = Recipe(learning_rate=4e-3, epochs=3, rank=16, alpha=32)
 OTHER_RECIPE = Recipe(learning_rate=2e-4, epochs=3, rank=16, alpha=32)
 """For any base that nothing is known of."""
-RECIPES = {"smollm2-135m": Recipe(learning_rate=2e-3, epochs=10, rank=16, alpha=32)}
-"""For bases known by name. SmolLM2 learns the form of an answer in one pass, and the units in ten."""
+RECIPES = {"smollm2-135m": Recipe(learning_rate=2e-3, epochs=1, rank=16, alpha=32, copies=12)}
+"""For bases known by name. In ten passes over 1,000 rows SmolLM2 learns them by heart: 0.13 of the validation is right.
+"""
 
 
 class RunError(RuntimeError):
@@ -287,7 +291,7 @@ def _precision_arguments(precision: str, hardware: Hardware) -> dict[str, Any]:
 
 def _train(options: argparse.Namespace) -> int:
     micro_batch, accumulation, precision, hardware = _choices(options)
-    train_rows, valid_rows = read_rows(options.train_file), _questions_to_ask(options)
+    train_rows, valid_rows = _rows_to_train_on(options), _questions_to_ask(options)
     output = Path(options.output_dir)
     made = check_output(output)
     try:
@@ -402,6 +406,17 @@ def _test(options: argparse.Namespace) -> int:
     return 0
 
 
+def _rows_to_train_on(options: argparse.Namespace) -> list[tuple[str, float]]:
+    rows, copies = read_rows(options.train_file), recipe_for(options.model).copies
+    if options.copies is not None:
+        copies = read_positive(options.copies, "--copies")
+    if copies == 1:
+        return rows
+    made = augmented(rows, read_rows(options.valid_file), copies, options.seed)
+    print(f"{'training rows':<28}{len(made):<6}({copies} of each of {len(rows)}, about other values)", flush=True)
+    return made
+
+
 def _questions_to_ask(options: argparse.Namespace) -> list[tuple[str, float]]:
     rows = read_rows(options.valid_file)
     return rows if options.questions is None else rows[: read_positive(options.questions, "--questions")]
@@ -482,6 +497,12 @@ exit codes: 0 done; 1 the training was not sound and nothing was saved; 2 an err
         default=str(TRAIN_FILE),
         metavar="FILE",
         help="JSON list of [question, answer] pairs (default: the app's own 1,000)",
+    )
+    train.add_argument(
+        "--copies",
+        metavar="N",
+        help="make N rows of each of the training file, all but one about other values than the file's and the"
+        f" validation's (default {_of_recipes('copies')})",
     )
     test = commands.add_parser(
         "test",

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 from pytest_sftguard.engine.adapters import lora_layers, product_layers
 from pytest_sftguard.engine.recording import Recorder
 from pytest_sftguard.engine.tensors import dtype_name
 
+_Hook = tuple[Callable[..., Any], Callable[..., None]]
+"""What puts a hook in its place, and the hook."""
+
 
 class LayerWatch:
-    """Hooks on the layers of the model that `recorder` sees, until `detach`."""
+    """Hooks on the layers of the model that `recorder` sees, until `detach`.
+
+    In the first step there is one on every layer. From then on, a hook on a decoder layer stands for those of its
+    layers that were computed with it, and one decoder layer after the other, a step each, is looked at closely again.
+    What is chosen within a decoder layer, as experts are, keeps hooks of its own.
+    """
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
@@ -21,8 +30,12 @@ class LayerWatch:
         """Whether a forward pass now is one of the training's, whose types count."""
         self.autocast_dtype: str | None = None
         self._returned: dict[str, set[int]] = {}
-        self._on_layers = self._watch_layers()
-        self._layer_hooks = [register(hook) for register, hook in self._on_layers]
+        self._on_layers, self._on_others = self._watch_layers()
+        self._blocks = _blocks(recorder.model, self._on_layers)
+        self._turns: list[list[_Hook]] = []
+        self._closely: list[Any] = []
+        self._standing = _put([*self._on_layers.values(), *self._on_others])
+        self._arranged: list[_Hook] | None = None
         self._buffer_hooks = self._watch_buffers()
 
     @property
@@ -32,9 +45,9 @@ class LayerWatch:
 
     def detach(self) -> None:
         """Take the hooks off the model."""
-        for hook in [*self._layer_hooks, *self._buffer_hooks]:
-            hook.remove()
-        self._layer_hooks, self._buffer_hooks, self._on_layers = [], [], []
+        for hooks in (self._standing, self._closely, self._buffer_hooks):
+            _take_off(hooks)
+        self._on_layers, self._on_others, self._arranged, self._turns = {}, [], [], []
 
     def begin_micro_batch(self, *, first: bool) -> None:
         """Another micro-batch of the training begins, the `first` of its step or a later one.
@@ -42,28 +55,60 @@ class LayerWatch:
         Where a token has passed through every layer in this step, there is nothing more to learn in it: a hook costs
         its call, and the module its fast way. In the first step all micro-batches are seen, for their types.
         """
-        if first and not self._layer_hooks:
-            self._layer_hooks = [register(hook) for register, hook in self._on_layers]
-        elif not first and self._layer_hooks and self.recorder.steps and self.recorder.all_layers_used:
-            for hook in self._layer_hooks:
-                hook.remove()
-            self._layer_hooks = []
+        if not self.recorder.steps:
+            return
+        if first:
+            self._stand()
+        elif self._standing and self.recorder.all_layers_used:
+            _take_off(self._standing)
+            _take_off(self._closely)
 
-    def _watch_layers(self) -> list[tuple[Callable[..., Any], Callable[..., None]]]:
+    def _stand(self) -> None:
+        """The hooks for a step after the first one."""
+        if self._arranged is None:
+            _take_off(self._standing)
+            self._arranged, self._turns = self._arrange()
+        if not self._standing:
+            self._standing = _put(self._arranged)
+        _take_off(self._closely)
+        if self._turns:
+            self._closely = _put(self._turns[len(self.recorder.steps) % len(self._turns)])
+
+    def _arrange(self) -> tuple[list[_Hook], list[list[_Hook]]]:
+        """What stands in every step, and what takes turns."""
+        standing: list[_Hook] = []
+        alone, turns = dict(self._on_layers), []
+        for block, names in self._blocks:
+            if not self.recorder.ever_used.issuperset(names):
+                continue
+            standing.append((block.register_forward_pre_hook, self._note_block(frozenset(names))))
+            turns.append([alone.pop(name) for name in names])
+        if turns and self._on_others:
+            turns.append(self._on_others)
+        return [*standing, *alone.values(), *([] if turns else self._on_others)], turns
+
+    def _watch_layers(self) -> tuple[dict[str, _Hook], list[_Hook]]:
         """Hooks that note which layers a token passed through: an expert without one has no gradient, soundly.
 
         And of what type their products are. Where the product is a module within the layer, one hook does for both.
-        Beside each hook stands what puts it in its place.
+        Those of the layers by name, and those of products that belong to none.
         """
         products = {id(layer): layer for layer in product_layers(self.recorder.model)}
-        hooks: list[tuple[Callable[..., Any], Callable[..., None]]] = []
+        hooks: dict[str, _Hook] = {}
         for name, layer in lora_layers(self.recorder.model).items():
             product = products.pop(id(layer.base_layer), None)
             if product is None:
-                hooks.append((layer.register_forward_pre_hook, self._note_use(name)))
+                hooks[name] = layer.register_forward_pre_hook, self._note_use(name)
             else:
-                hooks.append((product.register_forward_hook, self._note_product(name)))
-        return hooks + [(layer.register_forward_hook, self._note_product("")) for layer in products.values()]
+                hooks[name] = product.register_forward_hook, self._note_product(name)
+        return hooks, [(layer.register_forward_hook, self._note_product("")) for layer in products.values()]
+
+    def _note_block(self, names: frozenset[str]) -> Callable[..., None]:
+        def note(module: Any, inputs: Any) -> None:
+            if not (inputs and isinstance(inputs[0], torch.Tensor) and not inputs[0].numel()):
+                self.recorder.used_layers |= names
+
+        return note
 
     def _note_use(self, name: str) -> Callable[..., None]:
         def note(module: Any, inputs: Any, output: Any = None) -> None:
@@ -115,3 +160,29 @@ class LayerWatch:
         if not places:
             return []
         return [model.register_forward_pre_hook(remember), model.register_forward_hook(compare)]
+
+
+def _put(hooks: Iterable[_Hook]) -> list[Any]:
+    return [register(hook) for register, hook in hooks]
+
+
+def _take_off(hooks: list[Any]) -> None:
+    for hook in hooks:
+        hook.remove()
+    hooks.clear()
+
+
+def _blocks(model: nn.Module, names: Iterable[str]) -> list[tuple[nn.Module, list[str]]]:
+    """Elements of lists of modules, such as decoder layers, with those of `names` that are computed with them.
+
+    What lies in a list within the element is not: an element is what a model chooses, or leaves out.
+    """
+    modules = dict(model.named_modules())
+    held: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        paths = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+        elements = [p for p in paths if isinstance(modules.get(p.rpartition(".")[0]), (nn.ModuleList, nn.ModuleDict))]
+        if len(elements) == 1:
+            held.setdefault(elements[0], []).append(name)
+    return [(modules[element], inside) for element, inside in held.items() if len(inside) > 1]
