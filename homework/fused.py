@@ -49,8 +49,8 @@ class FusedLoraLinear(Linear):  # type: ignore[misc] # peft's layers are untyped
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Shapes (..., in) to (..., out)."""
         name = None if args or kwargs or x.dim() < 2 else self._the_adapter()
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        if name is None or dtype != self._dtype_of_products(name, x):
+        dtype = None if name is None else self._dtype_of_products(name, x)
+        if dtype is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         x = x.to(dtype)
         result: Tensor = self.base_layer(x)

@@ -37,10 +37,10 @@ class Layout:
     """How copies of tensors such as `tensors` lie side by side, to be looked at or to be kept."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._kinds = [(t.dtype, t.device) for t in tensors]
+        kinds = [(t.dtype, t.device) for t in tensors]
         self._shapes = [t.shape for t in tensors]
         lengths, shapes = [t.numel() for t in tensors], [tuple(t.shape) for t in tensors]
-        keys = [(str(kind), length) for kind, length in zip(self._kinds, lengths, strict=True)]
+        keys = [(str(kind), length) for kind, length in zip(kinds, lengths, strict=True)]
         parts: list[list[int]] = []
         for (_, length), alike in _grouped(sorted(range(len(tensors)), key=lambda i: (keys[i], shapes[i])), keys):
             at_once = _AT_ONCE.get(tensors[alike[0]].device.type, _AT_ONCE_ELSEWHERE)
@@ -48,10 +48,10 @@ class Layout:
             parts += [alike[i : i + rows] for i in range(0, len(alike), rows)]
         sizes: dict[tuple[torch.dtype, torch.device], int] = {}
         for part in parts:
-            kind = self._kinds[part[0]]
+            kind = kinds[part[0]]
             sizes[kind] = max(sizes.get(kind, 0), len(part) * lengths[part[0]])
         memory = {kind: torch.empty(size, dtype=kind[0], device=kind[1]) for kind, size in sizes.items()}
-        self._blocks = [_block(part, memory[self._kinds[part[0]]], lengths, shapes) for part in parts]
+        self._blocks = [_block(part, memory[kinds[part[0]]], lengths, shapes) for part in parts]
         self._order = [i for part in parts for i in part]
 
     def laid(self, tensors: Sequence[Tensor], places: Sequence[int] | None = None) -> Iterator[Tensor]:

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -21,15 +20,14 @@ from transformers import (
     MambaConfig,
     MistralConfig,
     Qwen3Config,
-    Trainer,
     TrainerCallback,
 )
 
 from homework import sft
-from homework.data import IGNORED
-from homework.fused import FusedLoraLinear, fuse
+from homework.fused import fuse
 from homework.packing import can_pack
 from homework.training import hold
+from tests import plain_pipeline
 
 CPU = {"bf16": False, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
 
@@ -59,34 +57,13 @@ class Steps(TrainerCallback):
         self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
 
-def padded_to(width: int) -> Any:
-    """The collator of the pipeline that people copy."""
-
-    def collate(rows: Any) -> dict[str, Tensor]:
-        fills = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
-        return {
-            name: torch.tensor([list(row[name]) + [fill] * (width - len(row[name])) for row in rows])
-            for name, fill in fills.items()
-        }
-
-    return collate
-
-
 def trained(folder: Path, rows: int, times: int, like: Steps | None = None) -> tuple[Any, Steps]:
     """Three steps of the app's training, `like` those of another one; without one, of the plain pipeline."""
     given = {
         "per_device_train_batch_size": rows, "gradient_accumulation_steps": times, "max_steps": 3, "logging_steps": 1,
         "max_grad_norm": 0.0, "output_dir": str(folder), **CPU,
     }  # fmt: skip
-    trainer = sft.build_trainer(**given)
-    if like is None:
-        trainer = sft.build_trainer(**given, gradient_checkpointing=True)
-        for layer in trainer.model.modules():
-            if type(layer) is FusedLoraLinear:
-                layer.__class__ = Linear
-        trainer = Trainer(
-            model=trainer.model, args=trainer.args, train_dataset=trainer.train_dataset, data_collator=padded_to(128)
-        )
+    trainer: Any = (plain_pipeline if like is None else sft).build_trainer(**given)
     steps = Steps(like)
     trainer.add_callback(steps)
     trainer.train()

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import dataclasses
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -32,7 +31,6 @@ from transformers.debug_utils import DebugUnderflowOverflow
 
 from pytest_sftguard.engine.building import build
 from pytest_sftguard.engine.isolation import isolated
-from pytest_sftguard.engine.probe import probe
 from pytest_sftguard.engine.probes import Probes, Scene
 from pytest_sftguard.engine.recording import Recorder
 from pytest_sftguard.engine.targets import resolve
@@ -40,7 +38,7 @@ from pytest_sftguard.engine.watching import Watch
 from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.precision import mode_named
 from pytest_sftguard.tiers import TIERS
-from tests.benchmarks.pages import put
+from tests.benchmarks.pages import put, where
 from tests.benchmarks.turns import Times, Turns
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cost.md"
@@ -161,11 +159,9 @@ def table(found: dict[str, dict[str, list[Times]]], steps: int) -> str:
     ]
     rounds = len(next(iter(found.values()))["bare"])
     lines += ["", _over_cells(found)]
-    device = probe("cpu")
     lines += [
         "",
-        f"{device.name}, {_cores()} cores, one thread, load {os.getloadavg()[0]:.1f} at the end; Python"
-        f" {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}."
+        f"{where()}, load {os.getloadavg()[0]:.1f} at the end."
         f" {rounds} rounds of {steps} steps for each, in turns after every step; medians and quartiles of all steps,"
         " and the smallest and the largest ratio of a round's medians, of the processor.",
     ]
@@ -197,10 +193,6 @@ def _over_cells(found: dict[str, dict[str, list[Times]]]) -> str:
         ratios = [ratio(by_way[way], by_way["bare"]) for by_way in found.values()]
         said.append(f"{WAYS[way][1]}: {statistics.median(ratios):.3f}, at most {max(ratios):.3f}")
     return f"Wall / bare over the {len(found)} cells, in the median and in the worst: {'; '.join(said[1:])}."
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _middle(seconds: list[float]) -> str:

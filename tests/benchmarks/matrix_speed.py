@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,14 +21,10 @@ from pathlib import Path
 import torch
 import transformers
 
-from pytest_sftguard.engine.building import build
 from pytest_sftguard.engine.isolation import isolated
-from pytest_sftguard.engine.probe import probe
-from pytest_sftguard.engine.targets import resolve
 from pytest_sftguard.matrix import Cell, RunConfig
-from pytest_sftguard.precision import mode_named
-from tests.benchmarks.pages import put
-from tests.benchmarks.turns import Turns
+from tests.benchmarks.pages import put, where
+from tests.benchmarks.turns import alone
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "performance.md"
@@ -76,21 +71,6 @@ def start() -> float:
     return time.perf_counter() - began
 
 
-def bare(cell: Cell, steps: int, folder: Path) -> float:
-    """Seconds of the steps of one training by the Trainer alone."""
-    mode = mode_named(cell.precision)
-    config = RunConfig(cell=cell, target=TARGET, device="cpu", steps=steps)
-    trainer = build(resolve(TARGET), config, mode, "cpu", folder)
-    trainer.log = lambda *_, **__: None
-    turns = Turns(["bare"], warm_up=0)
-
-    def train(turn: object) -> None:
-        trainer.add_callback(turn)
-        trainer.train()
-
-    return sum(turns.run({"bare": train})["bare"].wall)
-
-
 def table(found: dict[int, dict[str, list[float]]], started: list[float]) -> str:
     """Markdown, with a line on where and how."""
     one = statistics.median(started)
@@ -104,13 +84,10 @@ def table(found: dict[int, dict[str, list[float]]], started: list[float]) -> str
             f"| {steps} | {together:.1f} s | {apart:.1f} s | {apart / together:.2f} | {alone:.1f} s "
             f"| {together / (alone + one):.2f}: {together:.1f} s of {alone:.1f} s + {one:.1f} s |"
         )
-    device = probe("cpu")
     rounds = len(next(iter(found.values()))["together"])
     lines += [
         "",
-        f"Cells: {', '.join(map(str, CELLS))}. {device.name}, {torch.get_num_threads()} threads, Python"
-        f" {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}; medians of"
-        f" {rounds} rounds.",
+        f"Cells: {', '.join(map(str, CELLS))}. {where()}; medians of {rounds} rounds.",
     ]
     return "\n".join(lines)
 
@@ -136,7 +113,8 @@ def main() -> None:
             for steps, seen in found.items():
                 seen["together"].append(session(folder, steps, *axes(CELLS)))
                 seen["apart"].append(sum(session(folder, steps, *axes([cell])) for cell in CELLS))
-                seen["bare"].append(sum(bare(cell, steps, folder / "bare") for cell in CELLS))
+                configs = [RunConfig(cell=cell, target=TARGET, device="cpu", steps=steps) for cell in CELLS]
+                seen["bare"].append(sum(sum(alone(config, folder / "bare").wall) for config in configs))
                 said = {k: round(v[-1], 1) for k, v in seen.items()}
                 print(f"round {number + 1}, {steps} steps: {said}, start {started[-1]:.1f} s", flush=True)
     made = table(found, started)

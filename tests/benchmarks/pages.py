@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from pathlib import Path
 
 
@@ -12,3 +14,17 @@ def put(path: Path, name: str, made: str) -> None:
     if not closing:
         raise SystemExit(f"{path.name} has no place for a {name}: <!-- {name} --> and <!-- end -->, each on its line")
     path.write_text(f"{head}{opening}{made}\n{closing}{tail}", encoding="utf-8")
+
+
+def where() -> str:
+    """The machine and the versions that something is measured with."""
+    import torch
+    import transformers
+
+    from pytest_sftguard.engine.probe import probe
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return (
+        f"{probe('cpu').name}, {cores} cores, {torch.get_num_threads()} of them used,"
+        f" Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    )

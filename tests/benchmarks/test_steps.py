@@ -13,7 +13,6 @@ import pytest
 
 from pytest_sftguard.benchmarking import hand_over
 from pytest_sftguard.matrix import Cell, RunConfig
-from pytest_sftguard.precision import mode_named
 
 STEPS, WARM_UP = 8, 2
 CELLS = [Cell(precision, rows, 8 // rows) for precision in ("fp32", "bf16-mixed") for rows in (2, 8)]
@@ -23,20 +22,11 @@ TARGET = "homework.sft:build_trainer"
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_a_step_by_the_trainer_alone(cell: Cell, benchmark: Any, tmp_path: Path) -> None:
     """What the guard's own is to be compared with."""
-    from pytest_sftguard.engine.building import build
     from pytest_sftguard.engine.isolation import isolated
-    from pytest_sftguard.engine.targets import resolve
-    from tests.benchmarks.turns import Turns
-
-    config = RunConfig(cell=cell, target=TARGET, device="cpu", steps=STEPS)
-
-    def train(turn: Any) -> None:
-        trainer = build(resolve(TARGET), config, mode_named(cell.precision), "cpu", tmp_path)
-        trainer.add_callback(turn)
-        trainer.train()
+    from tests.benchmarks.turns import alone
 
     with isolated():
-        times = Turns(["bare"], warm_up=WARM_UP).run({"bare": train})["bare"]
+        times = alone(RunConfig(cell=cell, target=TARGET, device="cpu", steps=STEPS), tmp_path, warm_up=WARM_UP)
     assert len(times.wall) == STEPS - WARM_UP
     benchmark.group = f"step of {cell}"
     hand_over(benchmark, times.wall)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import platform
 import random
 import resource
 import statistics
@@ -30,23 +29,20 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
-from peft.tuners.lora import Linear
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from homework import sft
 from homework.answers import format_answer
 from homework.base import load_base, load_tokenizer
-from homework.data import IGNORED, TRAIN_FILE, plain_prompt, read_rows
-from homework.fused import FusedLoraLinear
+from homework.data import TRAIN_FILE, plain_prompt, read_rows
 from homework.training import hold
 from pytest_sftguard.engine.isolation import isolated
-from pytest_sftguard.engine.probe import probe
-from tests.benchmarks.pages import put
+from tests import plain_pipeline
+from tests.benchmarks.pages import put, where
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
 ROWS = 32
-WIDTH = 128
 PEAK = 2048
 """Rows and columns of the matrices whose product is the machine's peak."""
 SAID = {
@@ -75,19 +71,7 @@ def app(model: str | None, folder: Path, steps: int, bf16: bool) -> Trainer:
 
 def padded(model: str | None, folder: Path, steps: int, bf16: bool) -> Trainer:
     """The pipeline that people copy."""
-    built = sft.build_trainer(model=model, **arguments(folder, 8, steps, bf16), gradient_checkpointing=True)
-    for layer in built.model.modules():
-        if type(layer) is FusedLoraLinear:
-            layer.__class__ = Linear
-
-    def collate(rows: Any) -> dict[str, torch.Tensor]:
-        fills = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
-        return {
-            name: torch.tensor([list(row[name]) + [fill] * (WIDTH - len(row[name])) for row in rows])
-            for name, fill in fills.items()
-        }
-
-    return Trainer(model=built.model, args=built.args, train_dataset=built.train_dataset, data_collator=collate)
+    return plain_pipeline.build_trainer(model=model, **arguments(folder, 8, steps, bf16))
 
 
 def of_trl(model: str | None, folder: Path, steps: int, bf16: bool) -> Trainer:
@@ -252,14 +236,11 @@ def table(model: str | None, found: dict[str, Seen], work: list[int], peaks: dic
         if theirs and ours:
             ratio = statistics.median(theirs.seconds) / statistics.median(ours.seconds)
             said.append(f"{ratio:.2f} x faster in {precision}")
-    device = probe("cpu")
     lines += [
         "",
         *([f"The app's step against TRL's: {', '.join(said)}.", ""] if said else []),
         f"{model or 'embedded model'}, {ROWS} rows a step, {len(work)} counted steps of each way"
-        f" in turns; {device.name}, {torch.get_num_threads()} threads, Python {platform.python_version()},"
-        f" torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__},"
-        f" trl {trl.__version__}."
+        f" in turns; {where()}, peft {peft.__version__}, trl {trl.__version__}."
         f" Peak: the product of two {PEAK} x {PEAK} matrices, the best of those before and after:"
         f" {peaks['fp32'] / 1e9:.0f} GFLOP/s in fp32, {peaks['bf16'] / 1e9:.0f} in bf16. Operations of an app's step,"
         f" as torch counts them: {mean_work / 1e9:.0f} GFLOP.",

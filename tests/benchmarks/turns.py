@@ -12,9 +12,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+
+from pytest_sftguard.engine.building import build
+from pytest_sftguard.engine.targets import resolve
+from pytest_sftguard.matrix import RunConfig
+from pytest_sftguard.precision import mode_named
 
 
 @dataclass
@@ -114,3 +120,15 @@ class _Turn(TrainerCallback):
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """No step follows."""
         self._stack.close()
+
+
+def alone(config: RunConfig, folder: Path, *, warm_up: int = 0) -> Times:
+    """The steps of one training by the Trainer alone, on a CPU; what it writes goes to `folder`."""
+
+    def train(turn: TrainerCallback) -> None:
+        trainer = build(resolve(config.target), config, mode_named(config.cell.precision), "cpu", folder)
+        trainer.log = lambda *_, **__: None
+        trainer.add_callback(turn)
+        trainer.train()
+
+    return Turns(["alone"], warm_up=warm_up).run({"alone": train})["alone"]
