@@ -1,4 +1,4 @@
-"""The text of an answer: `<answer>NUMBER</answer>`, written with four significant digits and read strictly.
+"""The text of an answer: `<answer>NUMBER</answer>`, written with few significant digits and read strictly.
 
 A parser that is generous measures itself and not the model. This one matches the whole text or says why it did not.
 """
@@ -12,13 +12,26 @@ from decimal import Decimal
 
 OPEN_TAG = "<answer>"
 CLOSE_TAG = "</answer>"
-SIGNIFICANT_DIGITS = 4
 RELATIVE_TOLERANCE = 0.05
 """An answer is right when it is within this fraction of the expected number."""
 
 _NUMBER = re.compile(r"[+-]?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,3})?", re.ASCII)
-_SMALLEST_PLAIN_EXPONENT = -3
-_LARGEST_PLAIN_EXPONENT = 5
+
+
+@dataclass(frozen=True)
+class Notation:
+    """How a number is written."""
+
+    digits: int
+    """Significant digits; zeros at their end are left out."""
+    plain: range
+    """Decimal exponents that are written out: 0 for 1 to below 10, -3 for 0.001; all others like `3.156e9`."""
+
+
+FOUR_DIGITS = Notation(digits=4, plain=range(-3, 6))
+"""Plain from 0.001 to below 1e6."""
+TWO_DIGITS = Notation(digits=2, plain=range(0))
+"""Always with an exponent, like `9.7e3`: what the tolerance asks for, and no digit that a model would learn in vain."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +50,8 @@ class Unparsed:
     """What is wrong with the text, in a few words."""
 
 
-def format_number(value: float) -> str:
-    """Return `value` with four significant digits: plain from 0.001 to below 1e6, else like `3.156e9`.
+def format_number(value: float, notation: Notation = FOUR_DIGITS) -> str:
+    """Return `value` in a notation; zero is `0` in each.
 
     Raises ValueError for a number that is not finite.
     """
@@ -46,17 +59,17 @@ def format_number(value: float) -> str:
         raise ValueError(f"only a finite number can be an answer, not {value!r}")
     if value == 0:
         return "0"
-    mantissa, _, exponent_text = f"{value:.{SIGNIFICANT_DIGITS - 1}e}".partition("e")
+    mantissa, _, exponent_text = f"{value:.{notation.digits - 1}e}".partition("e")
     exponent = int(exponent_text)
-    if _SMALLEST_PLAIN_EXPONENT <= exponent <= _LARGEST_PLAIN_EXPONENT:
+    if exponent in notation.plain:
         plain = format(Decimal(mantissa).scaleb(exponent), "f")
         return plain.rstrip("0").rstrip(".") if "." in plain else plain
     return f"{mantissa.rstrip('0').rstrip('.')}e{exponent}"
 
 
-def format_answer(value: float) -> str:
+def format_answer(value: float, notation: Notation = FOUR_DIGITS) -> str:
     """Return the full answer text for a number, tags included."""
-    return f"{OPEN_TAG}{format_number(value)}{CLOSE_TAG}"
+    return f"{OPEN_TAG}{format_number(value, notation)}{CLOSE_TAG}"
 
 
 def read_number(text: str) -> Parsed | Unparsed:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .answers import format_answer
+from .answers import FOUR_DIGITS, Notation, format_answer
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +93,9 @@ def plain_prompt(question: str) -> str:
     return f"{question}\n"
 
 
-def encode_row(question: str, answer: float, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+def encode_row(
+    question: str, answer: float, tokenizer: PreTrainedTokenizerBase, notation: Notation = FOUR_DIGITS
+) -> dict[str, list[int]]:
     """Return `input_ids`, `attention_mask` and `labels` of one row; only the answer and the end token are supervised.
 
     Labels are not shifted; the model does that. Raises DataError where a token would span the seam between prompt and
@@ -101,7 +103,7 @@ def encode_row(question: str, answer: float, tokenizer: PreTrainedTokenizerBase)
     """
     prompt = prompt_of(question, tokenizer)
     given = list(tokenizer(prompt)["input_ids"])
-    whole = list(tokenizer(prompt + format_answer(answer))["input_ids"])
+    whole = list(tokenizer(prompt + format_answer(answer, notation))["input_ids"])
     if whole[-1:] != [tokenizer.eos_token_id]:
         whole.append(int(tokenizer.eos_token_id))
     if given[-1:] == [tokenizer.eos_token_id]:
@@ -115,9 +117,11 @@ def encode_row(question: str, answer: float, tokenizer: PreTrainedTokenizerBase)
     }
 
 
-def encode_rows(rows: Sequence[tuple[str, float]], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]]]:
+def encode_rows(
+    rows: Sequence[tuple[str, float]], tokenizer: PreTrainedTokenizerBase, notation: Notation = FOUR_DIGITS
+) -> list[dict[str, list[int]]]:
     """Return every row encoded, in the order given."""
-    return [encode_row(question, answer, tokenizer) for question, answer in rows]
+    return [encode_row(question, answer, tokenizer, notation) for question, answer in rows]
 
 
 @dataclass(frozen=True)

@@ -59,10 +59,23 @@ def _patterns() -> list[re.Pattern[str]]:
     return found
 
 
+def _matched(question: str) -> re.Match[str] | None:
+    return next((match for pattern in _patterns() if (match := pattern.fullmatch(question))), None)
+
+
 def triple_of(question: str) -> Triple | None:
     """Return the canonical triple that a question asks about, or None where no phrasing fits."""
-    names = canonical_names()
-    for pattern in _patterns():
-        if match := pattern.fullmatch(question):
-            return int(match["v"]), names[match["f"]], names[match["t"]]
-    return None
+    names, match = canonical_names(), _matched(question)
+    return None if match is None else (int(match["v"]), names[match["f"]], names[match["t"]])
+
+
+def about(question: str, value: int) -> str:
+    """Return the question about another value, in the same words. Raises ValueError where no phrasing fits."""
+    match = _matched(question)
+    if match is None:
+        raise ValueError(f"not a question of the app's: {question!r}")
+    unit = next(s for s in spellings(canonical_names()[match["f"]]) if match["f"] in (s.one, s.many))
+    said = {match.span("v"): str(value), match.span("f"): unit.one if value == 1 else unit.many}
+    for (begin, end), text in sorted(said.items(), reverse=True):
+        question = question[:begin] + text + question[end:]
+    return question

@@ -31,8 +31,7 @@ from .adapters import (
     non_finite,
     save_adapter,
 )
-from .answers import OPEN_TAG, Parsed, read_answer
-from .augment import augmented
+from .answers import FOUR_DIGITS, OPEN_TAG, TWO_DIGITS, Notation, Parsed, read_answer
 from .base import digest, is_embedded, load_base, load_tokenizer, name_of
 from .data import TRAIN_FILE, VALID_FILE, DataError, PadToLongest, encode_rows, plain_prompt, prompt_of, read_rows
 from .selection import (
@@ -52,6 +51,7 @@ from .selection import (
 )
 from .sources import NAMES as MODEL_NAMES
 from .sources import ModelError
+from .tables import with_tables
 from .validation import validate
 
 if TYPE_CHECKING:
@@ -74,16 +74,23 @@ class Recipe:
     """Rank of each LoRA pair."""
     alpha: int
     """LoRA's alpha; the update is scaled by alpha / rank."""
-    copies: int = 1
-    """Rows that the command makes of each training row, all but one about other values (see augment.py)."""
+    adam_beta2: float = 0.999
+    """How long AdamW remembers the size of gradients, as a weight of what was before."""
+    notation: Notation = FOUR_DIGITS
+    """How the answers are written that it learns."""
+    tables: int = 0
+    """How often the command adds the table of each pair of units of the training file (see tables.py)."""
 
 
 EMBEDDED_RECIPE = Recipe(learning_rate=4e-3, epochs=3, rank=16, alpha=32)
 OTHER_RECIPE = Recipe(learning_rate=2e-4, epochs=3, rank=16, alpha=32)
 """For any base that nothing is known of."""
-RECIPES = {"smollm2-135m": Recipe(learning_rate=2e-3, epochs=1, rank=16, alpha=32, copies=12)}
-"""For bases known by name. In ten passes over 1,000 rows SmolLM2 learns them by heart: 0.13 of the validation is right.
-"""
+RECIPES = {
+    "smollm2-135m": Recipe(
+        learning_rate=2e-3, epochs=1, rank=16, alpha=32, adam_beta2=0.99, notation=TWO_DIGITS, tables=6
+    ),
+}
+"""For bases known by name. What SmolLM2 learns of other rows and in other notations: docs/smollm2.md."""
 
 
 class RunError(RuntimeError):
@@ -195,7 +202,7 @@ def _build(model: str | None, dtype: str, rows: Sequence[tuple[str, float]], giv
         raise SelectionError(f"the Trainer refuses its arguments: {error}") from error
     tokenizer = load_tokenizer(model)
     base = load_base(model, dtype)
-    dataset = _encoded(model, tuple(rows), tokenizer)
+    dataset = _encoded(model, tuple(rows), tokenizer, recipe.notation)
     set_seed(arguments.seed)
     config = LoraConfig(
         r=recipe.rank,
@@ -216,18 +223,18 @@ def _build(model: str | None, dtype: str, rows: Sequence[tuple[str, float]], giv
     )
 
 
-_ENCODED: dict[tuple[str, tuple[tuple[str, float], ...]], list[dict[str, list[int]]]] = {}
+_ENCODED: dict[tuple[str, Notation, tuple[tuple[str, float], ...]], list[dict[str, list[int]]]] = {}
 
 
 def _encoded(
-    model: str | None, rows: tuple[tuple[str, float], ...], tokenizer: PreTrainedTokenizerBase
+    model: str | None, rows: tuple[tuple[str, float], ...], tokenizer: PreTrainedTokenizerBase, notation: Notation
 ) -> list[dict[str, list[int]]]:
     """Return rows as token ids; with a tokenizer that does not change while the process lives, they are made once."""
     if not is_embedded(model) and model not in MODEL_NAMES:
-        return encode_rows(rows, tokenizer)
-    key = name_of(model), rows
+        return encode_rows(rows, tokenizer, notation)
+    key = name_of(model), notation, rows
     if key not in _ENCODED:
-        _ENCODED[key] = encode_rows(rows, tokenizer)
+        _ENCODED[key] = encode_rows(rows, tokenizer, notation)
     return [{name: list(ids) for name, ids in row.items()} for row in _ENCODED[key]]
 
 
@@ -267,6 +274,7 @@ def _default_arguments(recipe: Recipe, given: dict[str, Any]) -> dict[str, Any]:
         "output_dir": OUTPUT_DIR,
         "optim": "adamw_torch",
         "learning_rate": recipe.learning_rate,
+        "adam_beta2": recipe.adam_beta2,
         "num_train_epochs": recipe.epochs,
         "max_steps": -1,
         "max_grad_norm": 1.0,
@@ -407,13 +415,14 @@ def _test(options: argparse.Namespace) -> int:
 
 
 def _rows_to_train_on(options: argparse.Namespace) -> list[tuple[str, float]]:
-    rows, copies = read_rows(options.train_file), recipe_for(options.model).copies
-    if options.copies is not None:
-        copies = read_positive(options.copies, "--copies")
-    if copies == 1:
+    rows, times = read_rows(options.train_file), recipe_for(options.model).tables
+    if options.tables is not None:
+        times = options.tables
+    if not times:
         return rows
-    made = augmented(rows, read_rows(options.valid_file), copies, options.seed)
-    print(f"{'training rows':<28}{len(made):<6}({copies} of each of {len(rows)}, about other values)", flush=True)
+    made = with_tables(rows, read_rows(options.valid_file), times, options.seed)
+    said = f"{len(rows)} of the file, and its pairs of units as tables, {times} times"
+    print(f"{'training rows':<28}{len(made):<6}({said})", flush=True)
     return made
 
 
@@ -499,10 +508,10 @@ exit codes: 0 done; 1 the training was not sound and nothing was saved; 2 an err
         help="JSON list of [question, answer] pairs (default: the app's own 1,000)",
     )
     train.add_argument(
-        "--copies",
+        "--tables",
         metavar="N",
-        help="make N rows of each of the training file, all but one about other values than the file's and the"
-        f" validation's (default {_of_recipes('copies')})",
+        help="add a table of the values 1 to 10 for each pair of units in the training file, N times over, without what"
+        f" the validation asks (default {_of_recipes('tables')})",
     )
     test = commands.add_parser(
         "test",
@@ -534,13 +543,19 @@ def _read_flags(options: argparse.Namespace) -> None:
     """Turn the texts of the number flags of `train` into numbers. Raises SelectionError."""
     if options.max_steps is not None:
         options.max_steps = read_positive(options.max_steps, "--max-steps")
-    if not options.seed.isascii() or not options.seed.isdigit() or int(options.seed) >= 2**32:
-        raise SelectionError(f"--seed must be a whole number from 0 to {2**32 - 1}, not {options.seed!r}")
-    options.seed = int(options.seed)
+    options.seed = _whole_number(options.seed, "--seed", 2**32 - 1)
+    if options.tables is not None:
+        options.tables = _whole_number(options.tables, "--tables", 1000)
     for name, flag in (("epochs", "--epochs"), ("learning_rate", "--learning-rate")):
         text = getattr(options, name)
         if text is not None:
             setattr(options, name, _positive_number(text, flag))
+
+
+def _whole_number(text: str, flag: str, largest: int) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > largest:
+        raise SelectionError(f"{flag} must be a whole number from 0 to {largest}, not {text!r}")
+    return int(text)
 
 
 def _positive_number(text: str, flag: str) -> float:

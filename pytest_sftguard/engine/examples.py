@@ -44,16 +44,16 @@ class Examples:
 
     def __init__(self, target: Target, tokenizer: Any, count: int) -> None:
         self.target, self.tokenizer = target, tokenizer
-        self.questions = [self._question(p, n) for p, n in target.pairs(count, tokenizer)]
-        self._by_length = sorted(self.questions, key=lambda q: -len(q.text))
+        self.questions = self._questions(target.pairs(count, tokenizer))
+        longest_first = sorted((q for q in self.questions if q.text), key=lambda q: -len(q.text))
+        self._by_text, self._by_ids = _Beginnings(longest_first, "text"), _Beginnings(longest_first, "ids")
 
     def example(self, row: Row) -> Example | None:
         """The question in `row`: its text is there, and the answer after it is right or nothing else is masked."""
         text = _squeezed(self.text(row.ids))
         masked = _squeezed(self.text(row.prompt))
-        for q in self._by_length:
-            if not q.text or not (text.startswith(q.text) or row.ids[: len(q.ids)] == q.ids):
-                continue
+        held = {**self._by_text.of(text), **self._by_ids.of(row.ids)}
+        for _, q in sorted(held.items()):
             clear = masked in (q.text, _squeezed(q.text + self.target.answer_prefix), self.said(q))
             right = self.reads_as(row.answer, q.expected)
             if clear or right or self._reads(text[len(q.text) :], q.expected):
@@ -74,8 +74,7 @@ class Examples:
 
     def text(self, ids: Iterable[int]) -> str:
         """What `ids` say, without special tokens; ids that the tokenizer does not have are left out."""
-        known = [i for i in ids if 0 <= i < len(self.tokenizer)]
-        return str(self.tokenizer.decode(known, skip_special_tokens=True))
+        return str(self.tokenizer.decode(self._known(ids), skip_special_tokens=True))
 
     def _reads(self, text: str, expected: float) -> bool:
         parse, prefix = self.target.parse_answer, self.target.answer_prefix
@@ -85,10 +84,37 @@ class Examples:
         numbers = [f for f in found if isinstance(f, (int, float)) and not isinstance(f, bool)]
         return any(math.isclose(n, expected, rel_tol=1e-9, abs_tol=1e-12) for n in numbers)
 
-    def _question(self, prompt: str, expected: float) -> Question:
-        ids = tuple(self.tokenizer(prompt)["input_ids"])
-        given = tuple(self.tokenizer(prompt + self.target.answer_prefix)["input_ids"])
-        return Question(_squeezed(self.text(ids)), expected, ids, given)
+    def _questions(self, pairs: list[tuple[str, float]]) -> list[Question]:
+        prompts = [prompt for prompt, _ in pairs]
+        ids = self._tokens(prompts)
+        given = self._tokens([prompt + self.target.answer_prefix for prompt in prompts])
+        texts = self.tokenizer.batch_decode([self._known(i) for i in ids], skip_special_tokens=True) if ids else []
+        return [
+            Question(_squeezed(text), expected, i, g)
+            for text, (_, expected), i, g in zip(texts, pairs, ids, given, strict=True)
+        ]
+
+    def _tokens(self, prompts: list[str]) -> list[tuple[int, ...]]:
+        """Token ids of all `prompts`, in one call: one for each would take as long as some training steps."""
+        return [tuple(ids) for ids in self.tokenizer(prompts)["input_ids"]] if prompts else []
+
+    def _known(self, ids: Iterable[int]) -> list[int]:
+        size = len(self.tokenizer)
+        return [i for i in ids if 0 <= i < size]
+
+
+class _Beginnings:
+    """Finds the questions that a row begins with, by one of their fields: a look for each length that there is."""
+
+    def __init__(self, questions: list[Question], field: str) -> None:
+        self._places: dict[Any, list[tuple[int, Question]]] = {}
+        for place, question in enumerate(questions):
+            self._places.setdefault(getattr(question, field), []).append((place, question))
+        self._lengths = sorted({len(beginning) for beginning in self._places})
+
+    def of(self, whole: Any) -> dict[int, Question]:
+        """The questions that `whole` begins with, by their places among all."""
+        return {place: q for length in self._lengths for place, q in self._places.get(whole[:length], ())}
 
 
 def _squeezed(text: str) -> str:

@@ -15,6 +15,7 @@ import torch
 from pytest_sftguard.engine import adapters, finiteness, generation, parsing, replicas, variants
 from pytest_sftguard.engine.bases import Bases
 from pytest_sftguard.engine.building import build
+from pytest_sftguard.engine.garbage import set_aside
 from pytest_sftguard.engine.isolation import isolated
 from pytest_sftguard.engine.memory import Forecast, free_bytes, overhead_bytes
 from pytest_sftguard.engine.probe import choose_device, probe, versions
@@ -69,7 +70,7 @@ def run(config: RunConfig, progress: Callable[[int], None] | None = None) -> Run
     started = time.perf_counter()
     if config.variant == "replicas" and not replicas.is_one():
         return dataclasses.replace(replicas.run(config, record), seconds=time.perf_counter() - started)
-    with isolated(), tempfile.TemporaryDirectory(prefix="sftguard-") as folder:
+    with isolated(), set_aside(kind), tempfile.TemporaryDirectory(prefix="sftguard-") as folder:
         seen = _Cell(config, mode, kind, target, Path(folder), progress).run()
     return dataclasses.replace(record, **seen, seconds=time.perf_counter() - started)
 

@@ -8,25 +8,45 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from homework.answers import Parsed, Unparsed, format_answer, format_number, is_right, read_answer, read_number
+from homework.answers import (
+    FOUR_DIGITS,
+    TWO_DIGITS,
+    Notation,
+    Parsed,
+    Unparsed,
+    format_answer,
+    format_number,
+    is_right,
+    read_answer,
+    read_number,
+)
 from homework.sft import parse_answer
 
 NUMBERS = st.floats(min_value=1e-30, max_value=1e30).flatmap(lambda x: st.sampled_from([x, -x]))
 
 
-@given(NUMBERS)
-def test_a_written_answer_is_read_within_half_a_unit_of_the_fourth_digit(number: float) -> None:
-    """Format, then parse, comes back within 5e-4 relative."""
-    found = read_answer(format_answer(number))
+NOTATIONS = st.sampled_from([FOUR_DIGITS, TWO_DIGITS])
+
+
+@given(NUMBERS, NOTATIONS)
+def test_a_written_answer_is_read_within_half_a_unit_of_its_last_digit(number: float, notation: Notation) -> None:
+    """Format, then parse, comes back within 5e-4 relative for four digits, and 0.05 for two."""
+    found = read_answer(format_answer(number, notation))
     assert isinstance(found, Parsed)
-    assert abs(found.value - number) <= 5.0001e-4 * abs(number)
+    assert abs(found.value - number) <= 5.0001 * 10.0**-notation.digits * abs(number)
 
 
 @given(NUMBERS)
-def test_writing_what_was_read_gives_the_same_text(number: float) -> None:
-    """A number already rounded to four digits keeps its text."""
-    text = format_number(number)
-    assert format_number(float(text)) == text
+def test_two_digits_are_enough_to_be_right(number: float) -> None:
+    """Rounding alone never makes an answer wrong."""
+    assert is_right(read_answer(format_answer(number, TWO_DIGITS)), number)
+
+
+@given(NUMBERS, NOTATIONS)
+def test_writing_what_was_read_gives_the_same_text(number: float, notation: Notation) -> None:
+    """A number already rounded keeps its text."""
+    text = format_number(number, notation)
+    assert format_number(float(text), notation) == text
 
 
 @given(NUMBERS)
@@ -45,6 +65,15 @@ def test_a_written_number_is_short(number: float) -> None:
 def test_numbers_have_one_expected_text(number: float, text: str) -> None:
     """Plain from 0.001 to below a million, with an exponent outside, and no trailing zeros."""
     assert format_number(number) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(24, "2.4e1"), (9656.064, "9.7e3"), (1000, "1e3"), (0.5, "5e-1"), (9.96, "1e1"), (-3.14e-9, "-3.1e-9"), (0, "0")],
+)
+def test_two_digits_have_one_expected_text(number: float, text: str) -> None:
+    """Always with an exponent, and no trailing zeros."""
+    assert format_number(number, TWO_DIGITS) == text
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])

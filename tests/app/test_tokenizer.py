@@ -23,7 +23,7 @@ from homework.data import (
     prompt_of,
     read_rows,
 )
-from homework.sft import questions
+from homework.sft import questions, recipe_for
 
 PRINTABLE = st.text(alphabet=string.printable, max_size=60)
 
@@ -72,6 +72,14 @@ def test_only_the_answer_is_supervised(tokenizer: Any) -> None:
         assert supervised == row["input_ids"][-len(supervised) :]
         assert tokenizer.decode(supervised) == format_answer(answer) + tokenizer.eos_token
         assert tokenizer.decode(row["input_ids"][: -len(supervised)], skip_special_tokens=True) == f"{question}\n"
+
+
+def test_an_answer_is_taught_in_the_notation_of_the_recipe(tokenizer: Any) -> None:
+    """The embedded model learns four digits, SmolLM2 two and an exponent."""
+    for model, text in (("homework/model", "9656"), ("smollm2-135m", "9.7e3")):
+        row = encode_row("Say 6 mi in meters.", 9656.064, tokenizer, recipe_for(model).notation)
+        supervised = [label for label in row["labels"] if label != IGNORED]
+        assert tokenizer.decode(supervised) == f"<answer>{text}</answer>{tokenizer.eos_token}"
 
 
 def test_the_tokenizer_is_built_as_it_is_stored(tokenizer: Any) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import statistics
 import sys
@@ -86,6 +87,32 @@ def underflow(trainer: Any, scene: Scene) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def telemetry(trainer: Any, scene: Scene) -> Iterator[None]:
+    """What pytest-torch's `run_training` records of each step of an optimizer, here of the Trainer's."""
+    from pytest_torch.training_loop import TrainingSetup, _Recorder
+
+    with contextlib.ExitStack() as stack:
+
+        class Telemetry(TrainerCallback):
+            def on_train_begin(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
+                """The Trainer has made its optimizer."""
+                self.recorder = stack.enter_context(_Recorder(TrainingSetup(trainer.model, optimizer)))
+                self.recorder.begin(0)
+                self.records: list[Any] = []
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                """As `run_training` does after each step; no loss comes to a callback."""
+                self.records.append(self.recorder.end(torch.zeros(())))
+                self.recorder.begin(state.global_step)
+
+        watching = Telemetry()
+        trainer.add_callback(watching)
+        yield
+        assert all(r.grad_norm and r.update_norm for r in watching.records)
+        assert len(watching.records) == trainer.args.max_steps
+
+
+@contextlib.contextmanager
 def _guarded(trainer: Any, scene: Scene, looks: tuple[str, ...]) -> Iterator[None]:
     probes = Probes(looks)
     probes.prepare(scene)
@@ -103,7 +130,10 @@ WAYS: dict[str, tuple[Callable[[Any, Scene], Any], str]] = {
     "replay": (replay, "guard, tier `quick` and look `replay`"),
     "anomaly": (anomaly, "`torch.autograd.set_detect_anomaly(True)`"),
     "underflow": (underflow, "`transformers` `DebugUnderflowOverflow`"),
+    "telemetry": (telemetry, "`pytest-torch`'s telemetry of each step"),
 }
+INSTALLED = [way for way in WAYS if way != "telemetry" or importlib.util.find_spec("pytest_torch")]
+"""Those that can be measured here: pytest-torch is no requirement of anything else (`pip install pytest-torch`)."""
 
 
 WITHIN: dict[str, Callable[[], Any]] = {"anomaly": lambda: torch.autograd.set_detect_anomaly(True)}
@@ -199,7 +229,7 @@ def _middle(seconds: list[float]) -> str:
     return f"{statistics.median(seconds) * 1e3:.2f}"
 
 
-def _cell(name: str) -> Cell:
+def cell_named(name: str) -> Cell:
     precision, _, batch = name.rpartition("-b")
     rows, times = map(int, batch.split("x"))
     return Cell(mode_named(precision).name, rows, times)
@@ -210,11 +240,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="rounds of each way (default 10)")
     parser.add_argument(
-        "--cells", nargs="+", default=CELLS, type=_cell, metavar="CELL",
+        "--cells", nargs="+", default=CELLS, type=cell_named, metavar="CELL",
         help="precision-bAxB: A rows, B times (default: the app's own, and the matrix as it is where nothing is asked)",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=30, metavar="N", help="counted steps of a round (default 30)")
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="what to compare with bare")
+    parser.add_argument(
+        "--ways", nargs="+", default=INSTALLED, choices=WAYS,
+        help=f"what to compare with bare (default: what is installed here: {', '.join(INSTALLED)})",
+    )  # fmt: skip
     parser.add_argument("--write", action="store_true", help="put the table into docs/cost.md")
     options = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -77,12 +77,15 @@ def padded(model: str | None, folder: Path, steps: int, bf16: bool) -> Trainer:
 def of_trl(model: str | None, folder: Path, steps: int, bf16: bool) -> Trainer:
     """TRL on prompts and completions, with the app's hyper-parameters."""
     recipe = sft.recipe_for(model)
-    rows = [{"prompt": plain_prompt(q), "completion": format_answer(a)} for q, a in read_rows(TRAIN_FILE)]
+    rows = [
+        {"prompt": plain_prompt(q), "completion": format_answer(a, recipe.notation)} for q, a in read_rows(TRAIN_FILE)
+    ]
     return trl.SFTTrainer(
         model=load_base(model),
         args=trl.SFTConfig(
-            **arguments(folder, 8, steps, bf16), learning_rate=recipe.learning_rate, optim="adamw_torch",
-            max_grad_norm=1.0, seed=sft.SEED, gradient_checkpointing=False, dataloader_pin_memory=False,
+            **arguments(folder, 8, steps, bf16), learning_rate=recipe.learning_rate, adam_beta2=recipe.adam_beta2,
+            optim="adamw_torch", max_grad_norm=1.0, seed=sft.SEED, gradient_checkpointing=False,
+            dataloader_pin_memory=False,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=load_tokenizer(model),
