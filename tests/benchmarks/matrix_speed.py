@@ -78,14 +78,14 @@ def table(found: dict[int, dict[str, list[float]]], started: list[float]) -> str
     """Markdown, with a line on where and how."""
     one = statistics.median(started)
     lines = [
-        "| steps of a cell | one session | six sessions | six / one | bare steps of all cells | one / (bare + start) |",
+        "| steps of a cell | one session | six sessions | six / one | bare steps of all cells | (one - start) / bare |",
         "|---|---|---|---|---|---|",
     ]
     for steps, seen in found.items():
         together, apart, alone = (statistics.median(seen[k]) for k in ("together", "apart", "bare"))
         lines.append(
             f"| {steps} | {together:.1f} s | {apart:.1f} s | {apart / together:.2f} | {alone:.1f} s "
-            f"| {together / (alone + one):.2f}: {together:.1f} s of {alone:.1f} s + {one:.1f} s |"
+            f"| {(together - one) / alone:.2f}: {together:.1f} s less {one:.1f} s, of {alone:.1f} s |"
         )
     rounds = len(next(iter(found.values()))["together"])
     lines += [
