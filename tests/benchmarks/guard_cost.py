@@ -39,7 +39,7 @@ from pytest_sftguard.engine.watching import Watch
 from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.precision import mode_named
 from pytest_sftguard.tiers import TIERS
-from tests.benchmarks.pages import put, where
+from tests.benchmarks.pages import publish, where
 from tests.benchmarks.turns import Times, Turns
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cost.md"
@@ -256,9 +256,7 @@ def main() -> None:
     ways = list(dict.fromkeys(["bare", *options.ways]))
     found = {str(cell): measured(ways, cell, options.rounds, options.steps) for cell in options.cells}
     made = table(found, options.steps)
-    print(made)
-    if options.write:
-        put(PAGE, "table", made)
+    publish(PAGE, "table", made, write=options.write)
 
 
 if __name__ == "__main__":

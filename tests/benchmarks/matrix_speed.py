@@ -23,7 +23,7 @@ import transformers
 
 from pytest_sftguard.engine.isolation import isolated
 from pytest_sftguard.matrix import Cell, RunConfig
-from tests.benchmarks.pages import put, where
+from tests.benchmarks.pages import publish, where
 from tests.benchmarks.turns import alone
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,9 +128,7 @@ def main() -> None:
                 said = {k: round(v[-1], 1) for k, v in seen.items()}
                 print(f"round {number + 1}, {steps} steps: {said}, start {started[-1]:.1f} s", flush=True)
     made = table(found, started)
-    print(made)
-    if options.write:
-        put(PAGE, "matrix", made)
+    publish(PAGE, "matrix", made, write=options.write)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,13 @@ import platform
 from pathlib import Path
 
 
+def publish(path: Path, name: str, made: str, *, write: bool) -> None:
+    """Print `made`, and `write` it to its place in a page where that is asked for."""
+    print(made, flush=True)
+    if write:
+        put(path, name, made)
+
+
 def put(path: Path, name: str, made: str) -> None:
     """Write `made` between `<!-- name -->` and the next `<!-- end -->` of a page. Raises SystemExit without them."""
     head, opening, rest = path.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")

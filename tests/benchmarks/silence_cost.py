@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.pages import put, where
+from tests.benchmarks.pages import publish, where
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "performance.md"
@@ -136,9 +136,7 @@ def main() -> None:
         f"{told} {where()}; {asked.rounds} runs of each, in turns.",
     ]
     made = "\n".join(lines)
-    print(made)
-    if asked.write:
-        put(PAGE, "silence", made)
+    publish(PAGE, "silence", made, write=asked.write)
 
 
 if __name__ == "__main__":

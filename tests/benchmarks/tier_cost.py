@@ -27,7 +27,7 @@ from pytest_sftguard.engine.runner import run
 from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.tiers import TIERS, NoReferenceError, asked, reference_config
 from tests.benchmarks.guard_cost import TARGET, cell_named
-from tests.benchmarks.pages import put, where
+from tests.benchmarks.pages import publish, where
 from tests.benchmarks.turns import alone
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cost.md"
@@ -103,9 +103,7 @@ def main() -> None:
         f"{where()}; {options.steps} optimizer steps a cell, medians of {options.rounds} rounds.",
     ]
     made = "\n".join(lines)
-    print(made)
-    if options.write:
-        put(PAGE, "tiers", made)
+    publish(PAGE, "tiers", made, write=options.write)
 
 
 if __name__ == "__main__":

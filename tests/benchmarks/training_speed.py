@@ -15,7 +15,6 @@ import os
 import random
 import resource
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -39,7 +38,7 @@ from homework.data import TRAIN_FILE, plain_prompt, read_rows
 from homework.training import hold
 from pytest_sftguard.engine.isolation import isolated
 from tests import plain_pipeline
-from tests.benchmarks.pages import put, where
+from tests.benchmarks.pages import publish, where
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
 ROWS = 32
@@ -270,10 +269,7 @@ def main() -> None:
         found = measured(options.model, ways, folder, options.steps, options.warm_up)
         after = {"fp32": peak(torch.float32), "bf16": peak(torch.bfloat16)}
     made = table(options.model, found, work, {k: max(p, after[k]) for k, p in peaks.items()})
-    print(made)
-    sys.stdout.flush()
-    if options.write:
-        put(PAGE, "training", made)
+    publish(PAGE, "training", made, write=options.write)
 
 
 if __name__ == "__main__":
