@@ -1,6 +1,6 @@
 """Measures everything that docs/performance.md and docs/cost.md say, and writes it there.
 
-    python -m tests.benchmarks              (an hour on two cores that do nothing else)
+    python -m tests.benchmarks              (an hour and a half on two cores that do nothing else)
     python -m tests.benchmarks --only matrix_speed silence_cost
 
 Each measurement is a script of its own (`python -m tests.benchmarks.guard_cost --help`), run one after the other in a

@@ -1,6 +1,6 @@
 """Measures the matrix beside the same trainings in processes of their own; writes a table of docs/performance.md.
 
-    python -m tests.benchmarks.matrix_speed --write   (twelve minutes on two cores)
+    python -m tests.benchmarks.matrix_speed --write   (twenty minutes on two cores)
 
 Six cells of the app's training on its embedded model, two precisions times three cuts of 16 rows, under the guard's
 `quick` tier: in one session of pytest, and in six sessions of one cell each. Beside them what the trainings would take
@@ -103,9 +103,9 @@ def main() -> None:
         "--steps",
         type=int,
         nargs="+",
-        default=[4, 8, 30],
+        default=[4, 8, 30, 60],
         metavar="N",
-        help="optimizer steps of a cell (default 4, 8 and 30)",
+        help="optimizer steps of a cell (default 4, 8, 30 and 60)",
     )
     parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     options = parser.parse_args()
