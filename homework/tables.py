@@ -39,15 +39,15 @@ def with_tables(rows: Sequence[Row], valid: Sequence[Row], times: int, seed: int
         for (source, target), known in wordings.items():
             for value in VALUES:
                 question, factor = chance.choice(known)
-                told = _told(value, factor, source, target, barred)
+                told = _told(value, source, target, barred)
                 if told is not None:
                     made.append((about(question, told), factor * told))
     return made
 
 
-def _told(value: int, factor: float, source: str, target: str, barred: set[Fact]) -> int | None:
+def _told(value: int, source: str, target: str, barred: set[Fact]) -> int | None:
     """The value, or the least of its tenfolds that the validation does not ask about."""
-    while barred & {_key(value, source, target), _key(factor * value, target, source)}:
+    while _key(value, source, target) in barred:
         value *= 10
         if value > _LARGEST_TENFOLD:
             return None
@@ -55,6 +55,7 @@ def _told(value: int, factor: float, source: str, target: str, barred: set[Fact]
 
 
 def _facts(question: str, answer: float) -> set[Fact]:
+    """What a row says, in both directions."""
     triple = triple_of(question)
     if triple is None:
         return set()

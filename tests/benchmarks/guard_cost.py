@@ -230,6 +230,7 @@ def _middle(seconds: list[float]) -> str:
 
 
 def cell_named(name: str) -> Cell:
+    """The cell of an id such as `fp32-b8x4`."""
     precision, _, batch = name.rpartition("-b")
     rows, times = map(int, batch.split("x"))
     return Cell(mode_named(precision).name, rows, times)

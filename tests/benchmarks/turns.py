@@ -125,9 +125,8 @@ class _Turn(TrainerCallback):
 class _Clock(TrainerCallback):
     """Times the steps of a training that has the machine to itself."""
 
-    def __init__(self, times: Times) -> None:
-        self.times = times
-        self._now()
+    def __init__(self) -> None:
+        self.times = Times()
 
     def _now(self) -> None:
         self.wall, self.processor = time.perf_counter(), time.process_time()
@@ -150,7 +149,7 @@ def alone(config: RunConfig, folder: Path, *, warm_up: int = 0) -> Times:
     """
     trainer = build(resolve(config.target), config, mode_named(config.cell.precision), "cpu", folder)
     trainer.log = lambda *_, **__: None
-    clock = _Clock(Times())
+    clock = _Clock()
     trainer.add_callback(clock)
     trainer.train()
     return Times(clock.times.wall[warm_up:], clock.times.processor[warm_up:])
