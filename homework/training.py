@@ -1,9 +1,9 @@
 """The Trainer of the app: the arithmetic of the plain one, without what it does in vain.
 
-- No padding is computed where tokens do not meet (see packing.py).
+- No padding is computed where tokens do not meet (see packing/).
 - Logits are computed where a label is, and nowhere else: the head is a quarter of a small model.
 - No cache of keys and values is filled: nothing is generated while training.
-- LoRA's sums take fewer passes (see fused.py).
+- LoRA's sums, norms and the loss take fewer passes (see fused/).
 - Frozen matrices can be held in the type that autocast casts them to at every use (`hold`).
 
 None of it changes which rows form an optimizer step, nor a loss or a gradient by more than the order of its sums does.
@@ -21,8 +21,8 @@ from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .data import IGNORED
-from .fused import fuse
-from .packing import Rows, can_pack, packed
+from .fused import fuse, token_losses
+from .packing import Rows, base_of, can_pack, packed
 
 _KEYS = {"input_ids", "attention_mask", "labels"}
 
@@ -57,17 +57,32 @@ class AnswerTrainer(Trainer):  # type: ignore[misc] # transformers' is Any to my
         self, model: Any, head: nn.Module, *, num_items_in_batch: Any = None, **inputs: Tensor
     ) -> dict[str, Tensor]:
         """What the model itself would return for `inputs`, but for the logits that nobody asks for."""
-        given, following, within = self._forward_inputs(self.accelerator.unwrap_model(model), inputs)
+        outer = self.accelerator.unwrap_model(model)
+        given, following, within = self._forward_inputs(outer, inputs)
         wanted = following != IGNORED
-        only = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][wanted][None],))
+        targets = following[wanted]
+        found: list[Tensor] = []
+
+        def instead(module: nn.Module, called_with: Any, output: Any) -> None:
+            """Above the model, accelerate would make a float32 copy of all logits."""
+            if not found:
+                found.append(token_losses(output.logits[0], targets))
+                output.logits = found[0]
+
+        # by the task of an adapter, peft calls the model with its hooks, or what is wrapped around its layers
+        around = [outer, outer.base_model, base_of(outer)] if base_of(outer) is not outer else [outer]
+        hooks = [module.register_forward_hook(instead) for module in around]
+        hooks.append(head.register_forward_pre_hook(lambda _, hidden: (hidden[0][wanted][None],)))
         try:
             with within:
-                logits = model(**given, use_cache=False).logits
+                output = model(**given, use_cache=False)
         finally:
-            only.remove()
-        targets = following[wanted]
-        loss = ForCausalLMLoss(logits, None, logits.shape[-1], num_items_in_batch, shift_labels=targets)
-        return {"loss": loss, "logits": logits}
+            for hook in hooks:
+                hook.remove()
+        losses = found[0] if found else token_losses(output.logits[0], targets)
+        # as transformers' own loss: the mean of this micro-batch, or its share of the mean of the step
+        loss = losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
+        return {"loss": loss}
 
     def _forward_inputs(self, model: Any, inputs: dict[str, Tensor]) -> tuple[dict[str, Any], Tensor, Any]:
         """What the model is called with, the label that follows each of its tokens, and in which context."""
@@ -85,7 +100,7 @@ class AnswerTrainer(Trainer):  # type: ignore[misc] # transformers' is Any to my
 
 def _head(model: Any) -> nn.Module | None:
     """The layer that gives logits, where the model's loss is the common one; else None, and all logits are needed."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_of(model)
     if getattr(inner, "loss_function", None) is not ForCausalLMLoss or inner.config.is_encoder_decoder:
         return None
     head: nn.Module | None = inner.get_output_embeddings()

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear
 from torch import Tensor
 from transformers import Trainer
 
 from homework import sft
 from homework.data import IGNORED
-from homework.fused import FusedLoraLinear
+from homework.fused import unfuse
 
 WIDTH = 128
 """Tokens that every row is padded to."""
@@ -20,9 +19,7 @@ WIDTH = 128
 def build_trainer(**arguments: Any) -> Trainer:
     """The app's Trainer by other means: rows padded to 128, checkpointed, all logits, peft's own layers."""
     built = sft.build_trainer(**arguments, gradient_checkpointing=True)
-    for layer in built.model.modules():
-        if type(layer) is FusedLoraLinear:
-            layer.__class__ = Linear
+    unfuse(built.model)
     return Trainer(model=built.model, args=built.args, train_dataset=built.train_dataset, data_collator=_padded)
 
 

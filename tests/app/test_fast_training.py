@@ -8,25 +8,26 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
     Qwen3Config,
+    Trainer,
     TrainerCallback,
+    TrainingArguments,
 )
 
 from homework import sft
-from homework.fused import fuse
+from homework.data import IGNORED, PadToLongest
 from homework.packing import can_pack
-from homework.training import hold
+from homework.training import AnswerTrainer, hold
 from tests import plain_pipeline
 
 CPU = {"bf16": False, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
@@ -124,85 +125,42 @@ def test_only_a_model_whose_tokens_meet_in_attention_is_packed(kind: str) -> Non
     assert (model.config._attn_implementation, model.training) == (before, training)
 
 
-def pair(**config: Any) -> tuple[nn.Module, nn.Module]:
-    """The same adapted layer twice: peft's, and fused."""
+WITH_A_LAST_WORD = {
+    "llama": LlamaConfig(**SMALL, num_key_value_heads=2),
+    "gemma2: logits are capped": Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, final_logit_softcapping=3.0),
+    "granite: logits are divided": GraniteConfig(**SMALL, num_key_value_heads=2, logits_scaling=7.0),
+    "gpt2: the head is the embedding": GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WITH_A_LAST_WORD)
+@pytest.mark.parametrize("adapted", ["for its task", "for none", ""])
+@pytest.mark.parametrize("bf16", [True, False])
+def test_the_loss_is_the_models_own(kind: str, adapted: str, bf16: bool, tmp_path: Path) -> None:
+    """Whatever a model does to its logits, with and without adapters, alone and as a share of a step; no hook stays."""
     torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(6, 5, bias=config.pop("base_bias", False)))
-    plain = get_peft_model(base, LoraConfig(target_modules=["0"], init_lora_weights=False, **config))
-    ours = copy.deepcopy(plain)
-    assert fuse(ours) == 1
-    return plain, ours
-
-
-@given(
-    rank=st.integers(1, 4), alpha=st.integers(1, 9), shape=st.sampled_from([(3, 6), (2, 3, 6), (1, 0, 6)]),
-    bias=st.booleans(), frozen_input=st.booleans(),
-)  # fmt: skip
-def test_a_fused_layer_is_pefts(rank: int, alpha: int, shape: tuple[int, ...], bias: bool, frozen_input: bool) -> None:
-    """Result and gradients, in double precision to the last digits."""
-    plain, ours = (m.double() for m in pair(r=rank, lora_alpha=alpha, base_bias=bias))
-    seen = []
-    for model in (plain, ours):
-        x = torch.linspace(-1, 1, max(1, torch.Size(shape).numel()), dtype=torch.float64)
-        x = x[: torch.Size(shape).numel()].reshape(shape).requires_grad_(not frozen_input)
-        y = model(x)
-        y.square().sum().backward()
-        seen.append([y, *([] if frozen_input else [x.grad]), *(p.grad for p in model.parameters() if p.requires_grad)])
-    for a, b in zip(*seen, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_under_autocast_a_fused_layer_rounds_like_pefts(dtype: torch.dtype) -> None:
-    """Within two roundings of the type, and the factors' gradients stay in float32."""
-    plain, ours = pair(r=4, lora_alpha=8)
-    results = []
-    for model in (plain, ours):
-        with torch.autocast("cpu", dtype=dtype):
-            y = model(torch.linspace(-1, 1, 30).reshape(5, 6))
-        y.float().square().sum().backward()
-        assert y.dtype == dtype
-        results.append([y.float(), *(p.grad for p in model.parameters() if p.requires_grad)])
-    for a, b in zip(*results, strict=True):
-        assert a.dtype == torch.float32
-        assert (a - b).norm() <= 2 * torch.finfo(dtype).eps * b.norm()
-
-
-def long_ways() -> dict[str, Any]:
-    """What peft's own layer is needed for."""
-    return {
-        "dropout": lambda m: setattr(
-            m.base_model.model[0], "lora_dropout", nn.ModuleDict({"default": nn.Dropout(0.5)})
-        ),
-        "merged": lambda m: m.merge_adapter(),
-        "disabled": lambda m: m.base_model.disable_adapter_layers(),
-        "hooked": lambda m: m.base_model.model[0].lora_A["default"].register_forward_hook(lambda *a: a[2] * 0 + 7),
-        "base in half precision": lambda m: m.base_model.model[0].base_layer.bfloat16(),
-    }
-
-
-@pytest.mark.parametrize("what", long_ways())
-def test_what_is_more_than_two_products_goes_pefts_way(what: str) -> None:
-    """Bit for bit, random numbers included."""
-    plain, ours = pair(r=4, lora_alpha=8)
-    x = torch.linspace(-1, 1, 18).reshape(3, 6)
-    results = []
-    for model in (plain, ours):
-        long_ways()[what](model)
-        torch.manual_seed(1)
-        results.append(model(x.bfloat16() if "half" in what else x))
-    assert torch.equal(*results)
-
-
-def test_a_result_that_somebody_kept_is_not_written_over() -> None:
-    """A hook on the frozen layer sees the frozen layer's result, also later."""
-    _, ours = pair(r=4, lora_alpha=8)
-    kept: list[Tensor] = []
-    layer: Any = ours.base_model.model[0]  # type: ignore[union-attr]
-    layer.base_layer.register_forward_hook(lambda module, given, result: kept.append(result))
-    x = torch.linspace(-1, 1, 18).reshape(3, 6)
-    ours(x)
-    assert torch.equal(kept[0], nn.functional.linear(x, layer.base_layer.weight))
+    model: Any = AutoModelForCausalLM.from_config(WITH_A_LAST_WORD[kind])
+    if adapted:
+        task = "CAUSAL_LM" if "its" in adapted else None
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type=task))
+    rows = [
+        {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED, *ids[1:]]}
+        for ids in ([5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16, 17])
+    ]
+    given: dict[str, Any] = {
+        "args": TrainingArguments(output_dir=str(tmp_path), **{**CPU, "bf16": bf16}),
+        "train_dataset": rows, "data_collator": PadToLongest(0),
+    }  # fmt: skip
+    plain, ours = Trainer(model=copy.deepcopy(model), **given), AnswerTrainer(model=model, **given)
+    for trainer in (ours, plain):
+        trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model.train())
+    batch = given["data_collator"](rows)
+    for share in (None, torch.tensor(25)):
+        losses = [t.compute_loss(t.model_wrapped, dict(batch), num_items_in_batch=share) for t in (ours, plain)]
+        assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-2 if bf16 else 1e-5)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_held_matrices_give_the_same_bits_under_autocast(tmp_path: Path) -> None:

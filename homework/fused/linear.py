@@ -2,7 +2,7 @@
 
 peft adds `lora_B(lora_A(x)) * scaling` to the frozen layer's result in three passes over that result, and keeps what
 the backward pass needs of each. Here the sum is part of the last product, and only `x` and the narrow `lora_A(x)` are
-kept. Under autocast `x` is cast once for the layer, where peft casts it for each product and back.
+kept. Under autocast `x` is cast once for all layers that take it, where peft casts it for each product and back.
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ class _AddLora(torch.autograd.Function):
         return gradient, of_x, of_a, of_b, None, None
 
 
-class FusedLoraLinear(Linear):  # type: ignore[misc] # peft's layers are untyped
+class FusedLinear(Linear):  # type: ignore[misc] # peft's layers are untyped
     """peft's layer, which takes the short way where it is the same sum: one plain adapter on a plain frozen layer."""
+
+    plain: type[nn.Module] = Linear
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Shapes (..., in) to (..., out)."""
@@ -52,9 +54,9 @@ class FusedLoraLinear(Linear):  # type: ignore[misc] # peft's layers are untyped
         dtype = None if name is None else self._dtype_of_products(name, x)
         if dtype is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
-        x = x.to(dtype)
+        x = _cast(x, dtype)
         result: Tensor = self.base_layer(x)
-        over = result.is_contiguous() and not _hooked(self.base_layer)  # a hook may have kept it
+        over = result.is_contiguous() and not hooked(self.base_layer)  # a hook may have kept it
         factors = self.lora_A[name].weight, self.lora_B[name].weight
         added: Tensor = _AddLora.apply(result, x, *factors, self.scaling[name], over)  # type: ignore[no-untyped-call]
         return added
@@ -76,18 +78,23 @@ class FusedLoraLinear(Linear):  # type: ignore[misc] # peft's layers are untyped
         if name not in self.lora_A or name in self.lora_variant or type(self.lora_dropout[name]) is not nn.Identity:
             return None
         pair = (self.lora_A[name], self.lora_B[name])
-        return name if all(type(m) is nn.Linear and m.bias is None and not _hooked(m) for m in pair) else None
+        return name if all(type(m) is nn.Linear and m.bias is None and not hooked(m) for m in pair) else None
 
 
-def fuse(model: nn.Module) -> int:
-    """Let every plain LoRA layer of `model` take the short way; return how many there are."""
-    layers = [m for m in model.modules() if type(m) is Linear]
-    for layer in layers:
-        layer.__class__ = FusedLoraLinear
-    return len(layers)
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in `dtype`, once for all layers that take it: the gradients of queries, keys and values meet in `dtype`."""
+    if x.dtype == dtype:
+        return x
+    now = dtype, x._version, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    known: tuple[Any, Tensor] | None = getattr(x, "_homework_cast", None)
+    if known is None or known[0] != now:
+        known = now, x.to(dtype)
+        x._homework_cast = known  # type: ignore[attr-defined] # lives and dies with x
+    return known[1]
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody sees, or changes, what goes into the module or comes out of it."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

@@ -1,0 +1,108 @@
+"""Attention of tokens in one line is that of their rows, each alone."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from homework.packing import CannotPackError, Rows
+from homework.packing.attention import ROWS, attend
+
+TRAINING: Any = SimpleNamespace(training=True)
+
+
+def lines(rows: Rows, queries: int, keys: int, size: int = 4) -> tuple[Tensor, ...]:
+    """Queries, keys and values of all tokens, as a model's projections leave them."""
+    tokens = len(rows.places)
+    return tuple(torch.randn(1, tokens, n, size).transpose(1, 2).requires_grad_() for n in (queries, keys, keys))
+
+
+def in_line(rows: Rows, *given: Tensor, **more: Any) -> Tensor:
+    """What the app's attention gives, shape (1, tokens, heads, size)."""
+    token = ROWS.set(rows)
+    try:
+        return attend(TRAINING, *given, None, **more)[0]
+    finally:
+        ROWS.reset(token)
+
+
+masks = st.lists(
+    st.tuples(st.integers(0, 3), st.integers(1, 5), st.integers(0, 3)), min_size=1, max_size=4
+)  # padding in front, tokens, padding behind
+
+
+def mask_of(rows: list[tuple[int, int, int]]) -> Tensor:
+    """An attention mask, rows padded behind to the longest."""
+    width = max(map(sum, rows))
+    return torch.tensor([[0] * a + [1] * n + [0] * (width - a - n) for a, n, _ in rows])
+
+
+@given(rows=masks, keys=st.integers(1, 3), groups=st.integers(1, 3), seed=st.integers(0, 99))
+def test_each_token_looks_at_its_row_alone(rows: list[tuple[int, int, int]], keys: int, groups: int, seed: int) -> None:
+    """Results and gradients are those of torch's attention on each row, wherever its padding is."""
+    torch.manual_seed(seed)
+    where = Rows.of(mask_of(rows))
+    given = lines(where, keys * groups, keys)
+    result = in_line(where, *given)
+    weights = torch.randn_like(result)
+    ours = torch.autograd.grad((result * weights).sum(), given)
+    alone, begin = [], 0
+    for _, tokens, _ in rows:
+        q, k, v = (line[:, :, begin : begin + tokens] for line in given)
+        row = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        alone.append(row.transpose(1, 2))
+        begin += tokens
+    expected = torch.cat(alone, dim=1)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+    for a, b in zip(ours, torch.autograd.grad((expected * weights).sum(), given), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("front", [0, 2])
+def test_half_precision_stays_finite_where_no_token_is(dtype: torch.dtype, front: int) -> None:
+    """A place that may look at nothing is no token's, and its numbers reach none."""
+    torch.manual_seed(0)
+    where = Rows.of(mask_of([(front, 3, 0), (0, 6, 0)]))
+    given = lines(where, 4, 2)
+    with torch.autocast("cpu", dtype=dtype):
+        result = in_line(where, *(30 * line for line in given))
+    result.float().square().sum().backward()
+    assert result.isfinite().all()
+    assert all(line.grad is not None and line.grad.isfinite().all() for line in given)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_the_short_graph_is_torchs(dropout: float) -> None:
+    """The hand-written derivative is the one that torch works out, with the same random numbers."""
+    torch.manual_seed(0)
+    where = Rows.of(mask_of([(0, 3, 0), (0, 5, 0)]))
+    given = lines(where, 4, 2)
+    heads = where.heads(4, 2, torch.float32)
+    torch.manual_seed(1)
+    ours = in_line(where, *given, dropout=dropout)
+    torch.manual_seed(1)
+    q, k, v = (heads.block(line) for line in given)
+    weights = torch.baddbmm(heads.bias, q, k.transpose(1, 2), alpha=0.5).softmax(-1)
+    if dropout:
+        weights = torch.native_dropout(weights, dropout, True)[0]
+    plain = heads.line(weights @ v, torch.float32).transpose(1, 2)
+    assert torch.equal(ours, plain)
+    for a, b in zip(*(torch.autograd.grad(r.square().sum(), given) for r in (ours, plain)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "more", [{"sliding_window": 4}, {"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"is_causal": False}]
+)
+def test_what_it_does_not_know_is_refused(more: dict[str, Any]) -> None:
+    """By its name, and not ignored."""
+    where = Rows.of(mask_of([(0, 3, 0)]))
+    with pytest.raises(CannotPackError, match="attention with"):
+        in_line(where, *lines(where, 4, 2), **more)
