@@ -103,6 +103,8 @@ def _head(model: Any) -> nn.Module | None:
     inner = base_of(model)
     if getattr(inner, "loss_function", None) is not ForCausalLMLoss or inner.config.is_encoder_decoder:
         return None
+    if getattr(inner.config, "output_router_logits", False):  # the model adds its router's loss to that of the tokens
+        return None
     head: nn.Module | None = inner.get_output_embeddings()
     return head
 

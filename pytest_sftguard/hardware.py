@@ -121,7 +121,7 @@ class HardwareProfile:
 
     def __str__(self) -> str:
         several = f" x{self.count}" if self.count > 1 else ""
-        threads = f" ({self.threads} threads)" if self.threads else ""
+        threads = f" ({self.threads} thread{'s' if self.threads > 1 else ''})" if self.threads else ""
         failed = f" [{'; '.join(map(str, self.unanswered))}]" if self.unanswered else ""
         return f"{self.name}{several}{threads}{failed}"
 

@@ -24,6 +24,7 @@ from pytest_sftguard.engine.raising import raised
 from pytest_sftguard.engine.recording import Recorder
 from pytest_sftguard.engine.redrawing import Redrawn, other_factors, redrawn
 from pytest_sftguard.engine.targets import Target, TargetError, resolve
+from pytest_sftguard.engine.threads import shared_cores
 from pytest_sftguard.engine.watching import Watch
 from pytest_sftguard.hardware import HardwareProfile
 from pytest_sftguard.matrix import RunConfig
@@ -44,6 +45,11 @@ def run(config: RunConfig, progress: Callable[[int], None] | None = None) -> Run
     record's `error`. Raises TargetError where the target breaks its contract, ValueError for an unknown device, and
     lets KeyboardInterrupt through. Global state (random generators, environment, torch's switches) is put back.
     """
+    with shared_cores():
+        return _run(config, progress)
+
+
+def _run(config: RunConfig, progress: Callable[[int], None] | None) -> RunRecord:
     mode = mode_named(config.cell.precision)
     kind, unavailable = choose_device(config.device)
     profile = HardwareProfile(kind=kind, name=kind) if unavailable else probe(kind)

@@ -18,6 +18,7 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    MixtralConfig,
     Qwen3Config,
     Trainer,
     TrainerCallback,
@@ -129,6 +130,9 @@ WITH_A_LAST_WORD = {
     "llama": LlamaConfig(**SMALL, num_key_value_heads=2),
     "gemma2: logits are capped": Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, final_logit_softcapping=3.0),
     "granite: logits are divided": GraniteConfig(**SMALL, num_key_value_heads=2, logits_scaling=7.0),
+    "mixtral: the router has a loss": MixtralConfig(
+        **SMALL, num_key_value_heads=2, num_local_experts=3, output_router_logits=True, router_aux_loss_coef=0.5
+    ),
     "gpt2: the head is the embedding": GPT2Config(
         vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0
     ),

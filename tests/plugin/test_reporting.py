@@ -33,7 +33,7 @@ def test_section_has_a_row_for_each_cell(pytester, engine):
     "line",
     [
         "precision  batch  verdict*grad_norm*raw loss*answers*seconds",
-        "on Some CPU (1 threads), torch 2.13.0",
+        "on Some CPU (1 thread), torch 2.13.0",
         "fp32-b2x1 FAILED: *raw_loss_finite*",
         '  rerun     pytest "test_it.py::test_it?fp32-b2x1?"',
         "strict_answers: not evaluated -- the target offers no questions() (fp32-b2x1)",

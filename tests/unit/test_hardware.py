@@ -66,7 +66,7 @@ def test_float32_is_everywhere(device):
 
 @pytest.mark.parametrize(
     ("device", "text"),
-    [(canned.H100, "NVIDIA H100 x2"), (canned.CPU, "Some CPU (1 threads)"), (canned.T4, "Tesla T4")],
+    [(canned.H100, "NVIDIA H100 x2"), (canned.CPU, "Some CPU (1 thread)"), (canned.T4, "Tesla T4")],
     ids=["several", "threads", "one"],
 )
 def test_device_reads_as_text(device, text):

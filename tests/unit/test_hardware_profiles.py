@@ -212,7 +212,7 @@ def test_what_a_device_lacks(profile: HardwareProfile, mode: str, reason: str | 
     [
         (T4, "Tesla T4"),
         (cuda(count=2), "GPU x2"),
-        (HardwareProfile(kind="cpu", name="CPU", threads=1), "CPU (1 threads)"),
+        (HardwareProfile(kind="cpu", name="CPU", threads=1), "CPU (1 thread)"),
         (HardwareProfile(kind="cpu", name="CPU", threads=2), "CPU (2 threads)"),
         (cuda(unanswered=(FailedQuery("mem_get_info", "gone"),)), "GPU [mem_get_info failed: gone]"),
         (

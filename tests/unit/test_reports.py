@@ -41,7 +41,7 @@ def flat(text):
     "said",
     [
         "fp32-b2x1 FAILED: raw_loss_finite, evidence_complete",
-        "device Some CPU (1 threads), torch 2.13.0",
+        "device Some CPU (1 thread), torch 2.13.0",
         "target some.module:build_trainer with model some/folder",
         "step 3 raw_loss_finite: loss is not finite at 1 of 4 steps (first: step 3, micro-batch 1)",
         "[observed nan, allowed finite]",
@@ -142,7 +142,7 @@ def test_terminal_names_tests_where_there_are_several():
 def test_terminal_names_each_device_once():
     """The devices stand in one line below the table."""
     lines = table(healthy(), healthy(seed=1), healthy(device=canned.H100, tf32=False))
-    assert "on NVIDIA H100 x2, torch 2.13.0; Some CPU (1 threads), torch 2.13.0" in lines
+    assert "on NVIDIA H100 x2, torch 2.13.0; Some CPU (1 thread), torch 2.13.0" in lines
 
 
 def test_terminal_tells_each_failure():
