@@ -67,7 +67,9 @@ def test_the_record_says_with_how_many_threads_a_cell_trained(monkeypatch: pytes
     monkeypatch.setenv("PYTEST_XDIST_WORKER_COUNT", "2")
     torch.set_num_threads(2)
     record = runner.run(
-        RunConfig(cell=Cell("fp32", 2, 1), target="pytest_sftguard.engine.models.tiny:build_trainer", device="cpu", steps=1)
+        RunConfig(
+            cell=Cell("fp32", 2, 1), target="pytest_sftguard.engine.models.tiny:build_trainer", device="cpu", steps=1
+        )
     )
     assert record.error is None
     assert record.device.threads == 1
