@@ -63,15 +63,14 @@ class AnswerTrainer(Trainer):  # type: ignore[misc] # transformers' is Any to my
         targets = following[wanted]
         found: list[Tensor] = []
 
-        def instead(module: nn.Module, called_with: Any, output: Any) -> None:
-            """Above the model, accelerate would make a float32 copy of all logits."""
+        def find(module: nn.Module, called_with: Any, output: Any) -> None:
+            """Above the model, accelerate makes a float32 copy of all logits."""
             if not found:
                 found.append(token_losses(output.logits[0], targets))
-                output.logits = found[0]
 
         # by the task of an adapter, peft calls the model with its hooks, or what is wrapped around its layers
         around = [outer, outer.base_model, base_of(outer)] if base_of(outer) is not outer else [outer]
-        hooks = [module.register_forward_hook(instead) for module in around]
+        hooks = [module.register_forward_hook(find) for module in around]
         hooks.append(head.register_forward_pre_hook(lambda _, hidden: (hidden[0][wanted][None],)))
         try:
             with within:
