@@ -85,6 +85,8 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` in `dtype`, once for all layers that take it: the gradients of queries, keys and values meet in `dtype`."""
     if x.dtype == dtype:
         return x
+    if x.requires_grad and x.is_leaf:  # its cast would hold x, and x its cast, and nobody would free the two
+        return x.to(dtype)
     now = dtype, x._version, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     known: tuple[Any, Tensor] | None = getattr(x, "_homework_cast", None)
     if known is None or known[0] != now:

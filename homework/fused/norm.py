@@ -1,7 +1,7 @@
 """RMS norms with fewer passes over their activations.
 
-torch works one out, forward and back, in some fifteen passes and keeps four results of the size of its input. Here they
-are six, and the input is kept.
+torch's graph of one makes a tensor as large as its input for each operation, forward and back. Here products are
+written over each other, and the backward pass takes the derivative as a whole.
 """
 
 from __future__ import annotations

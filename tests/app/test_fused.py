@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -110,8 +112,9 @@ def test_layers_that_share_an_input_share_its_cast(dtype: torch.dtype) -> None:
     gradients = []
     for model in (plain, ours):
         x = torch.linspace(-1, 1, 30).reshape(5, 6).requires_grad_()
+        shared = x * 1
         with torch.autocast("cpu", dtype=dtype):
-            results = [model.base_model.model[name](x) for name in ("q", "k", "v")]
+            results = [model.base_model.model[name](shared) for name in ("q", "k", "v")]
         if model is ours:
             casts = {id(result.grad_fn.next_functions[1][0]) for result in results}
             assert len(casts) == 1
@@ -120,6 +123,20 @@ def test_layers_that_share_an_input_share_its_cast(dtype: torch.dtype) -> None:
     a, b = gradients
     assert a.dtype == torch.float32
     assert (a - b).norm() <= 3 * torch.finfo(dtype).eps * b.norm()
+
+
+@pytest.mark.parametrize("leaf", [True, False])
+def test_a_cast_dies_with_its_input(leaf: bool) -> None:
+    """Nothing is kept from step to step."""
+    _, ours = pair(r=4, lora_alpha=8)
+    x = torch.linspace(-1, 1, 30).reshape(5, 6).requires_grad_()
+    given = x if leaf else x * 1
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours(given).float().sum().backward()
+    seen = weakref.ref(given)
+    del x, given
+    gc.collect()
+    assert seen() is None
 
 
 def test_an_input_that_was_changed_is_cast_anew() -> None:
