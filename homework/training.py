@@ -68,9 +68,10 @@ class AnswerTrainer(Trainer):  # type: ignore[misc] # transformers' is Any to my
             if not found:
                 found.append(token_losses(output.logits[0], targets))
 
+        inner = base_of(outer)
         # by the task of an adapter, peft calls the model with its hooks, or what is wrapped around its layers
-        around = [outer, outer.base_model, base_of(outer)] if base_of(outer) is not outer else [outer]
-        hooks = [module.register_forward_hook(find) for module in around]
+        below = [] if inner is outer else [outer.base_model, inner]
+        hooks = [module.register_forward_hook(find) for module in below]
         hooks.append(head.register_forward_pre_hook(lambda _, hidden: (hidden[0][wanted][None],)))
         try:
             with within:

@@ -21,9 +21,9 @@ _BLOCK = 2**20
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        largest = logits.amax(-1, keepdim=True).float()
-        total = torch.empty_like(largest)
+        largest, total = (logits.new_empty(len(logits), 1, dtype=torch.float32) for _ in range(2))
         for part in _blocks(logits):
+            largest[part] = logits[part].amax(-1, keepdim=True)
             torch.sum((logits[part] - largest[part]).exp_(), -1, keepdim=True, out=total[part])
         ctx.save_for_backward(logits, targets, largest, total)
         # in this order, so that a small loss keeps its digits where logits are large

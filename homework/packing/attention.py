@@ -45,11 +45,12 @@ class _Attend(torch.autograd.Function):
         heads, scaling = ctx.heads, ctx.scaling
         g = heads.block(gradient)
         g.view(-1, g.shape[-1]).index_fill_(0, heads.empty, 0.0)  # what no token asked for teaches no key
-        kept = weights if mask is None else weights * mask / (1 - ctx.dropout)
-        of_v = kept.to(v.dtype).transpose(1, 2) @ g
-        of_weights = (g @ v.transpose(1, 2)).float()
-        if mask is not None:
-            of_weights = of_weights * mask / (1 - ctx.dropout)
+
+        def dropped(of: Tensor) -> Tensor:
+            return of if mask is None else of * mask / (1 - ctx.dropout)
+
+        of_v = dropped(weights).to(v.dtype).transpose(1, 2) @ g
+        of_weights = dropped((g @ v.transpose(1, 2)).float())
         of_scores = torch._softmax_backward_data(of_weights, weights, -1, torch.float32).to(q.dtype)
         of_q = torch.baddbmm(q, of_scores, k, beta=0, alpha=scaling)
         of_k = torch.baddbmm(k, of_scores.transpose(1, 2), q, beta=0, alpha=scaling)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_sftguard import registry
 from pytest_sftguard.commands.reading import MisuseError, read, whole
+from pytest_sftguard.cores import usable_cores
 
 if TYPE_CHECKING:
     from pytest_sftguard.detection import Detection
@@ -46,7 +46,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--jobs",
         type=read(whole),
-        default=_cores(),
+        default=usable_cores(),
         metavar="N",
         help="processes at a time (default: one for each core)",
     )
@@ -134,7 +134,3 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
+from pytest_sftguard.cores import usable_cores
+
 _CHOSEN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -35,5 +37,4 @@ def _share() -> int | None:
     workers = os.environ.get("PYTEST_XDIST_WORKER_COUNT", "")
     if not workers.isdecimal() or int(workers) < 2 or any(os.environ.get(name) for name in _CHOSEN):
         return None
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, allowed // int(workers))
+    return max(1, usable_cores() // int(workers))

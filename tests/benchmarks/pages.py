@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from pathlib import Path
+
+from pytest_sftguard.cores import usable_cores
 
 
 def publish(path: Path, name: str, made: str, *, write: bool) -> None:
@@ -30,8 +31,7 @@ def where() -> str:
 
     from pytest_sftguard.engine.probe import probe
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return (
-        f"{probe('cpu').name}, {cores} cores, {torch.get_num_threads()} of them used,"
+        f"{probe('cpu').name}, {usable_cores()} cores, {torch.get_num_threads()} of them used,"
         f" Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
     )

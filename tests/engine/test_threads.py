@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pytest_sftguard.engine import runner, threads
+from pytest_sftguard.engine import runner
 from pytest_sftguard.engine.threads import shared_cores
 from pytest_sftguard.matrix import Cell, RunConfig
 
@@ -63,7 +63,7 @@ def test_it_is_undone_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_record_says_with_how_many_threads_a_cell_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     """The training, its references and its probes have the share."""
-    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     monkeypatch.setenv("PYTEST_XDIST_WORKER_COUNT", "2")
     torch.set_num_threads(2)
     record = runner.run(

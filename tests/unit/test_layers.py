@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "pytest_sftguard"
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors"}
 LIGHT = {"pytest_sftguard", "pytest", "hypothesis"}
 ORDER = (
-    {"registry", "precision", "benchmarking"},
+    {"registry", "precision", "benchmarking", "cores"},
     {"matrix", "hardware", "sizes"},
     {"tiers"},
     {"records"},
@@ -25,7 +25,7 @@ ORDER = (
     {"plugin", "commands"},
     {"__main__"},
 )
-ENGINE_SEES = {"registry", "precision", "matrix", "hardware", "sizes", "tiers", "records", "engine"}
+ENGINE_SEES = {"registry", "precision", "cores", "matrix", "hardware", "sizes", "tiers", "records", "engine"}
 MODULES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
 
 
