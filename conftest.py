@@ -1,9 +1,13 @@
 """What every test of this repository needs: pytester, the repository's root on sys.path, and hypothesis' profiles."""
 
+import importlib.metadata
 import importlib.util
 import os
 
 pytest_plugins = ["pytester"]
+
+if not importlib.metadata.entry_points(group="pytest11", name="sftguard"):  # a clone in which nothing was installed
+    pytest_plugins.append("pytest_sftguard.plugin")
 
 if importlib.util.find_spec("hypothesis"):  # a GPU machine that runs the matrix alone may lack it
     from hypothesis import Phase, settings

@@ -327,21 +327,44 @@ def run_all(
     """All of `tasks` in `jobs` fresh processes of one thread each; `done` is told of each as it ends.
 
     What the trainings print goes to a file, so that the terminal stays readable. The attempts come in the order of
-    `tasks`. An exception of one ends all.
+    `tasks`. An exception of one ends all. A process that lost its CUDA device to one of them hands the others on, to
+    new processes.
     """
+    found: dict[int, Attempt] = {}
+    while len(found) < len(tasks):
+        left = {place: task for place, task in enumerate(tasks) if place not in found}
+        found |= _run_some(left, min(jobs, len(left)), done)
+    return [found[place] for place in range(len(tasks))]
+
+
+def _run_some(
+    tasks: dict[int, tuple[Callable[..., Attempt], tuple[Any, ...]]], jobs: int, done: Callable[[Attempt], None]
+) -> dict[int, Attempt]:
+    """The attempts of those `tasks` that were given to a process with a device; at least one for each process."""
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor, as_completed
 
+    found: dict[int, Attempt] = {}
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet) as pool:
-        futures = [pool.submit(function, *arguments) for function, arguments in tasks]
+        futures = {pool.submit(_unless_lost, function, arguments): p for p, (function, arguments) in tasks.items()}
         try:
             for future in as_completed(futures):
-                done(future.result())
+                attempt = future.result()
+                if attempt is not None:
+                    found[futures[future]] = attempt
+                    done(attempt)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return [f.result() for f in futures]
+    return found
+
+
+def _unless_lost(function: Callable[..., Attempt], arguments: tuple[Any, ...]) -> Attempt | None:
+    """One attempt; None in a process that has no device for it any more."""
+    from pytest_sftguard.engine import devices
+
+    return None if devices.lost() is not None else function(*arguments)
 
 
 def _quiet() -> None:

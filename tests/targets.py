@@ -209,6 +209,22 @@ def raises_in_training(**arguments: Any) -> Trainer:
     return trainer
 
 
+def unknown_token_id(**arguments: Any) -> Trainer:
+    """A data collator whose third micro-batch holds an id that the embedding has no row for."""
+    trainer = tiny.build_trainer(**arguments)
+    original, calls = trainer.data_collator, [0]
+
+    def collate(features: Any) -> Any:
+        calls[0] += 1
+        batch = original(features)
+        if calls[0] == 3:
+            batch["input_ids"][0, 0] = trainer.model.get_input_embeddings().weight.shape[0] + 7
+        return batch
+
+    trainer.data_collator = collate
+    return trainer
+
+
 def backward_by_hand(**arguments: Any) -> Trainer:
     """A Trainer that does not call the accelerator for its backward pass: healthy."""
     trainer = tiny.build_trainer(**arguments)

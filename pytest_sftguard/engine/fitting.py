@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from pytest_sftguard.engine.memory import PredictionError, Rehearsal, free_bytes, overhead_bytes, rehearsal
+from pytest_sftguard.engine.memory import PredictionError, Rehearsal, free_bytes, rehearsal
 from pytest_sftguard.hardware import HardwareProfile
 from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.precision import PrecisionMode
@@ -88,14 +88,13 @@ def ask(question: Question, mode: PrecisionMode) -> Answer:
         cell=Cell(mode.name, 1, question.accumulation), target=question.target, model=question.model, device="cpu"
     )
     try:
-        with _quiet(), rehearsal(config, question.profile.kind) as ready:
+        with _quiet(), rehearsal(config, question.profile) as ready:
             return _rehearsed(question, mode, ready)
     except PredictionError as error:
         return Answer(precision=mode.name, peaks={}, question=question, unknown=f"cannot be predicted: {error}")
 
 
 def _rehearsed(question: Question, mode: PrecisionMode, ready: Rehearsal) -> Answer:
-    overhead = overhead_bytes(question.profile.kind, question.profile.compute_capability)
     known: dict[int, int] = {}
     tokens = 0
 
@@ -103,7 +102,7 @@ def _rehearsed(question: Question, mode: PrecisionMode, ready: Rehearsal) -> Ans
         nonlocal tokens
         if rows not in known:
             prediction = ready.predict(rows, question.accumulation, longest=question.longest)
-            known[rows] = prediction.peak_bytes + overhead
+            known[rows] = prediction.peak_bytes
             tokens = prediction.tokens[-1] if prediction.tokens else 0
         return known[rows]
 

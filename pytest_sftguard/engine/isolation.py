@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+from pytest_sftguard.engine import devices, float32
 
 
 @contextlib.contextmanager
@@ -19,12 +21,12 @@ def isolated() -> Iterator[None]:
     numpy_state = numpy_random.get_state() if numpy_random else None
     environment = dict(os.environ)
     switches = (torch.get_default_dtype(), torch.is_grad_enabled())
-    tf32 = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    precisions_back, generators_back = float32.remembered(), _generators()
     try:
-        with torch.random.fork_rng(devices=devices):
-            yield
+        yield
     finally:
+        generators_back()
+        precisions_back()
         random.setstate(state)
         if numpy_random and numpy_state is not None:
             numpy_random.set_state(numpy_state)
@@ -32,8 +34,23 @@ def isolated() -> Iterator[None]:
         os.environ.update(environment)
         torch.set_default_dtype(switches[0])
         torch.set_grad_enabled(switches[1])
-        if torch.cuda.is_available():
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+
+
+def _generators() -> Callable[[], None]:
+    """What puts torch's generators back; those of a device that is lost, where `fork_rng` would raise, stay."""
+    host = torch.get_rng_state()
+    there = torch.cuda.is_available() and devices.lost() is None
+    states = torch.cuda.get_rng_state_all() if there else []
+
+    def put_back() -> None:
+        torch.set_rng_state(host)
+        try:
+            torch.cuda.set_rng_state_all(states)
+        except RuntimeError:
+            if devices.answers("cuda"):
+                raise
+
+    return put_back
 
 
 def _numpy_random() -> Any:

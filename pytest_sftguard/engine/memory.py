@@ -31,10 +31,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from pytest_sftguard.engine.attention import AMPERE, as_on_cuda
 from pytest_sftguard.engine.building import build
 from pytest_sftguard.engine.isolation import isolated
 from pytest_sftguard.engine.probe import available_host_memory
 from pytest_sftguard.engine.targets import TargetError, resolve
+from pytest_sftguard.hardware import HardwareProfile
 from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.precision import mode_named
 
@@ -67,7 +69,7 @@ class Prediction:
     """What a training will need."""
 
     peak_bytes: int
-    """Largest sum of live tensors at one moment, each rounded as the allocator does."""
+    """Largest sum of live tensors at one moment, each rounded as the allocator does, and what its libraries take."""
     weights_bytes: int
     """All parameters and buffers, the adapter's included."""
     trainable_bytes: int
@@ -95,8 +97,9 @@ class Prediction:
 class Rehearsal:
     """A Trainer on fake weights, whose training can be run at any micro-batch; made by `rehearsal`."""
 
-    def __init__(self, trainer: Trainer, rounding: int) -> None:
-        self.trainer, self.rounding = trainer, rounding
+    def __init__(self, trainer: Trainer, device: HardwareProfile) -> None:
+        self.trainer, self.device = trainer, device
+        self.rounding = 1 if device.kind == "cpu" else CUDA_ROUNDING
         self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
         self._dataset: Any = trainer.train_dataset
         self._made = trainer.optimizer
@@ -122,7 +125,7 @@ class Rehearsal:
             weights = [*trainer.model.parameters(), *trainer.model.buffers()]
             for tensor in [*weights, *_tensors(batch)]:
                 meter.add(tensor)
-            with self._fakes, meter:
+            with self._fakes, meter, self._attention():
                 trainer.train()
         except Exception as error:  # the code under test, on tensors that it was not written for
             message = (str(error).strip().splitlines() or [""])[0]
@@ -133,13 +136,19 @@ class Rehearsal:
             self._rewind()
         tokens = tuple(next(iter(_tensors(batch)), torch.empty(0)).shape)
         return Prediction(
-            peak_bytes=meter.peak,
+            peak_bytes=meter.peak + _overhead_bytes(self.device),
             weights_bytes=_bytes(weights, self.rounding),
             trainable_bytes=_bytes((p for p in trainer.model.parameters() if p.requires_grad), self.rounding),
             scratch_bytes=_scratch(trainer, tokens),
             tokens=tokens,
             seconds=time.perf_counter() - started,
         )
+
+    def _attention(self) -> contextlib.AbstractContextManager[Any]:
+        """Attention as the device computes it; where its compute capability is not known, as a recent one does."""
+        if self.device.kind != "cuda":
+            return contextlib.nullcontext()
+        return as_on_cuda(self.device.compute_capability or AMPERE)
 
     def _batch(self, rows: int, longest: bool) -> Any:
         """One micro-batch as the Trainer's own loader makes it."""
@@ -173,8 +182,8 @@ class Rehearsal:
 
 
 @contextlib.contextmanager
-def rehearsal(config: RunConfig, kind: str) -> Iterator[Rehearsal]:
-    """The Trainer of `config`'s precision, ready to be rehearsed for a device of `kind`; nothing is left behind.
+def rehearsal(config: RunConfig, device: HardwareProfile) -> Iterator[Rehearsal]:
+    """The Trainer of `config`'s precision, ready to be rehearsed for `device`; nothing is left behind.
 
     Raises TargetError where the target breaks its contract, PredictionError where it cannot be built on the CPU.
     """
@@ -190,12 +199,12 @@ def rehearsal(config: RunConfig, kind: str) -> Iterator[Rehearsal]:
             raise
         except Exception as error:
             raise PredictionError(f"the target cannot be built on the CPU: {type(error).__name__}: {error}") from error
-        yield Rehearsal(trainer, 1 if kind == "cpu" else CUDA_ROUNDING)
+        yield Rehearsal(trainer, device)
 
 
-def predict(config: RunConfig, kind: str, *, longest: bool = True) -> Prediction:
-    """Peak of training the cell of `config` on a device of `kind`; raises what `rehearsal` and `predict` raise."""
-    with rehearsal(config, kind) as ready:
+def predict(config: RunConfig, device: HardwareProfile, *, longest: bool = True) -> Prediction:
+    """Peak of training the cell of `config` on `device`; raises what `rehearsal` and `predict` raise."""
+    with rehearsal(config, device) as ready:
         cell = config.cell
         return ready.predict(cell.per_device_train_batch_size, cell.gradient_accumulation_steps, longest=longest)
 
@@ -206,13 +215,14 @@ class Forecast:
     def __init__(self) -> None:
         self._rehearsed: dict[str, tuple[Cell, int]] = {}
 
-    def need(self, config: RunConfig, kind: str, enough: float) -> int | None:
+    def need(self, config: RunConfig, device: HardwareProfile, enough: float) -> int | None:
         """What the cell of `config` needs; None where it needs less than `enough` for sure, or cannot be rehearsed.
 
         For sure: memory at b rows is made of parts that are constant and parts that grow with b, so that it is at most
         b/a times that at a rows, which may have been rehearsed already; and accumulation never takes any away.
         """
-        cell, key = config.cell, f"{kind} {dataclasses.replace(config, cell=Cell(config.cell.precision, 1, 1))!r}"
+        cell = config.cell
+        key = f"{device.kind} {dataclasses.replace(config, cell=Cell(cell.precision, 1, 1))!r}"
         if key in self._rehearsed:
             known, need = self._rehearsed[key]
             more = cell.per_device_train_batch_size / known.per_device_train_batch_size
@@ -220,7 +230,7 @@ class Forecast:
             if more >= 1 and covered and need * more <= enough:
                 return None
         try:
-            found = predict(config, kind).cell_bytes
+            found = predict(config, device).cell_bytes
         except PredictionError:
             _log.warning("cell %s is trained without knowing whether it fits", config.cell, exc_info=True)
             return None
@@ -228,10 +238,11 @@ class Forecast:
         return found
 
 
-def overhead_bytes(kind: str, capability: tuple[int, int] | None) -> int:
+def _overhead_bytes(device: HardwareProfile) -> int:
     """What the device's libraries take from the allocator for themselves, whatever is trained."""
-    if kind != "cuda":
+    if device.kind != "cuda":
         return 0
+    capability = device.compute_capability
     return 2 * (CUBLAS_WORKSPACE_HOPPER if capability is not None and capability >= (9, 0) else CUBLAS_WORKSPACE)
 
 

@@ -20,7 +20,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from pytest_sftguard.engine import adapters, finiteness, redrawing, scales
+from pytest_sftguard.engine import adapters, devices, finiteness, float32, redrawing, scales
 from pytest_sftguard.engine.isolation import isolated
 from pytest_sftguard.engine.layers import LayerWatch
 from pytest_sftguard.engine.probe import probe, versions
@@ -163,13 +163,13 @@ class Observer:
 
     def _recorded(self) -> RunRecord:
         recorder = self.recorder
-        adapter, base, digest = recorder.adapter(), recorder.base(), recorder.adapter_digest()
-        trip = self._round_trip()
         kind = next(iter(recorder.model.parameters())).device.type
-        steps = recorder.finished()
+        seen = recorder.fields(self.optimizer, whole=devices.answers(kind))
+        trip = self._round_trip()
+        steps = seen["steps"]
         rows = next((v.shape[0] for v in self._first_inputs.values() if v.dim()), 1)
         accumulation = self._accumulation or max((len(s.micro_losses) for s in steps), default=1) or 1
-        tf32 = torch.backends.cuda.matmul.allow_tf32 if kind == "cuda" else None
+        tf32 = float32.products_in_tf32() if kind == "cuda" else None
         weights = adapters.weights_dtypes(recorder.model)
         precision = self._precision or self._seen_precision(weights, tf32)
         return RunRecord(
@@ -189,16 +189,12 @@ class Observer:
             autocast_dtype=self._layers.autocast_dtype,
             loss_scaling=self._loss_scaling,
             tf32=tf32,
-            optimizer=None if self.optimizer is None else recorder.optimizer(self.optimizer),
             max_grad_norm=self._max_grad_norm,
-            steps=steps,
             global_step=len(steps),
             schedule=None if self._schedule is None else self._schedule.record(self._asked_steps or len(steps)),
-            adapter=adapter,
-            adapter_digest=digest,
-            base=base,
             round_trip=trip,
             seconds=self._seconds,
+            **seen,
         )
 
     def _seen_precision(self, weights: Mapping[str, int], tf32: bool | None) -> str:

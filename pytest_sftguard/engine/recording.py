@@ -211,6 +211,18 @@ class Recorder:
             for s in self.steps
         )
 
+    def fields(self, optimizer: torch.optim.Optimizer | None, *, whole: bool = True) -> dict[str, Any]:
+        """The fields of a RunRecord that a Recorder fills; not `whole`: those that need no tensor of a lost device."""
+        if not whole:
+            return {"steps": tuple(self.steps)}
+        return {
+            "steps": self.finished(),
+            "optimizer": None if optimizer is None else self.optimizer(optimizer),
+            "adapter": self.adapter(),
+            "base": self.base(),
+            "adapter_digest": self.adapter_digest(),
+        }
+
     def begin_from_here(self) -> None:
         """The weights that the training begins with have been loaded since: steps are measured from them."""
         if self.parameters and not self.steps:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_sftguard.engine import adapters, finiteness, generation, parsing, replicas, variants
+from pytest_sftguard.engine import adapters, devices, finiteness, float32, generation, parsing, replicas, variants
 from pytest_sftguard.engine.bases import Bases
 from pytest_sftguard.engine.building import build
 from pytest_sftguard.engine.garbage import set_aside
 from pytest_sftguard.engine.isolation import isolated
-from pytest_sftguard.engine.memory import Forecast, free_bytes, overhead_bytes
+from pytest_sftguard.engine.memory import Forecast, free_bytes
 from pytest_sftguard.engine.probe import choose_device, probe, versions
 from pytest_sftguard.engine.probes import Probes, Scene
 from pytest_sftguard.engine.raising import raised
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 _log = logging.getLogger(__name__)
+
+_LOST = "this process lost its CUDA device in an earlier test, and cannot use it again; mend that one first"
 
 
 def run(config: RunConfig, progress: Callable[[int], None] | None = None) -> RunRecord:
@@ -69,6 +71,8 @@ def _run(config: RunConfig, progress: Callable[[int], None] | None) -> RunRecord
     )
     if record.not_run is not None:
         return record
+    if not devices.answers(kind):
+        return dataclasses.replace(record, not_run=f"{_LOST}: {devices.lost()}")
     target = resolve(config.target)
     record = _foreseen(record, config, kind)
     if record.not_run is not None:
@@ -95,11 +99,9 @@ def _foreseen(record: RunRecord, config: RunConfig, kind: str) -> RunRecord:
     free = free_bytes(kind) if isinstance(margin, float) else None
     if free is None or not isinstance(margin, float):
         return record
-    overhead = overhead_bytes(kind, record.device.compute_capability)
-    need = _forecast.need(config, kind, free * (1 - margin) - overhead)
+    need = _forecast.need(config, record.device, free * (1 - margin))
     if need is None:
         return record
-    need += overhead
     return dataclasses.replace(record, predicted_memory_bytes=need, not_run=shortage(need, free, margin))
 
 
@@ -192,25 +194,30 @@ class _Cell:
             train()
         finally:
             watch.detach()
-            self.seen.update(
-                compute_dtypes=watch.layers.compute_dtypes,
-                weights_dtypes=adapters.weights_dtypes(recorder.model),
-                autocast_dtype=watch.layers.autocast_dtype,
-                loss_scaling=watch.scaler is not None,
-                tf32=torch.backends.cuda.matmul.allow_tf32 if self.kind == "cuda" else None,
-                max_grad_norm=trainer.args.max_grad_norm,
-                steps=recorder.finished(),
-                first_step=watch.first_step.record(),
-                log=watch.log(),
-                global_step=trainer.state.global_step,
-                micro_batches_per_epoch=watch.micro_batches_per_epoch,
-                schedule=watch.schedule.record(self.config.steps) if watch.schedule else None,
-            )
-            if watch.optimizer is not None:
-                self.seen["optimizer"] = recorder.optimizer(watch.optimizer)
-            self.seen.update(adapter=recorder.adapter(), base=recorder.base(), adapter_digest=recorder.adapter_digest())
+            self._note(trainer, recorder, watch)
+
+    def _note(self, trainer: Trainer, recorder: Recorder, watch: Watch) -> None:
+        """What was seen of the training, also of one that broke off: all of it only while the device answers."""
+        self.seen.update(
+            compute_dtypes=watch.layers.compute_dtypes,
+            weights_dtypes=adapters.weights_dtypes(recorder.model),
+            autocast_dtype=watch.layers.autocast_dtype,
+            loss_scaling=watch.scaler is not None,
+            tf32=float32.products_in_tf32() if self.kind == "cuda" else None,
+            max_grad_norm=trainer.args.max_grad_norm,
+            log=watch.log(),
+            global_step=trainer.state.global_step,
+            micro_batches_per_epoch=watch.micro_batches_per_epoch,
+            schedule=watch.schedule.record(self.config.steps) if watch.schedule else None,
+        )
+        whole = devices.answers(self.kind)
+        self.seen.update(recorder.fields(watch.optimizer, whole=whole))
+        self.unused = recorder.unused
+        if whole:
+            self.seen["first_step"] = watch.first_step.record()
             self.scene.initial = recorder.initial
-            self.unused = recorder.unused
+        else:
+            watch.give_up_device()
 
     def _round_trip(self, trainer: Trainer) -> torch.nn.Module:
         scene = self.scene

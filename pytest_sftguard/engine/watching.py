@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from pytest_sftguard.engine import scales
+from pytest_sftguard.engine import devices, scales
 from pytest_sftguard.engine.first_step import FirstStep
 from pytest_sftguard.engine.layers import LayerWatch
 from pytest_sftguard.engine.recording import Recorder
@@ -43,6 +43,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
         self._watched: Any = None
         self._in_training_step = False
         self.batches: list[dict[str, Any]] = []
+        self._copies: list[dict[str, Any]] = []
         self.first_step = FirstStep(trainer, recorder.model)
         trainer.compute_loss = self._compute_loss(trainer.compute_loss)
         trainer.training_step = self._training_step(trainer.training_step)
@@ -66,6 +67,10 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
     def detach(self) -> None:
         """Take the hooks off the model; the Trainer at hand stays wrapped."""
         self.layers.detach()
+
+    def give_up_device(self) -> None:
+        """Go by the copies on the host from now on."""
+        self.batches = devices.rescued(self._copies)
 
     def log(self) -> tuple[LogRecord, ...]:
         """What the Trainer logged, line by line, without its summary."""
@@ -95,10 +100,15 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
         return wrapped
 
     def _keep(self, inputs: Any) -> None:
-        """Remember what the model is given, and the first micro-batches whole: the tensors themselves, no copies."""
+        """Remember what the model is given, and the first micro-batches whole: the tensors themselves.
+
+        Of what lies on a CUDA device there are copies on the host besides, in case it is lost to an index that they
+        hold.
+        """
         self.recorder.collated(inputs if hasattr(inputs, "get") else {})
         if len(self.batches) < _BATCHES_KEPT and hasattr(inputs, "items"):
             self.batches.append({**inputs, STEP: len(self.recorder.steps) + 1})
+            self._copies.append(devices.copied(self.batches[-1]))
 
     def _training_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)

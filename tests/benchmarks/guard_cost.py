@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.guard_cost          (ten minutes on one core)
     python -m tests.benchmarks.guard_cost --write  (and puts the table into docs/cost.md)
+    python -m tests.benchmarks.guard_cost --device cuda
 
 Every way trains the app's embedded model, in one process, and computes in one thread. The trainings take turns after
 every step, in an order that is drawn for each lap, so that whatever else the machine does meets all of them; each round
@@ -140,21 +141,25 @@ WITHIN: dict[str, Callable[[], Any]] = {"anomaly": lambda: torch.autograd.set_de
 """What is switched on for the whole process, and so only while it is that training's turn."""
 
 
-def one_round(ways: list[str], cell: Cell, steps: int) -> dict[str, Times]:
+SETTLE: dict[str, Callable[[], None]] = {"cpu": lambda: None, "cuda": torch.cuda.synchronize}
+"""Waits until a device has done what it was given, so that nothing of a step is left to the next training's turn."""
+
+
+def one_round(ways: list[str], cell: Cell, steps: int, device: str) -> dict[str, Times]:
     """Train once in each of the `ways`, in turns."""
-    config = RunConfig(cell=cell, target=TARGET, device="cpu", steps=steps + WARM_UP)
+    config = RunConfig(cell=cell, target=TARGET, device=device, steps=steps + WARM_UP)
     mode, target = mode_named(cell.precision), resolve(TARGET)
     with isolated(), tempfile.TemporaryDirectory() as folder:
 
         def training(way: str) -> Callable[[TrainerCallback], None]:
             def again(name: str, **arguments: Any) -> Any:
                 given = dataclasses.replace(config, training_arguments={**config.training_arguments, **arguments})
-                return build(target, given, mode, "cpu", Path(folder) / way / name)
+                return build(target, given, mode, device, Path(folder) / way / name)
 
             def train(turn: TrainerCallback) -> None:
                 trainer = again("training")
                 trainer.log = lambda *_, **__: None
-                scene = Scene(config, mode, "cpu", target, Path(folder), again)
+                scene = Scene(config, mode, device, target, Path(folder), again)
                 scene.trainer = trainer
                 with WAYS[way][0](trainer, scene):
                     trainer.add_callback(turn)
@@ -162,16 +167,16 @@ def one_round(ways: list[str], cell: Cell, steps: int) -> dict[str, Times]:
 
             return train
 
-        turns = Turns(ways, warm_up=WARM_UP, within=WITHIN)
+        turns = Turns(ways, warm_up=WARM_UP, within=WITHIN, settle=SETTLE[device])
         return turns.run({way: training(way) for way in ways})
 
 
-def measured(ways: list[str], cell: Cell, rounds: int, steps: int) -> dict[str, list[Times]]:
+def measured(ways: list[str], cell: Cell, rounds: int, steps: int, device: str) -> dict[str, list[Times]]:
     """Every way, round by round."""
-    one_round(ways, cell, 1)  # whatever is loaded and made once
+    one_round(ways, cell, 1, device)  # whatever is loaded and made once
     found: dict[str, list[Times]] = {way: [] for way in ways}
     for i in range(rounds):
-        for way, times in one_round(ways, cell, steps).items():
+        for way, times in one_round(ways, cell, steps, device).items():
             found[way].append(times)
         print(
             f"{cell}, round {i + 1} of {rounds}: " + ", ".join(f"{w} {_middle(t[-1].wall)}" for w, t in found.items())
@@ -180,7 +185,7 @@ def measured(ways: list[str], cell: Cell, rounds: int, steps: int) -> dict[str, 
     return found
 
 
-def table(found: dict[str, dict[str, list[Times]]], steps: int) -> str:
+def table(found: dict[str, dict[str, list[Times]]], steps: int, device: str) -> str:
     """Markdown, with a line on where and how; `found` by cell and way."""
     lines = [
         "| cell | | step, wall (ms) | quartiles | processor (ms) | wall / bare | processor / bare | single rounds |",
@@ -191,7 +196,7 @@ def table(found: dict[str, dict[str, list[Times]]], steps: int) -> str:
     lines += ["", _over_cells(found)]
     lines += [
         "",
-        f"{where()}, load {os.getloadavg()[0]:.1f} at the end."
+        f"{where(device)}, load {os.getloadavg()[0]:.1f} at the end."
         f" {rounds} rounds of {steps} steps for each, in turns after every step; medians and quartiles of all steps,"
         " and the smallest and the largest ratio of a round's medians, of the processor.",
     ]
@@ -249,15 +254,16 @@ def main() -> None:
         "--ways", nargs="+", default=INSTALLED, choices=WAYS,
         help=f"what to compare with bare (default: what is installed here: {', '.join(INSTALLED)})",
     )  # fmt: skip
+    parser.add_argument("--device", default="cpu", choices=SETTLE, help="where the trainings run (default cpu)")
     parser.add_argument("--write", action="store_true", help="put the table into docs/cost.md")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     ways = list(dict.fromkeys(["bare", *options.ways]))
-    found = {str(cell): measured(ways, cell, options.rounds, options.steps) for cell in options.cells}
-    made = table(found, options.steps)
-    publish(PAGE, "table", made, write=options.write)
+    found = {str(c): measured(ways, c, options.rounds, options.steps, options.device) for c in options.cells}
+    made = table(found, options.steps, options.device)
+    publish(PAGE, "table" if options.device == "cpu" else f"{options.device} table", made, write=options.write)
 
 
 if __name__ == "__main__":

@@ -24,14 +24,15 @@ def put(path: Path, name: str, made: str) -> None:
     path.write_text(f"{head}{opening}{made}\n{closing}{tail}", encoding="utf-8")
 
 
-def where() -> str:
-    """The machine and the versions that something is measured with."""
+def where(device: str = "cpu") -> str:
+    """The machine, its device of that kind, and the versions that something is measured with."""
     import torch
     import transformers
 
     from pytest_sftguard.engine.probe import probe
 
+    there = "" if device == "cpu" else f"{probe(device).name}; "
     return (
-        f"{probe('cpu').name}, {usable_cores()} cores, {torch.get_num_threads()} of them used,"
+        f"{there}{probe('cpu').name}, {usable_cores()} cores, {torch.get_num_threads()} of them used,"
         f" Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
     )

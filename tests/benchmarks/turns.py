@@ -34,15 +34,22 @@ class Times:
 class Turns:
     """A ring of trainings; each does one step and hands over. The order of a lap is drawn anew for each lap.
 
-    The first `warm_up` steps of each are not counted. `within` makes, by name, a context that is entered for each turn.
+    The first `warm_up` steps of each are not counted. `within` makes, by name, a context that is entered for each turn;
+    `settle` is called before a turn is over.
     """
 
     def __init__(
-        self, names: list[str], *, warm_up: int, within: Mapping[str, Callable[[], Any]] | None = None, seed: int = 0
+        self,
+        names: list[str],
+        *,
+        warm_up: int,
+        within: Mapping[str, Callable[[], Any]] | None = None,
+        settle: Callable[[], None] = lambda: None,
+        seed: int = 0,
     ) -> None:
         self.times = {name: Times() for name in names}
         self.within = dict(within or {})
-        self.warm_up = warm_up
+        self.warm_up, self.settle = warm_up, settle
         self._draw = random.Random(seed)
         self._changed = threading.Condition()
         self._running = list(names)
@@ -107,6 +114,7 @@ class _Turn(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """A step is over."""
+        self._turns.settle()
         wall, processor = time.perf_counter() - self._began[0], time.process_time() - self._began[1]
         self._stack.close()
         self._steps += 1

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pytest_sftguard.engine import memory, runner
 from pytest_sftguard.engine.memory import Forecast, Meter, PredictionError, predict, rehearsal
 from pytest_sftguard.engine.targets import TargetError
+from pytest_sftguard.hardware import HardwareProfile
 from pytest_sftguard.matrix import Cell, RunConfig
 from tests.benchmarks.memory_table import allocator_peak, measured
 from tests.benchmarks.memory_targets import TOKENS
@@ -21,6 +22,8 @@ from tests.targets import TINY
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 
+CPU = HardwareProfile(kind="cpu", name="a CPU")
+CUDA = HardwareProfile(kind="cuda", name="a GPU", capability="8.0")
 SMALL = "tests.benchmarks.memory_targets:small"
 
 
@@ -52,7 +55,7 @@ def config(
 )
 def test_the_prediction_is_what_the_allocator_gives(asked: RunConfig) -> None:
     """Within one percent of the peak that torch's CPU allocator reports of the real training."""
-    assert predict(asked, "cpu").peak_bytes == pytest.approx(measured(asked, "cpu"), rel=0.01)
+    assert predict(asked, CPU).peak_bytes == pytest.approx(measured(asked, "cpu"), rel=0.01)
 
 
 def test_the_measure_is_exact() -> None:
@@ -70,7 +73,7 @@ def test_the_measure_is_exact() -> None:
 
 def test_a_rehearsal_allocates_next_to_nothing() -> None:
     """Gigabytes are predicted, and a few megabytes are used."""
-    with rehearsal(config(), "cpu") as ready:
+    with rehearsal(config(), CPU) as ready:
         found = []
         used = allocator_peak(lambda: found.append(ready.predict(1024)))
     assert found[0].peak_bytes > 4 * 2**30
@@ -79,24 +82,24 @@ def test_a_rehearsal_allocates_next_to_nothing() -> None:
 
 def test_a_trainer_can_be_rehearsed_again() -> None:
     """Autocast, moments and gradients of one rehearsal do not show in the next."""
-    with rehearsal(config("bf16-mixed"), "cpu") as ready:
+    with rehearsal(config("bf16-mixed"), CPU) as ready:
         several = [ready.predict(*cell).peak_bytes for cell in ((1, 1), (4, 2), (1, 1))]
     assert several[0] == several[2]
-    assert several[1] == predict(config("bf16-mixed", 4, 2), "cpu").peak_bytes
+    assert several[1] == predict(config("bf16-mixed", 4, 2), CPU).peak_bytes
 
 
 def test_what_should_cost_more_does() -> None:
     """More rows, accumulated gradients and CUDA's rounding add; checkpointing takes away."""
-    plain = predict(config(), "cpu").peak_bytes
-    assert predict(config(batch=5), "cpu").peak_bytes > plain
-    assert predict(config(accumulation=2), "cpu").peak_bytes > plain
-    assert predict(config(), "cuda").peak_bytes > plain
-    assert predict(config(training_arguments={"gradient_checkpointing": True}), "cpu").peak_bytes < plain
+    plain = predict(config(), CPU).peak_bytes
+    assert predict(config(batch=5), CPU).peak_bytes > plain
+    assert predict(config(accumulation=2), CPU).peak_bytes > plain
+    assert predict(config(), CUDA).peak_bytes > plain
+    assert predict(config(training_arguments={"gradient_checkpointing": True}), CPU).peak_bytes < plain
 
 
 def test_the_longest_rows_are_the_default() -> None:
     """The tiny model's rows are of uneven length, and its first batch is not of the longest."""
-    with rehearsal(config(target=TINY), "cpu") as ready:
+    with rehearsal(config(target=TINY), CPU) as ready:
         longest, first = ready.predict(4), ready.predict(4, longest=False)
     assert longest.tokens == (4, 23)
     assert first.tokens[1] <= 23
@@ -105,12 +108,12 @@ def test_the_longest_rows_are_the_default() -> None:
 
 def test_an_optimizer_of_the_targets_own_is_rehearsed() -> None:
     """It is given the fake weights in place of the real ones."""
-    assert predict(config(target="tests.targets:optimizer_of_the_base"), "cpu").peak_bytes > 0
+    assert predict(config(target="tests.targets:optimizer_of_the_base"), CPU).peak_bytes > 0
 
 
 def test_tf32_needs_what_fp32_needs() -> None:
     """tf32 can be predicted where no device has it: the same bytes go through other arithmetic."""
-    assert predict(config("tf32", target=TINY), "cuda").peak_bytes == predict(config(target=TINY), "cuda").peak_bytes
+    assert predict(config("tf32", target=TINY), CUDA).peak_bytes == predict(config(target=TINY), CUDA).peak_bytes
 
 
 def test_a_rehearsal_leaves_no_trace() -> None:
@@ -118,7 +121,7 @@ def test_a_rehearsal_leaves_no_trace() -> None:
     torch.manual_seed(1)
     random.seed(2)
     before = (torch.get_rng_state().tolist(), random.getstate(), dict(os.environ))
-    predict(config("fp16-mixed", target=TINY), "cpu")
+    predict(config("fp16-mixed", target=TINY), CPU)
     assert before == (torch.get_rng_state().tolist(), random.getstate(), dict(os.environ))
     assert type(torch.ones(1)) is torch.Tensor
 
@@ -126,13 +129,13 @@ def test_a_rehearsal_leaves_no_trace() -> None:
 def test_what_needs_numbers_cannot_be_predicted() -> None:
     """A loss that goes through numpy has no value in a rehearsal: the error says where it ended."""
     with pytest.raises(PredictionError, match="the rehearsal on fake tensors ended in"):
-        predict(config(target="tests.targets:loss_through_numpy"), "cpu")
+        predict(config(target="tests.targets:loss_through_numpy"), CPU)
 
 
 def test_a_target_that_breaks_its_contract_is_refused() -> None:
     """As it is where it is trained."""
     with pytest.raises(TargetError, match="not a transformers"):
-        predict(config(target="tests.targets:no_trainer"), "cpu")
+        predict(config(target="tests.targets:no_trainer"), CPU)
 
 
 def test_real_masks_choose_places_of_fake_tensors() -> None:
@@ -194,13 +197,13 @@ def test_a_cell_that_cannot_be_predicted_is_trained(monkeypatch: pytest.MonkeyPa
 def test_what_plainly_fits_is_not_rehearsed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice the rows need at most twice the memory; where that is not enough, a rehearsal decides."""
     forecast = Forecast()
-    need = forecast.need(config(target=TINY), "cpu", 0)
+    need = forecast.need(config(target=TINY), CPU, 0)
     asked: list[RunConfig] = []
     monkeypatch.setattr(memory, "predict", lambda config, kind: asked.append(config) or _Needs(1))
     twice = dataclasses.replace(config(target=TINY), cell=Cell("fp32", 8, 1))
-    assert forecast.need(twice, "cpu", 2 * need) is None
+    assert forecast.need(twice, CPU, 2 * need) is None
     assert asked == []
-    assert forecast.need(twice, "cpu", 2 * need - 1) == 1
+    assert forecast.need(twice, CPU, 2 * need - 1) == 1
     assert asked == [twice]
 
 
@@ -210,7 +213,7 @@ def test_what_plainly_fits_is_not_rehearsed_again(monkeypatch: pytest.MonkeyPatc
 def test_a_cell_needs_what_the_guard_needs_too(asked: RunConfig) -> None:
     """The prediction for a whole cell, round trip and digests included, is within a tenth of the real peak."""
     real = allocator_peak(lambda: runner.run(asked))
-    assert predict(asked, "cpu").cell_bytes == pytest.approx(real, rel=0.1)
+    assert predict(asked, CPU).cell_bytes == pytest.approx(real, rel=0.1)
 
 
 def test_this_machine_has_memory() -> None:
