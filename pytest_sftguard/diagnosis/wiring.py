@@ -22,7 +22,7 @@ def _not_in_optimizer(case: Case) -> list[Clue]:
 
 
 def _frozen(case: Case) -> list[Clue]:
-    if case.record.adapter or not case.record.steps:
+    if case.record.adapter or not case.record.steps or case.record.adapter_out_of_reach:
         return []
     return [
         decisive("no parameter of the model takes a gradient, and yet the run went through"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_sftguard.engine import float32
 from pytest_sftguard.engine.cpu_float16 import make_real
 from pytest_sftguard.engine.targets import Target, TargetError
 from pytest_sftguard.matrix import RunConfig
@@ -38,6 +39,7 @@ def build(target: Target, config: RunConfig, mode: PrecisionMode, kind: str, fol
         **mode.training_arguments,
         **config.training_arguments,
     }
+    float32.forget_requests()
     trainer = target.trainer(**arguments)
     for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):
         if getattr(trainer.args, name) != arguments[name]:

@@ -23,6 +23,19 @@ def products_in_tf32() -> bool:
     return bool(torch.backends.cuda.matmul.allow_tf32)
 
 
+def forget_requests() -> None:
+    """Let `TrainingArguments(tf32=...)` set the switches, as it does in a fresh process.
+
+    transformers remembers what it was asked for once, and does nothing when it is asked for the same again, though the
+    switches have been set otherwise since.
+    """
+    from transformers.utils import import_utils
+
+    clear = getattr(getattr(import_utils, "enable_tf32", None), "cache_clear", None)
+    if clear is not None:
+        clear()
+
+
 def remembered() -> Callable[[], None]:
     """What puts every switch back as it is now."""
     older = _older()

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Iterator
 
 from pytest_sftguard.records import RunRecord, StepRecord, TensorRecord
 
+OUT_OF_REACH = "the run broke off, and its trainable tensors could not be looked at any more"
+"""What is said where a record has steps, and no tensors, because its device was lost."""
+
 
 class Due:
     """Follows a training step by step.

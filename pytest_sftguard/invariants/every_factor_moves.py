@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pytest_sftguard.invariants._due import Due
+from pytest_sftguard.invariants._due import OUT_OF_REACH, Due
 from pytest_sftguard.records import Names, RunRecord, TensorRecord
 from pytest_sftguard.verdicts import Finding, Invariant
 
@@ -28,6 +28,9 @@ class EveryFactorMoves(Invariant):
         """Look at each effective step, and at each tensor over the whole run."""
         if not record.steps:
             yield self.not_evaluated("no optimizer step was seen")
+            return
+        if record.adapter_out_of_reach:
+            yield self.not_evaluated(OUT_OF_REACH)
             return
         if not record.adapter:
             yield self.failed("the model has no trainable tensor", observed=0, limit="at least 1")

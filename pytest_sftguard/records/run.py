@@ -152,6 +152,12 @@ class RunRecord:
     """What sets this run apart from its cell's own, where it is a reference for it: `rerun`, `resumed`, ..."""
 
     @property
+    def adapter_out_of_reach(self) -> bool:
+        """Whether steps saw trainable tensors that nobody could look at afterwards: the device was lost to an error."""
+        seen = any(s.changed or s.unchanged for s in self.steps)
+        return self.error is not None and not self.adapter and seen
+
+    @property
     def losses(self) -> list[float]:
         """Raw loss of every step; NaN where none was seen."""
         return [math.nan if s.loss is None else s.loss for s in self.steps]

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from transformers.utils import import_utils
 
 from pytest_sftguard.engine import float32
 
@@ -72,5 +73,17 @@ def test_products_in_tf32_are_seen(statement: str, expected: bool) -> None:
     try:
         exec(statement)
         assert float32.products_in_tf32() is expected
+    finally:
+        put_back()
+
+
+def test_a_second_training_in_a_process_gets_what_it_asks_for() -> None:
+    """Whatever transformers was asked for before: it sets the switches once for each answer, and remembers that."""
+    put_back = float32.remembered()
+    try:
+        for wanted in (True, False, True):
+            float32.forget_requests()
+            import_utils.enable_tf32(wanted)
+            assert float32.products_in_tf32() is wanted
     finally:
         put_back()
