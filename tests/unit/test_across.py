@@ -124,7 +124,7 @@ OPEN = {
     "replicas-dropout": ("replicas", drawing(run(), "model"), replicas(), "each process draws its own"),
     "replicas-refused": ("replicas", run(), replicas(steps=(), error=ERROR), "cannot be trained in two processes"),
     "other-device": (
-        "replicas", half(device=H100), replicas(precision="bf16-mixed"), "and the cell is on a cuda",
+        "replicas", run(device=H100, precision="bf16-mixed"), replicas(precision="bf16-mixed"), "is on a cuda",
     ),
     "tf32-in-one": ("cut", run(precision="tf32", tf32=True), run((4, 2), precision="tf32", tf32=False), "tf32 was on"),
 }  # fmt: skip
