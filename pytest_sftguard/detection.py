@@ -211,6 +211,8 @@ class Detection:
     """Its dotted path."""
     attempts: tuple[Attempt, ...]
     """In the order of the library."""
+    device: str = "cpu"
+    """Kind of the device that they trained on."""
 
     @property
     def faults(self) -> list[Attempt]:
@@ -290,14 +292,17 @@ def _mechanism(a: Attempt) -> str:
 
 def markdown(detection: Detection) -> Iterator[str]:
     """A page of Markdown, line by line: the rates, and the table of all attempts."""
-    from pytest_sftguard.engine.probe import versions
+    from pytest_sftguard.engine.probe import probe, versions
 
     seen = ", ".join(f"{name} {version}" for name, version in versions().items())
     yield "# Detection"
     yield ""
+    where, option = "", ""
+    if detection.device != "cpu":
+        where, option = f"trained on {probe(detection.device).name}, ", f"--device {detection.device} "
     yield f"What the guard made of the fault library on `{detection.target}`,"
-    yield f"in fresh processes of one thread each, with {seen}. Made with"
-    yield "`python -m pytest_sftguard faults --json FILE --markdown docs/detection.md`."
+    yield f"{where}in fresh processes of one thread each, with {seen}. Made with"
+    yield f"`python -m pytest_sftguard faults {option}--json FILE --markdown PAGE`."
     yield ""
     for line in detection.summary():
         yield f"- {' '.join(line.split())}"

@@ -90,8 +90,8 @@ AGREEMENT: dict[str, Agreement] = {
         reason="cuts: 3e-7 and 2e-6",
     ),
     "tf32": Agreement(
-        loss_rtol=1e-4, grad_norm_rtol=2e-3, fp32_loss_rtol=5e-3, fp32_grad_norm_rtol=2e-2, trajectory_rtol=0.05,
-        reason="as many bits as float16 in the products, and float32 everywhere else; not measured",
+        loss_rtol=2.5e-4, grad_norm_rtol=3e-3, fp32_loss_rtol=5e-3, fp32_grad_norm_rtol=2e-2, trajectory_rtol=0.05,
+        reason="cuts: 2.4e-5 and 2.5e-4 on an H200; beside float32: 2e-4 and 1.2e-3 in the first step",
     ),
     "bf16-mixed": _BFLOAT16,
     "fp16-mixed": _FLOAT16,

@@ -112,7 +112,7 @@ def _try_faults(options: argparse.Namespace, chosen: Sequence[Fault]) -> Detecti
 
         attempts = detection.run_all(tasks, min(options.jobs, len(tasks)), done)
     plain, faulty = attempts[: len(plainly)], attempts[len(plainly) :]
-    return detection.Detection(options.target, (*plain, *detection.beside(faulty, plain)))
+    return detection.Detection(options.target, (*plain, *detection.beside(faulty, plain)), options.device)
 
 
 def _write_detection(options: argparse.Namespace, found: Detection) -> None:

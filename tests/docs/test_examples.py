@@ -14,7 +14,7 @@ from pytest_sftguard.settings import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^```python\n# (\S+\.py)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-PAGES = [p.relative_to(ROOT).as_posix() for p in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]]
+PAGES = [p.relative_to(ROOT).as_posix() for p in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]]
 WITH_EXAMPLES = [page for page in PAGES if BLOCK.search((ROOT / page).read_text(encoding="utf-8"))]
 
 

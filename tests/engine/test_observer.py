@@ -214,6 +214,17 @@ def test_an_exception_of_the_loop_is_told_and_passed_on() -> None:
     assert (len(record.steps), record.error.type, record.error.stage) == (2, "ValueError", "train")
 
 
+def test_a_loop_that_loses_its_device_keeps_what_is_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its steps; the tensors of a lost device can be asked nothing."""
+    observer = loops.bare(loops.model(), steps=3)
+    monkeypatch.setattr("pytest_sftguard.engine.observer.devices.answers", lambda kind: False)
+    monkeypatch.setattr(observer.recorder, "adapter", lambda: pytest.fail("a tensor was looked at"))
+    record = observer.record()
+    assert len(record.steps) == 3
+    assert record.adapter == ()
+    assert judged(record).verdict.outcome is not Outcome.PASSED
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_observing_changes_nothing(loop: Loop, accumulation: int) -> None:
     """The same bits come out where nobody looks."""

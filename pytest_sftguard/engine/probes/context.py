@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -362,7 +363,9 @@ def _error(module: Any, buffer: Tensor) -> float:
     if config is None or compute is None or kind in _LENGTH_DEPENDENT:
         return 0.0
     try:
-        wanted = compute(config, device=buffer.device)[0].to(buffer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers 5.17 takes the device, and warns of it
+            wanted = compute(config, device=buffer.device)[0].to(buffer)
     except Exception:  # an architecture of another make
         return 0.0
     if wanted.shape != buffer.shape:
