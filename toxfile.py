@@ -25,8 +25,8 @@ sys.exit(any(importlib.util.find_spec(name) is None for name in ("torch", "trans
 @impl
 def tox_add_env_config(env_conf: Any, state: Any) -> None:
     """Before tox.ini is read for `cuda`: find the interpreter."""
-    if env_conf.name == "cuda":
-        os.environ.setdefault(PYTHON, python_with_torch())
+    if env_conf.name == "cuda" and PYTHON not in os.environ:
+        os.environ[PYTHON] = python_with_torch()
 
 
 def python_with_torch() -> str:

@@ -91,7 +91,7 @@ AGREEMENT: dict[str, Agreement] = {
     ),
     "tf32": Agreement(
         loss_rtol=2.5e-4, grad_norm_rtol=3e-3, fp32_loss_rtol=5e-3, fp32_grad_norm_rtol=2e-2, trajectory_rtol=0.05,
-        reason="cuts: 2.4e-5 and 2.5e-4 on an H200; beside float32: 2e-4 and 1.2e-3 in the first step",
+        reason="cuts: 2.4e-5 and 3.3e-4 on an H200; beside float32: 2e-4 and 1.2e-3 in the first step",
     ),
     "bf16-mixed": _BFLOAT16,
     "fp16-mixed": _FLOAT16,

@@ -15,6 +15,7 @@ from pytest_sftguard.records import (
     AnswerRecord,
     BaseAnswersRecord,
     BaseRecord,
+    ErrorRecord,
     FinitenessRecord,
     LogRecord,
     LookRecord,
@@ -232,3 +233,8 @@ def _tensor(name: str, moved: bool, draw: Iterable[float]) -> TensorRecord:
         delta_norm=next(number) if moved else 0.0,
         changed_fraction=1.0 if moved else 0.0,
     )
+
+
+def lost() -> RunRecord:
+    """A run that lost its CUDA device: its steps are there, and its tensors are out of reach."""
+    return healthy(adapter=(), base=None, error=ErrorRecord(stage="train", type="AcceleratorError", message="assert"))

@@ -4,7 +4,8 @@ The plain way keeps what the fused ones never hold, a number for each pair of to
 the CPU must take it where the device would. The rules are those of torch's sdp_utils.cpp (in
 aten/src/ATen/native/transformers/cuda): flash attention wants half precision, no mask and compute capability 8.0, and
 knows grouped heads; the memory-efficient kernel takes float32 and masks too, and knows none. So grouped heads in
-float32 are computed plainly.
+float32 are computed plainly. That is so up to torch 2.13; cuDNN's kernel, which some devices prefer, keeps as much as
+flash attention does.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ def _fused(args: Any, kwargs: Any, capability: tuple[int, int]) -> bool:
     kind, dtype = query.device.type, query.dtype
     if torch.is_autocast_enabled(kind) and dtype is torch.float32:
         dtype = torch.get_autocast_dtype(kind)
-    grouped = bool(given.get("enable_gqa")) and query.shape[-3] != key.shape[-3]
+    grouped = query.shape[-3] != key.shape[-3]
+    if grouped and not given.get("enable_gqa"):
+        return False  # broadcast, which no fused kernel does
     masked = given.get("attn_mask") is not None
     return fused(query, value, dtype=dtype, masked=masked, grouped=grouped, capability=capability)
 

@@ -16,6 +16,15 @@ from torch import Tensor
 _lost: str | None = None
 
 
+class LostError(RuntimeError):
+    """Something that needs the device after it was lost; made of what the device said when it was."""
+
+    def __init__(self, said: str | None) -> None:
+        super().__init__(
+            f"this process lost its CUDA device in an earlier test, and cannot use it again; mend that one: {said}"
+        )
+
+
 def lost() -> str | None:
     """How this process lost its CUDA device, in one line; None as long as it has not been seen to."""
     return _lost
@@ -40,13 +49,18 @@ def copied(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _copy(value) for key, value in batch.items()}
 
 
+def settled(copies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What `copied` gave, in memory that has nothing to do with a device any more, which must still answer."""
+    return [{k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in copies]
+
+
 def rescued(copies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What `copied` gave, to be used after the device was lost.
+    """The same after the device was lost.
 
     The memory of the copies themselves is never given back: their release would ask the device, and end the process.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object([value for batch in copies for value in batch.values()]))
-    return [{k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in copies]
+    return settled(copies)
 
 
 def _copy(value: Any) -> Any:

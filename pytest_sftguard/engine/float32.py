@@ -14,6 +14,9 @@ from typing import Any
 import torch
 
 _NEW = hasattr(torch.backends, "fp32_precision")
+_WIDER = (("generic", "all"), ("cuda", "all"), ("mkldnn", "all"))
+_OPERATIONS = tuple((library, of) for library in ("cuda", "mkldnn") for of in ("matmul", "conv", "rnn"))
+"""Library and operation, as torch._C names them: its public switch for all of oneDNN sets the widest instead."""
 
 
 def products_in_tf32() -> bool:
@@ -38,17 +41,18 @@ def forget_requests() -> None:
 
 def remembered() -> Callable[[], None]:
     """What puts every switch back as it is now."""
-    older = _older()
-    newer = [(place, place.fp32_precision) for place in _places()]
+    if not _NEW:
+        return _remembered_by_flags()
+    older, newer = _older(), _set_values()
 
     def put_back() -> None:
         if older is not None and older != _older():
             torch.set_float32_matmul_precision(older)  # sets operations of two libraries besides; they come next
-        for place, was in newer:
-            if place.fp32_precision != was:
-                place.fp32_precision = was
+        for place, value in _set_values().items():
+            if value != newer[place]:
+                _set(place, newer[place])
 
-    return put_back if _NEW else _remembered_by_flags()
+    return put_back
 
 
 def _older() -> str | None:
@@ -58,14 +62,26 @@ def _older() -> str | None:
     return None
 
 
-def _places() -> list[Any]:
-    """What has an `fp32_precision`, from the widest on."""
-    if not _NEW:
-        return []
-    backends: Any = torch.backends
-    cudnn, onednn = backends.cudnn, backends.mkldnn
-    inner = [backends.cuda.matmul, cudnn.conv, cudnn.rnn, onednn.matmul, onednn.conv, onednn.rnn]
-    return [backends, cudnn, onednn, *inner]
+def _set_values() -> dict[tuple[str, str], str]:
+    """What each switch itself is set to: torch tells what comes of all, so that the wider ones are off meanwhile."""
+    values = {}
+    for place in _WIDER:
+        values[place] = _get(place)
+        _set(place, "none")
+    values |= {place: _get(place) for place in _OPERATIONS}
+    for place in _WIDER:
+        _set(place, values[place])
+    return values
+
+
+def _get(place: tuple[str, str]) -> str:
+    core: Any = torch._C
+    return str(core._get_fp32_precision_getter(*place))
+
+
+def _set(place: tuple[str, str], value: str) -> None:
+    core: Any = torch._C
+    core._set_fp32_precision_setter(*place, value)
 
 
 def _remembered_by_flags() -> Callable[[], None]:

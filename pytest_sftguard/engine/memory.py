@@ -240,7 +240,7 @@ class Forecast:
 
 def _overhead_bytes(device: HardwareProfile) -> int:
     """What the device's libraries take from the allocator for themselves, whatever is trained."""
-    if device.kind != "cuda":
+    if device.kind not in ("cuda", "rocm"):
         return 0
     capability = device.compute_capability
     return 2 * (CUBLAS_WORKSPACE_HOPPER if capability is not None and capability >= (9, 0) else CUBLAS_WORKSPACE)

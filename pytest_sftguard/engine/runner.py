@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_LOST = "this process lost its CUDA device in an earlier test, and cannot use it again; mend that one first"
-
 
 def run(config: RunConfig, progress: Callable[[int], None] | None = None) -> RunRecord:
     """Train the cell of `config` and return everything that was seen.
@@ -71,8 +69,8 @@ def _run(config: RunConfig, progress: Callable[[int], None] | None) -> RunRecord
     )
     if record.not_run is not None:
         return record
-    if not devices.answers(kind):
-        return dataclasses.replace(record, not_run=f"{_LOST}: {devices.lost()}")
+    if not devices.answers(kind):  # a failure, and no cell to be skipped: whatever did it may have passed
+        return dataclasses.replace(record, error=raised(devices.LostError(devices.lost()), "build"))
     target = resolve(config.target)
     record = _foreseen(record, config, kind)
     if record.not_run is not None:
@@ -136,6 +134,8 @@ class _Cell:
         except Exception as error:  # whatever the code under test raises is evidence, not a crash of the guard
             _log.debug("cell %s ended in %s", self.config.cell, self.stage, exc_info=True)
             self.seen["error"] = raised(error, self.stage)
+            if self.scene.watch is not None and not devices.answers(self.kind):
+                self.scene.watch.give_up_device()
         self.seen.update(self.probes.conclude(self.scene))
         return self.seen
 
@@ -216,8 +216,7 @@ class _Cell:
         if whole:
             self.seen["first_step"] = watch.first_step.record()
             self.scene.initial = recorder.initial
-        else:
-            watch.give_up_device()
+            watch.settle()
 
     def _round_trip(self, trainer: Trainer) -> torch.nn.Module:
         scene = self.scene

@@ -44,6 +44,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
         self._in_training_step = False
         self.batches: list[dict[str, Any]] = []
         self._copies: list[dict[str, Any]] = []
+        self._settled = False
         self.first_step = FirstStep(trainer, recorder.model)
         trainer.compute_loss = self._compute_loss(trainer.compute_loss)
         trainer.training_step = self._training_step(trainer.training_step)
@@ -68,9 +69,14 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
         """Take the hooks off the model; the Trainer at hand stays wrapped."""
         self.layers.detach()
 
+    def settle(self) -> None:
+        """The training is over, and the device answers: from now on the copies on the host need it no more."""
+        self._copies = devices.settled(self._copies)
+        self._settled = True
+
     def give_up_device(self) -> None:
         """Go by the copies on the host from now on."""
-        self.batches = devices.rescued(self._copies)
+        self.batches = self._copies if self._settled else devices.rescued(self._copies)
 
     def log(self) -> tuple[LogRecord, ...]:
         """What the Trainer logged, line by line, without its summary."""

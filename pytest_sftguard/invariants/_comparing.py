@@ -40,18 +40,13 @@ def same(one: float | None, other: float | None) -> bool:
     return one == other or (math.isnan(one) and math.isnan(other))
 
 
-def other_rows(record: RunRecord, reference: RunRecord, step: int = 1) -> str:
-    """Why the two runs may not have seen the same rows at `step`, counted from 1; empty where they have.
+def one_in_tf32(record: RunRecord, reference: RunRecord) -> bool:
+    """Whether one of the runs alone computed its products in tf32, whatever was asked for."""
+    return {record.tf32, reference.tf32} == {True, False}
 
-    Nor can runs be compared of which one alone computed its products in tf32, whatever was asked for.
-    """
-    if (
-        record.precision == reference.precision
-        and record.tf32 is not None
-        and reference.tf32 not in (None, record.tf32)
-    ):
-        state = "on" if record.tf32 else "off"
-        return f"tf32 was {state} for the products of {record.cell}, and not for those of {reference.cell}"
+
+def other_rows(record: RunRecord, reference: RunRecord, step: int = 1) -> str:
+    """Why the two runs may not have seen the same rows at `step`, counted from 1; empty where they have."""
     ours, theirs = record.steps[step - 1].rows, reference.steps[step - 1].rows
     if ours is None or theirs is None:
         return f"which rows step {step} saw is not known: its batches hold no token ids"

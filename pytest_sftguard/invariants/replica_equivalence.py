@@ -20,6 +20,9 @@ from pytest_sftguard.invariants._comparing import (
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.verdicts import Finding, Invariant
 
+_SAME = 1e-5
+"""How closely norms of the same tensor agree that two kinds of device have summed up, as a share."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaEquivalence(Invariant):
@@ -75,15 +78,28 @@ class ReplicaEquivalence(Invariant):
             )
 
     def _incomparable(self, record: RunRecord, reference: RunRecord) -> str:
-        if record.device.kind != reference.device.kind and record.precision != "fp32":
+        if record.device.kind != reference.device.kind and (reason := self._elsewhere(record, reference)):
             return (
-                f"the processes are on a {reference.device.kind}, and the cell is on a {record.device.kind}: of two"
-                " kinds of device, float32 alone agrees closely enough"
+                f"the processes are on a {reference.device.kind}, and the cell is on a {record.device.kind}: {reason}"
             )
         if reason := other_rows(record, reference):
             return reason
         if randomness(record, reference) in ("loss", "unknown"):
             return "the model draws random numbers in training, such as dropout, and each process draws its own"
+        return ""
+
+    def _elsewhere(self, record: RunRecord, reference: RunRecord) -> str:
+        """Why runs on devices of two kinds cannot be compared; empty where they can."""
+        if record.precision != "fp32":
+            return "float32 alone agrees closely enough on both"
+        bases = [r.base.digest_before if r.base is not None else "" for r in (record, reference)]
+        if not bases[0] or bases[0] != bases[1]:
+            return "the base is another one there"
+        ours, theirs = ({t.name: t.initial_norm for t in r.adapter} for r in (record, reference))
+        if ours.keys() != theirs.keys():
+            return "other tensors are trained there"
+        if not all(_alike(norm, theirs[name]) for name, norm in ours.items()):
+            return "the adapter begins with other numbers there"
         return ""
 
     def _first_step(self, record: RunRecord, reference: RunRecord) -> Iterator[Finding]:
@@ -130,3 +146,7 @@ class ReplicaEquivalence(Invariant):
                     observed=other / ours if ours else None, limit=self.update_ratio,
                 )  # fmt: skip
                 return
+
+
+def _alike(one: float | None, other: float | None) -> bool:
+    return one is not None and other is not None and gap(one, other) <= _SAME

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pytest_sftguard.invariants._due import OUT_OF_REACH
 from pytest_sftguard.records import Names, RunRecord
 from pytest_sftguard.verdicts import Finding, Invariant
 
@@ -19,7 +20,7 @@ class WeightsAndMomentsFinite(Invariant):
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Look at the tensors after every step, at the end, and in the file."""
-        if not record.steps or not record.adapter:
+        if not record.steps or not (record.adapter or record.adapter_out_of_reach):
             yield self.not_evaluated("no trainable tensor was seen after a step")
             return
         for s in record.steps:
@@ -31,6 +32,9 @@ class WeightsAndMomentsFinite(Invariant):
                     )  # fmt: skip
             if s.nonfinite_weights or s.nonfinite_moments:
                 return  # from here on, the end and the file would only say it again
+        if record.adapter_out_of_reach:
+            yield self.not_evaluated(OUT_OF_REACH)
+            return
         bad = [t for t in record.adapter if t.final_norm is None or not math.isfinite(t.final_norm)]
         if bad:
             yield self.failed(

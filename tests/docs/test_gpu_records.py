@@ -13,6 +13,11 @@ from pytest_sftguard.verdicts import Outcome, judge
 BUNDLES = sorted((Path(__file__).resolve().parents[2] / "docs" / "gpu").glob("*.json"))
 
 
+def test_there_are_some() -> None:
+    """A folder without any would leave nothing to judge."""
+    assert BUNDLES
+
+
 @pytest.mark.parametrize("bundle", BUNDLES, ids=lambda path: path.stem)
 def test_sound_cells_of_a_gpu_pass(bundle: Path) -> None:
     """Each of them trained in the precision that it was asked for, on a CUDA device."""

@@ -74,6 +74,14 @@ def test_the_plain_way_is_taken_where_the_device_takes_it(
     torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
 
 
+def test_one_key_for_all_queries_that_nobody_declares_is_computed_plainly(heads: tuple[Tensor, Tensor]) -> None:
+    """Broadcasting works without `enable_gqa`, and no fused kernel does it."""
+    query, key = (t.half() for t in heads)
+    with Seen() as seen, as_on_cuda((8, 0)):
+        functional.scaled_dot_product_attention(query, key[:, :1], key[:, :1])
+    assert any("softmax" in name for name in seen.names)
+
+
 def test_torch_has_its_attention_back() -> None:
     """Also after an exception."""
     original = functional.scaled_dot_product_attention

@@ -10,7 +10,10 @@ import torch
 from pytest_sftguard import detection
 from pytest_sftguard.engine import devices, runner
 from pytest_sftguard.engine.isolation import isolated
+from pytest_sftguard.engine.watching import Watch
+from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.matrix import Cell, RunConfig
+from pytest_sftguard.verdicts import Outcome, judge
 from tests.targets import TINY
 
 ASSERT = "CUDA error: device-side assert triggered"
@@ -72,14 +75,14 @@ def test_generators_that_cannot_be_put_back_on_a_sound_device_raise(monkeypatch:
         pass
 
 
-def test_a_run_without_a_device_is_not_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It says which one was lost, and to what."""
+def test_a_run_without_a_device_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says what the device was lost to. A skip would be green where the test that lost it expects an error."""
     monkeypatch.setattr(runner.devices, "answers", lambda kind: False)
     monkeypatch.setattr(devices, "_lost", ASSERT)
     record = runner.run(RunConfig(cell=Cell("fp32", 2, 1), target=TINY, device="cpu", steps=2))
-    assert record.not_run is not None
-    assert ASSERT in record.not_run
-    assert not record.steps
+    assert record.error is not None
+    assert ASSERT in record.error.message
+    assert judge(record, load_invariants()).outcome is Outcome.FAILED
 
 
 def test_a_run_that_loses_its_device_keeps_what_is_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +104,31 @@ def test_a_run_that_loses_its_device_keeps_what_is_on_the_host(monkeypatch: pyte
     assert record.base is None
 
 
+def test_a_run_that_loses_its_device_to_an_answer_tells_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the training was stays in the record, and looks that go by its batches have them on the host."""
+    asked: list[str] = []
+
+    def answers(kind: str) -> bool:
+        asked.append(kind)
+        return len(asked) < 3  # before the run, and after its training
+
+    def fail(*_: object) -> None:
+        raise RuntimeError(ASSERT)
+
+    monkeypatch.setattr(runner.devices, "answers", answers)
+    monkeypatch.setattr(runner.generation, "ask", fail)
+    given_up = []
+    original = Watch.give_up_device
+    monkeypatch.setattr(Watch, "give_up_device", lambda watch: (original(watch), given_up.append(watch)))
+    record = runner.run(RunConfig(cell=Cell("fp32", 2, 1), target=TINY, device="cpu", steps=2, looks=("supervision",)))
+    assert record.error is not None
+    assert (record.error.stage, record.error.message) == ("answers", ASSERT)
+    assert record.adapter
+    assert record.supervision is not None
+    [watch] = given_up
+    assert all(isinstance(batch["input_ids"], torch.Tensor) for batch in watch.batches)
+
+
 def test_copies_of_what_is_on_the_host_are_the_tensors_themselves() -> None:
     """Nothing is copied where nothing can be lost; what is rescued is equal, and memory of its own."""
     batch = {"input_ids": torch.arange(6).reshape(2, 3), "step": 1}
@@ -114,7 +142,7 @@ def test_copies_of_what_is_on_the_host_are_the_tensors_themselves() -> None:
 
 def attempt(name: str, folder: str) -> detection.Attempt:
     """One that loses the device of its process, if it is the first there."""
-    devices._lost = "gone"
+    torch.cuda.is_initialized, devices._lost = (lambda: True), "gone"
     Path(folder, name).touch(exist_ok=False)  # once for each attempt
     return detection.Attempt(fault=name, precision="fp32")
 

@@ -35,7 +35,7 @@ def state():
         except RuntimeError:
             return "mixed"
     older = ask(torch.get_float32_matmul_precision)
-    return [p.fp32_precision for p in float32._places()], older, ask(lambda: torch.backends.cuda.matmul.allow_tf32)
+    return float32._set_values(), older, ask(lambda: torch.backends.cuda.matmul.allow_tf32)
 
 fresh = float32.remembered()
 wrong = []

@@ -12,7 +12,7 @@ from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.invariants._comparing import gap, resolution
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.verdicts import Outcome, judge
-from tests.canned import H100, with_step
+from tests.canned import H100, A, with_step, with_tensor, within
 from tests.strategies import non_finite
 from tests.unit.cases.across import (
     AUXILIARY,
@@ -100,6 +100,8 @@ def test_any_other_bit_fails(kind: str, data: st.DataObject) -> None:
         pytest.param("one_batch", run(), one_batch(4.0, 3.9999, 3.9998, 3.9997), id="falls-little"),
         pytest.param("one_batch", run(), one_batch(4.0, 4.0, *[3.9] * 6), id="warms-up"),
         pytest.param("fp32", moving(half(), 1.2), run(), id="moved-alike"),
+        pytest.param("cut", stepped(run(tf32=True), loss=4.004), run((4, 2), tf32=False), id="tf32-in-one"),
+        pytest.param("replicas", run(device=H100), replicas(), id="other-device"),
     ],
 )
 def test_what_may_differ(kind: str, record: RunRecord, reference: RunRecord) -> None:
@@ -126,7 +128,13 @@ OPEN = {
     "other-device": (
         "replicas", run(device=H100, precision="bf16-mixed"), replicas(precision="bf16-mixed"), "is on a cuda",
     ),
-    "tf32-in-one": ("cut", run(precision="tf32", tf32=True), run((4, 2), precision="tf32", tf32=False), "tf32 was on"),
+    "other-base": (
+        "replicas", run(device=H100), within(replicas(), "base", digest_before="0"), "the base is another one there",
+    ),
+    "other-start": (
+        "replicas", run(device=H100), with_tensor(replicas(), A, initial_norm=9.0), "begins with other numbers there",
+    ),
+    "other-tensors": ("replicas", run(device=H100), replicas(adapter=()), "other tensors are trained there"),
 }  # fmt: skip
 
 

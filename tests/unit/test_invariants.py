@@ -16,7 +16,7 @@ from pytest_sftguard.matrix import Cell
 from pytest_sftguard.records import AnswerRecord, ErrorRecord, Names
 from pytest_sftguard.verdicts import Outcome
 from tests import canned
-from tests.canned import HEAD, A, B, healthy, with_step, with_steps, with_tensor, within
+from tests.canned import HEAD, A, B, healthy, lost, with_step, with_steps, with_tensor, within
 from tests.strategies import healthy_records, non_finite
 from tests.unit.cases import gathered
 
@@ -109,6 +109,7 @@ FAILURES = {
         "at-the-end": (with_tensor(healthy(), B, final_norm=math.inf), "1 of 2 trainable tensors .* at the end"),
         "end-not-seen": (with_tensor(healthy(), B, final_norm=None), "1 of 2 trainable tensors"),
         "in-the-file": (within(healthy(), "round_trip", nonfinite=Names.of([A])), "in the saved file"),
+        "device-lost": (with_step(lost(), 2, nonfinite_weights=Names.of([A])), "1 weights are not finite after step 2"),
     },
     "every_factor_moves": {
         "lora_B": (with_tensor(healthy(), B, delta_norm=0.0), "1 of 2 tensors"),
@@ -254,8 +255,12 @@ NOT_EVALUATED = {
     "weights_and_moments_finite": {
         "no-step": (steps_of(healthy()), "no trainable tensor was seen"),
         "no-adapter": (healthy(adapter=()), "no trainable tensor was seen"),
+        "device-lost": (lost(), "could not be looked at any more"),
     },
-    "every_factor_moves": {"no-step": (steps_of(healthy()), "no optimizer step was seen")},
+    "every_factor_moves": {
+        "no-step": (steps_of(healthy()), "no optimizer step was seen"),
+        "device-lost": (lost(), "could not be looked at any more"),
+    },
     "effective_steps": {
         "no-step": (steps_of(healthy()), "no optimizer step was seen"),
         "no-effect": (with_steps(healthy(), changed=None), "no optimizer step was seen"),

@@ -17,7 +17,7 @@ from pytest_sftguard.records import (
     ScheduleRecord,
     StepRecord,
 )
-from tests.canned import HEAD, A, B, healthy, with_step, with_steps, within
+from tests.canned import HEAD, A, B, healthy, lost, with_step, with_steps, within
 
 SCALED = Cell("fp16-mixed", 2, 1)
 NAN = math.nan
@@ -193,6 +193,7 @@ FAILURES = {
 NOT_EVALUATED = {
     "gradient_present": {
         "no-norm": (with_steps(healthy(), grad_norm=None), "no gradient was seen"),
+        "device-lost": (lost(), "could not be looked at any more"),
         "skipped-alone": (healthy(SCALED, steps=2, skipped={1, 2}), "skipped every step"),
     },
     "update_upper_bound": {
