@@ -21,7 +21,7 @@ class LostError(RuntimeError):
 
     def __init__(self, said: str | None) -> None:
         super().__init__(
-            f"this process lost its CUDA device in an earlier test, and cannot use it again; mend that one: {said}"
+            f"this process lost its CUDA device in an earlier training, and cannot use it again; mend that one: {said}"
         )
 
 

@@ -114,5 +114,5 @@ def test_cells_after_a_lost_device_say_so(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", *plugin, "--rootdir", tmp_path, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert "device-side assert" in done.stdout
-    assert "lost its CUDA device in an earlier test" in done.stdout
+    assert "lost its CUDA device in an earlier training" in done.stdout
     assert "2 failed" in done.stdout
