@@ -15,6 +15,7 @@ import torch
 from pytest_sftguard.engine import adapters, devices, finiteness, float32, generation, parsing, replicas, variants
 from pytest_sftguard.engine.bases import Bases
 from pytest_sftguard.engine.building import build
+from pytest_sftguard.engine.frames import with_room
 from pytest_sftguard.engine.garbage import set_aside
 from pytest_sftguard.engine.isolation import isolated
 from pytest_sftguard.engine.memory import Forecast, free_bytes
@@ -46,7 +47,7 @@ def run(config: RunConfig, progress: Callable[[int], None] | None = None) -> Run
     lets KeyboardInterrupt through. Global state (random generators, environment, torch's switches) is put back.
     """
     with shared_cores():
-        return _run(config, progress)
+        return with_room(_run, config, progress)
 
 
 def _run(config: RunConfig, progress: Callable[[int], None] | None) -> RunRecord:

@@ -4,21 +4,24 @@
 
 Six cells of the app's training on its embedded model, two precisions times three cuts of 16 rows, under the guard's
 `quick` tier: in one session of pytest, and in six sessions of one cell each. Beside them what the trainings would take
-by themselves: their steps by the Trainer alone, and one start of a process that builds the Trainer and ends.
+by themselves: their steps by the Trainer alone, in one fresh process as the session is one (in bfloat16 oneDNN makes a
+kernel for each new number of tokens), and one start of a process that builds the Trainer and ends.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import torch
 import transformers
 
 from pytest_sftguard.engine.isolation import isolated
@@ -67,6 +70,20 @@ def axes(cells: list[Cell]) -> list[str]:
     ]  # fmt: skip
 
 
+def bare(steps: int) -> float:
+    """Wall seconds of the steps of all cells, trained one after the other by the Trainer alone in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(_bare, steps).result()
+
+
+def _bare(steps: int) -> float:
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.disable_progress_bar()
+    with isolated(), tempfile.TemporaryDirectory() as name:
+        configs = [RunConfig(cell=cell, target=TARGET, device="cpu", steps=steps) for cell in CELLS]
+        return sum(sum(alone(config, Path(name)).wall) for config in configs)
+
+
 def start() -> float:
     """Wall seconds of a process that gets as far as the first step of a training."""
     began = time.perf_counter()
@@ -109,13 +126,11 @@ def main() -> None:
     )
     parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     options = parser.parse_args()
-    transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(os.cpu_count() or 1)
     started: list[float] = []
     found: dict[int, dict[str, list[float]]] = {
         s: {k: [] for k in ("together", "apart", "bare")} for s in options.steps
     }
-    with isolated(), tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         start()  # whatever the disk must read first
         for number in range(options.rounds):
@@ -123,8 +138,7 @@ def main() -> None:
             for steps, seen in found.items():
                 seen["together"].append(session(folder, steps, *axes(CELLS)))
                 seen["apart"].append(sum(session(folder, steps, *axes([cell])) for cell in CELLS))
-                configs = [RunConfig(cell=cell, target=TARGET, device="cpu", steps=steps) for cell in CELLS]
-                seen["bare"].append(sum(sum(alone(config, folder / "bare").wall) for config in configs))
+                seen["bare"].append(bare(steps))
                 said = {k: round(v[-1], 1) for k, v in seen.items()}
                 print(f"round {number + 1}, {steps} steps: {said}, start {started[-1]:.1f} s", flush=True)
     made = table(found, started)
