@@ -70,11 +70,13 @@ def test_nothing_stays_set_aside_after_an_exception(kind: str) -> None:
 
 def test_what_somebody_else_has_set_aside_stays_so() -> None:
     """A process that froze its objects before it forks keeps them frozen."""
+    mine = [object()]
     gc.freeze()
     try:
-        count = gc.get_freeze_count()
         with set_aside("cpu"):
             pass
-        assert gc.get_freeze_count() == count
+        # its objects are in no generation; their number may fall, as those die that nobody refers to any more
+        assert all(thing is not mine for thing in gc.get_objects())
     finally:
         gc.unfreeze()
+    assert any(thing is mine for thing in gc.get_objects())
