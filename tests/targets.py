@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from pytest_sftguard.engine.cpu_float16 import make_real
+from pytest_sftguard.engine.faults.token_id_out_of_range import TokenIdOutOfRange
 from pytest_sftguard.engine.models import tiny
 
 TINY = "pytest_sftguard.engine.models.tiny:build_trainer"
@@ -211,18 +212,7 @@ def raises_in_training(**arguments: Any) -> Trainer:
 
 def unknown_token_id(**arguments: Any) -> Trainer:
     """A data collator whose third micro-batch holds an id that the embedding has no row for."""
-    trainer = tiny.build_trainer(**arguments)
-    original, calls = trainer.data_collator, [0]
-
-    def collate(features: Any) -> Any:
-        calls[0] += 1
-        batch = original(features)
-        if calls[0] == 3:
-            batch["input_ids"][0, 0] = trainer.model.get_input_embeddings().weight.shape[0] + 7
-        return batch
-
-    trainer.data_collator = collate
-    return trainer
+    return TokenIdOutOfRange().trainer(tiny.build_trainer, **arguments)
 
 
 def backward_by_hand(**arguments: Any) -> Trainer:

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-AMPERE = (8, 0)
-"""Compute capability from which on flash attention is there, and bfloat16."""
+from pytest_sftguard.hardware import AMPERE
 
 _HALVES = (torch.float16, torch.bfloat16)
 _FLASH_HEAD = 256

@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytest_sftguard.engine.raising import first_line
+
 _lost: str | None = None
 
 
 class LostError(RuntimeError):
-    """Something that needs the device after it was lost; made of what the device said when it was."""
+    """Something that needs the device after it was lost; says what the device said when it was."""
 
-    def __init__(self, said: str | None) -> None:
+    def __init__(self) -> None:
         super().__init__(
-            f"this process lost its CUDA device in an earlier training, and cannot use it again; mend that one: {said}"
+            f"this process lost its CUDA device in an earlier training, and cannot use it again; mend that one: {_lost}"
         )
 
 
@@ -40,7 +42,7 @@ def answers(kind: str) -> bool:
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:  # torch.AcceleratorError, from 2.8 on; what was out of memory is not raised again
-        _lost = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        _lost = first_line(error) or type(error).__name__
     return _lost is None
 
 

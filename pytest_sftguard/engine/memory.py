@@ -31,12 +31,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from pytest_sftguard.engine.attention import AMPERE, as_on_cuda
+from pytest_sftguard.engine.attention import as_on_cuda
 from pytest_sftguard.engine.building import build
 from pytest_sftguard.engine.isolation import isolated
 from pytest_sftguard.engine.probe import available_host_memory
+from pytest_sftguard.engine.raising import first_line
 from pytest_sftguard.engine.targets import TargetError, resolve
-from pytest_sftguard.hardware import HardwareProfile
+from pytest_sftguard.hardware import AMPERE, HardwareProfile
 from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.precision import mode_named
 
@@ -128,9 +129,8 @@ class Rehearsal:
             with self._fakes, meter, self._attention():
                 trainer.train()
         except Exception as error:  # the code under test, on tensors that it was not written for
-            message = (str(error).strip().splitlines() or [""])[0]
             raise PredictionError(
-                f"the rehearsal on fake tensors ended in {type(error).__name__}: {message}"
+                f"the rehearsal on fake tensors ended in {type(error).__name__}: {first_line(error)}"
             ) from error
         finally:
             self._rewind()

@@ -7,9 +7,13 @@ import traceback
 from pytest_sftguard.records import ErrorRecord
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says; empty where it says nothing."""
+    return (str(error).strip().splitlines() or [""])[0]
+
+
 def raised(error: BaseException, stage: str) -> ErrorRecord:
     """What ended a run in `stage`: its class, the first line of its text, and where it came from."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
-    message = (str(error).strip().splitlines() or [""])[0]
-    return ErrorRecord(stage=stage, type=type(error).__name__, message=message[:500], where=where)
+    return ErrorRecord(stage=stage, type=type(error).__name__, message=first_line(error)[:500], where=where)

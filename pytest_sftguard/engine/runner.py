@@ -71,7 +71,7 @@ def _run(config: RunConfig, progress: Callable[[int], None] | None) -> RunRecord
     if record.not_run is not None:
         return record
     if not devices.answers(kind):  # a failure, and no cell to be skipped: whatever did it may have passed
-        return dataclasses.replace(record, error=raised(devices.LostError(devices.lost()), "build"))
+        return dataclasses.replace(record, error=raised(devices.LostError(), "build"))
     target = resolve(config.target)
     record = _foreseen(record, config, kind)
     if record.not_run is not None:

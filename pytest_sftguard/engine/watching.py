@@ -44,7 +44,6 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
         self._in_training_step = False
         self.batches: list[dict[str, Any]] = []
         self._copies: list[dict[str, Any]] = []
-        self._settled = False
         self.first_step = FirstStep(trainer, recorder.model)
         trainer.compute_loss = self._compute_loss(trainer.compute_loss)
         trainer.training_step = self._training_step(trainer.training_step)
@@ -72,11 +71,10 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
     def settle(self) -> None:
         """The training is over, and the device answers: from now on the copies on the host need it no more."""
         self._copies = devices.settled(self._copies)
-        self._settled = True
 
     def give_up_device(self) -> None:
         """Go by the copies on the host from now on."""
-        self.batches = self._copies if self._settled else devices.rescued(self._copies)
+        self.batches = devices.rescued(self._copies)
 
     def log(self) -> tuple[LogRecord, ...]:
         """What the Trainer logged, line by line, without its summary."""

@@ -40,9 +40,16 @@ def same(one: float | None, other: float | None) -> bool:
     return one == other or (math.isnan(one) and math.isnan(other))
 
 
-def one_in_tf32(record: RunRecord, reference: RunRecord) -> bool:
-    """Whether one of the runs alone computed its products in tf32, whatever was asked for."""
-    return {record.tf32, reference.tf32} == {True, False}
+def closeness(record: RunRecord, reference: RunRecord) -> tuple[float, float]:
+    """How closely the first loss and the norm of its gradients agree in two runs of the record's mode.
+
+    Where one of them alone computed its products in tf32, whatever was asked for, as closely as tf32 and float32 do:
+    that it was so is for `precision_is_real` to report.
+    """
+    if {record.tf32, reference.tf32} == {True, False}:
+        return AGREEMENT["tf32"].fp32_loss_rtol, AGREEMENT["tf32"].fp32_grad_norm_rtol
+    allowed = agreement(record)
+    return allowed.loss_rtol, allowed.grad_norm_rtol
 
 
 def other_rows(record: RunRecord, reference: RunRecord, step: int = 1) -> str:

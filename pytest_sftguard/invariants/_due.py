@@ -6,9 +6,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from pytest_sftguard.records import RunRecord, StepRecord, TensorRecord
+from pytest_sftguard.verdicts import Finding, Invariant
 
 OUT_OF_REACH = "the run broke off, and its trainable tensors could not be looked at any more"
 """What is said where a record has steps, and no tensors, because its device was lost."""
+
+
+def without_tensors(invariant: Invariant, record: RunRecord) -> Finding | None:
+    """The finding where a record of steps holds no trainable tensor: there was none, or none could be looked at."""
+    if record.adapter:
+        return None
+    if record.adapter_out_of_reach:
+        return invariant.not_evaluated(OUT_OF_REACH)
+    return invariant.failed("the model has no trainable tensor", observed=0, limit="at least 1")
 
 
 class Due:

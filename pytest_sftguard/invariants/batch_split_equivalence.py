@@ -12,17 +12,15 @@ from pytest_sftguard.invariants._comparing import (
     MEAN_OF_MEANS,
     OTHER,
     SUM_OF_MEANS,
-    agreement,
     average,
     both_skipped,
+    closeness,
     gap,
-    one_in_tf32,
     other_rows,
     randomness,
     resolution,
     uneven,
 )
-from pytest_sftguard.precision import AGREEMENT
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.verdicts import Finding, Invariant
 
@@ -117,12 +115,9 @@ class BatchSplitEquivalence(Invariant):
 
     def _step(self, record: RunRecord, reference: RunRecord, gradients: bool) -> Iterator[Finding]:
         """Compare the first step that either took; the loss of the first one is there in any case."""
-        allowed = agreement(record)
-        closeness = allowed.loss_rtol, allowed.grad_norm_rtol
-        if one_in_tf32(record, reference):  # which is for `precision_is_real` to report
-            closeness = AGREEMENT["tf32"].fp32_loss_rtol, AGREEMENT["tf32"].fp32_grad_norm_rtol
+        of_loss, of_norm = closeness(record, reference)
         ours, theirs = record.steps[0], reference.steps[0]
-        loss_rtol = max(closeness[0], 2 * resolution(record, reference))
+        loss_rtol = max(of_loss, 2 * resolution(record, reference))
         pair = ours.loss, theirs.loss
         loss_rtol = loss_rtol if self.loss_rtol is None else self.loss_rtol
         yield from self._value("loss", pair, loss_rtol, 1, record, reference)
@@ -133,7 +128,7 @@ class BatchSplitEquivalence(Invariant):
                 return
             if "skipped_by_scaler" not in (ours.effect, theirs.effect):
                 pair = ours.grad_norm, theirs.grad_norm
-                norm_rtol = closeness[1] if self.grad_norm_rtol is None else self.grad_norm_rtol
+                norm_rtol = of_norm if self.grad_norm_rtol is None else self.grad_norm_rtol
                 yield from self._value("grad_norm", pair, norm_rtol, ours.step, record, reference)
             if not both_skipped(ours, theirs):
                 return  # from here on the weights differ

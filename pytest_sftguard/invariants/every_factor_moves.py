@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pytest_sftguard.invariants._due import OUT_OF_REACH, Due
+from pytest_sftguard.invariants._due import Due, without_tensors
 from pytest_sftguard.records import Names, RunRecord, TensorRecord
 from pytest_sftguard.verdicts import Finding, Invariant
 
@@ -29,11 +29,8 @@ class EveryFactorMoves(Invariant):
         if not record.steps:
             yield self.not_evaluated("no optimizer step was seen")
             return
-        if record.adapter_out_of_reach:
-            yield self.not_evaluated(OUT_OF_REACH)
-            return
-        if not record.adapter:
-            yield self.failed("the model has no trainable tensor", observed=0, limit="at least 1")
+        if nothing := without_tensors(self, record):
+            yield nothing
             return
         effective = [s for s in record.steps if s.effect == "applied"]
         if not effective:

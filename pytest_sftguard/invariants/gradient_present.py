@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pytest_sftguard.invariants._due import OUT_OF_REACH, Due, is_factor
+from pytest_sftguard.invariants._due import Due, is_factor, without_tensors
 from pytest_sftguard.records import Names, RunRecord, StepRecord
 from pytest_sftguard.verdicts import Finding, Invariant
 
@@ -30,11 +30,8 @@ class GradientPresent(Invariant):
             why = "the loss scaler skipped every step" if skipped else "no gradient was seen"
             yield self.not_evaluated(why)
             return
-        if record.adapter_out_of_reach:
-            yield self.not_evaluated(OUT_OF_REACH)
-            return
-        if not record.adapter:
-            yield self.failed("the model has no trainable tensor", observed=0, limit="at least 1")
+        if nothing := without_tensors(self, record):
+            yield nothing
             return
         due = Due(record)
         never = {t.name for t in record.adapter}

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from pytest_sftguard.invariants._comparing import (
     OTHER,
-    agreement,
     average,
+    closeness,
     gap,
     moved,
     other_rows,
@@ -103,13 +103,13 @@ class ReplicaEquivalence(Invariant):
         return ""
 
     def _first_step(self, record: RunRecord, reference: RunRecord) -> Iterator[Finding]:
-        allowed = agreement(record)
+        of_loss, of_norm = closeness(record, reference)
         ours, theirs = record.steps[0], reference.steps[0]
-        loss_rtol = max(allowed.loss_rtol, 2 * resolution(record, reference))
+        loss_rtol = max(of_loss, 2 * resolution(record, reference))
         wanted = [("loss", loss_rtol if self.loss_rtol is None else self.loss_rtol)]
         skipped = "skipped_by_scaler" in (ours.effect, theirs.effect)  # each process scales what DDP averages later
         if not randomness(record, reference) and not skipped:
-            wanted.append(("grad_norm", allowed.grad_norm_rtol if self.grad_norm_rtol is None else self.grad_norm_rtol))
+            wanted.append(("grad_norm", of_norm if self.grad_norm_rtol is None else self.grad_norm_rtol))
         for name, rtol in wanted:
             one, other = getattr(ours, name), getattr(theirs, name)
             if one is None or other is None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -56,7 +54,7 @@ class Seen(TorchDispatchMode):
 
 
 @pytest.fixture
-def heads() -> Iterator[tuple[Tensor, Tensor]]:
+def heads() -> tuple[Tensor, Tensor]:
     """Four heads of queries and two of keys."""
     return torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
 

@@ -24,7 +24,7 @@ WAYS = (
 """The first is how transformers does it."""
 
 SCRIPT = """
-import itertools, json, sys, torch
+import json, sys, torch
 from pytest_sftguard.engine import float32
 from pytest_sftguard.engine.isolation import isolated
 

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import warnings
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -109,9 +108,8 @@ def test_a_token_id_out_of_range_is_named_and_ends_no_session(tmp_path: Path) ->
 def test_cells_after_a_lost_device_say_so(tmp_path: Path) -> None:
     """In one pytest session: the first cell tells of its kernel, the second that there is no device any more."""
     (tmp_path / "test_it.py").write_text(LOSES, encoding="utf-8")
-    installed = entry_points(group="pytest11", name="sftguard")
-    plugin = ["-p", "sftguard" if installed else "pytest_sftguard.plugin", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *plugin, "--rootdir", tmp_path, str(tmp_path)]
+    ours = ["-p", "conftest", "-p", "no:cacheprovider"]  # which names the plugin where nothing is installed
+    command = [sys.executable, "-m", "pytest", *ours, "--rootdir", tmp_path, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert "device-side assert" in done.stdout
     assert "lost its CUDA device in an earlier training" in done.stdout

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pytest_sftguard import registry
 from pytest_sftguard.engine.foundation import Loads
 from pytest_sftguard.engine.isolation import isolated
+from pytest_sftguard.engine.raising import first_line
 from pytest_sftguard.engine.targets import Target, TargetError
 from pytest_sftguard.matrix import RunConfig
 from pytest_sftguard.precision import PrecisionMode
@@ -145,6 +146,6 @@ class Probes:
             raise
         except Exception as error:  # evidence against the code under test, or a defect of the look: both must be seen
             _log.debug("look %s ended", name, exc_info=True)
-            first = (str(error).strip().splitlines() or [""])[0][:300]
+            first = first_line(error)[:300]
             self._looks[name] = LookRecord(name=name, error=f"{type(error).__name__}: {first}")
         return None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pytest_sftguard.engine.adapters import eager, lora_layers
 from pytest_sftguard.engine.probes import InapplicableError, Probe, Scene
+from pytest_sftguard.engine.raising import first_line
 from pytest_sftguard.engine.tensors import digests, dtype_name
 from pytest_sftguard.records import MergeRecord, Names
 
@@ -102,8 +103,8 @@ class _peft_may_refuse:  # noqa: N801 # reads as the context that it is
         if isinstance(error, Exception):
             where = traceback.extract_tb(trace)[-1].filename
             if "peft" in Path(where).parts:
-                first = (str(error).strip().splitlines() or [""])[0]
-                raise InapplicableError(f"peft does not merge it: {type(error).__name__}: {first[:200]}") from error
+                said = f"{type(error).__name__}: {first_line(error)[:200]}"
+                raise InapplicableError(f"peft does not merge it: {said}") from error
 
 
 def _probe(batches: list[dict[str, Any]]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from pytest_sftguard.engine.isolation import isolated
 from pytest_sftguard.engine.probes import InapplicableError, Probe, Scene
+from pytest_sftguard.engine.raising import first_line
 from pytest_sftguard.engine.recording import Recorder
 from pytest_sftguard.engine.tensors import norms, to_host
 from pytest_sftguard.records import ReplayedStepRecord, ReplayedTensorRecord, ReplayRecord
@@ -67,7 +68,7 @@ class _Begin(TrainerCallback):  # type: ignore[misc] # transformers types its ca
             with isolated():  # an optimizer may draw numbers when it is made
                 self.shadow = _Shadow(optimizer, self.recorder)
         except Exception as error:  # somebody else's class may need anything to be made
-            first = (str(error).strip().splitlines() or [""])[0]
+            first = first_line(error)
             self.reason = f"{type(optimizer).__name__} cannot be made a second time: {type(error).__name__}: {first}"
 
 
@@ -147,7 +148,7 @@ class _Shadow:
             with isolated(), torch.enable_grad():
                 self._replay(optimizer)
         except Exception as error:  # the real step may take what the copy does not
-            first = (str(error).strip().splitlines() or [""])[0]
+            first = first_line(error)
             self.reason = f"{type(optimizer).__name__} cannot step on float32 copies: {type(error).__name__}: {first}"
 
     def _replay(self, optimizer: Any) -> None:
