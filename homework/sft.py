@@ -31,6 +31,7 @@ from .adapters import (
     non_finite,
     save_adapter,
 )
+from .allocation import keep_freed_memory
 from .answers import FOUR_DIGITS, OPEN_TAG, TWO_DIGITS, Notation, Parsed, read_answer
 from .base import digest, is_embedded, load_base, load_tokenizer, name_of
 from .data import TRAIN_FILE, VALID_FILE, DataError, PadToLongest, encode_rows, plain_prompt, prompt_of, read_rows
@@ -345,6 +346,7 @@ def _train_and_save(
     arguments: dict[str, Any],
 ) -> int:
     _quiet_libraries()
+    keep_freed_memory()
     trainer = _build(options.model, "float32", train_rows, arguments)
     tokenizer: Any = trainer.processing_class
     adapted: Any = trainer.model

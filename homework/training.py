@@ -3,7 +3,7 @@
 - No padding is computed where tokens do not meet (see packing/).
 - Logits are computed where a label is, and nowhere else: the head is a quarter of a small model.
 - No cache of keys and values is filled: nothing is generated while training.
-- LoRA's sums, norms and the loss take fewer passes (see fused/).
+- LoRA's sums, norms, rotary positions and the loss take fewer passes (see fused/).
 - Frozen matrices can be held in the type that autocast casts them to at every use (`hold`).
 
 None of it changes which rows form an optimizer step, nor a loss or a gradient by more than the order of its sums does.
@@ -12,6 +12,7 @@ None of it changes which rows form an optimizer step, nor a loss or a gradient b
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -21,8 +22,8 @@ from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .data import IGNORED
-from .fused import fuse, token_losses
-from .packing import Rows, base_of, can_pack, packed
+from .fused import fuse, rotaries, rotated, token_losses
+from .packing import Rows, base_of, can_pack, missing, packed
 
 _KEYS = {"input_ids", "attention_mask", "labels"}
 
@@ -41,6 +42,10 @@ class AnswerTrainer(Trainer):  # type: ignore[misc] # transformers' is Any to my
                 model, self.data_collator([self.train_dataset[i] for i in range(min(2, len(self.train_dataset)))])
             )
         )
+        self._rotaries = rotaries(model)
+        # below float32 oneDNN makes a kernel for each new size of a product, which takes longer than the product
+        small = self.args.bf16 or self.args.fp16 or next(model.parameters()).dtype.itemsize < 4
+        self._like_sizes = small and model.device.type == "cpu"
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -59,27 +64,32 @@ class AnswerTrainer(Trainer):  # type: ignore[misc] # transformers' is Any to my
         """What the model itself would return for `inputs`, but for the logits that nobody asks for."""
         outer = self.accelerator.unwrap_model(model)
         given, following, within = self._forward_inputs(outer, inputs)
-        wanted = following != IGNORED
+        following = following.flatten()
+        wanted = (following != IGNORED).nonzero()[:, 0]
+        supervised = len(wanted)
+        if self._like_sizes:
+            wanted = torch.cat([wanted, (following == IGNORED).nonzero()[: missing(supervised), 0]])
         targets = following[wanted]
+        targets[supervised:] = 0  # any: the loss of those that have none is dropped
         found: list[Tensor] = []
 
         def find(module: nn.Module, called_with: Any, output: Any) -> None:
             """Above the model, accelerate makes a float32 copy of all logits."""
             if not found:
-                found.append(token_losses(output.logits[0], targets))
+                found.append(token_losses(output.logits.squeeze(0), targets))
 
         inner = base_of(outer)
         # by the task of an adapter, peft calls the model with its hooks, or what is wrapped around its layers
         below = [] if inner is outer else [outer.base_model, inner]
         hooks = [module.register_forward_hook(find) for module in below]
-        hooks.append(head.register_forward_pre_hook(lambda _, hidden: (hidden[0][wanted][None],)))
+        hooks.append(head.register_forward_pre_hook(lambda _, hidden: (hidden[0].flatten(0, 1)[wanted][None],)))
         try:
             with within:
                 output = model(**given, use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
-        losses = found[0] if found else token_losses(output.logits[0], targets)
+        losses = (found[0] if found else token_losses(output.logits.squeeze(0), targets))[:supervised]
         # as transformers' own loss: the mean of this micro-batch, or its share of the mean of the step
         loss = losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
         return {"loss": loss}
@@ -90,12 +100,17 @@ class AnswerTrainer(Trainer):  # type: ignore[misc] # transformers' is Any to my
         following = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
         if not self._packs or ((following != IGNORED) & (mask == 0)).any():  # a label after padding
             return {"input_ids": ids, "attention_mask": mask}, following, contextlib.nullcontext()
-        rows = Rows.of(mask)
+        rows = Rows.of(mask, like_sizes=self._like_sizes)
         return (
             {"input_ids": rows.flat(ids), "position_ids": rows.positions()},
             rows.flat(following),
-            packed(model, rows),
+            self._in_line(model, rows),
         )
+
+    @contextlib.contextmanager
+    def _in_line(self, model: Any, rows: Rows) -> Iterator[None]:
+        with packed(model, rows), rotated(self._rotaries):
+            yield
 
 
 def _head(model: Any) -> nn.Module | None:

@@ -1,4 +1,4 @@
-"""A model's own arithmetic in fewer passes over its activations: LoRA's sums, RMS norms, the loss of each token.
+"""A model's own arithmetic in fewer passes: LoRA's sums, RMS norms, rotary positions, the loss of each token.
 
 A module takes its short way where that is the same sum, and goes its own where anything else is asked of it.
 """
@@ -11,8 +11,9 @@ from torch import nn
 from .linear import FusedLinear
 from .losses import token_losses
 from .norm import FusedNorm, eps_of, fused
+from .rotary import Places, rotaries, rotated
 
-__all__ = ["fuse", "token_losses", "unfuse"]
+__all__ = ["Places", "fuse", "rotaries", "rotated", "token_losses", "unfuse"]
 
 
 def fuse(model: nn.Module) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_BLOCK = 2**20
+_BLOCK = 2**19
 """Logits that are looked at together."""
 
 
@@ -34,10 +34,13 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits, targets, largest, total = ctx.saved_tensors
         of_logits = torch.empty_like(logits)
+        narrow = logits.dtype != torch.float32
         for part in _blocks(logits):
             weight = gradient[part, None]
-            shares = (logits[part] - largest[part]).exp_().mul_(weight / total[part])
-            of_logits[part] = shares.scatter_add_(1, targets[part, None], -weight)
+            shares = torch.sub(logits[part], largest[part], out=None if narrow else of_logits[part])
+            shares.exp_().mul_(weight / total[part]).scatter_add_(1, targets[part, None], -weight)
+            if narrow:
+                of_logits[part] = shares
         return of_logits, None
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .attention import NAME, ROWS, CannotPackError
-from .rows import Rows
+from .rows import Rows, missing
 
-__all__ = ["CannotPackError", "Rows", "base_of", "can_pack", "packed"]
+__all__ = ["CannotPackError", "Rows", "base_of", "can_pack", "missing", "packed"]
 
 
 @contextlib.contextmanager

@@ -13,16 +13,24 @@ class Rows:
     """Where the tokens of a micro-batch lie."""
 
     places: Tensor
-    """Place of each token among all places of the padded rows, shape (tokens,)."""
+    """Place of each token of the line among all places of the padded rows, shape (tokens,)."""
     there: Tensor
     """Which places hold a token, shape (rows, width)."""
     _heads: dict[tuple[int, int, torch.dtype], Heads] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, attention_mask: Tensor) -> Rows:
-        """The rows that a mask of shape (rows, width) describes."""
+    def of(cls, attention_mask: Tensor, *, like_sizes: bool = False) -> Rows:
+        """The rows that a mask of shape (rows, width) describes.
+
+        With `like_sizes` some padding comes along behind the tokens, up to a size that many micro-batches share;
+        nothing attends to it.
+        """
         there = attention_mask.bool()
-        return cls(there.flatten().nonzero()[:, 0], there)
+        places = there.flatten().nonzero()[:, 0]
+        if like_sizes:
+            padding = (~there).flatten().nonzero()[: missing(len(places)), 0]
+            places = torch.cat([places, padding])
+        return cls(places, there)
 
     def positions(self) -> Tensor:
         """Position of each token, as in padded rows, shape (1, tokens)."""
@@ -38,6 +46,11 @@ class Rows:
         if key not in self._heads:
             self._heads[key] = Heads.of(self, *key)
         return self._heads[key]
+
+
+def missing(count: int) -> int:
+    """How many rows a matrix of `count` lacks to a size that others share: steps of 3 to 6 % of it, of 8 at least."""
+    return -count % (1 << max(3, (count // 16).bit_length() - 1))
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.glm.modeling_glm import GlmRMSNorm
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from homework.fused import fuse, losses, token_losses, unfuse
+from homework.fused import fuse, losses, rotaries, rotated, token_losses, unfuse
 
 
 def pair(**config: Any) -> tuple[nn.Module, nn.Module]:
@@ -272,3 +274,65 @@ def test_token_losses_hide_no_number_that_is_none(planted: float) -> None:
     assert logits.grad is not None
     assert logits.grad[1].isnan().any()
     assert logits.grad[[0, 2]].isfinite().all()
+
+
+@given(
+    heads=st.integers(1, 3), tokens=st.integers(1, 5), half=st.integers(1, 4), dtype=st.sampled_from(["32", "64"]),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_short_rotary_positions_are_the_models(heads: int, tokens: int, half: int, dtype: str, seed: int) -> None:
+    """Results and gradients of queries and keys, whose heads lie between each other as projections leave them."""
+    torch.manual_seed(seed)
+    kind = getattr(torch, f"float{dtype}")
+    [(_, short)] = rotaries(LlamaRMSNorm(8))
+    cos, sin = torch.randn(2, 1, tokens, 2 * half, dtype=kind)
+    given = [torch.randn(1, tokens, n, 2 * half, dtype=kind).requires_grad_() for n in (heads, 1)]
+    weights = [torch.randn(1, n, tokens, 2 * half, dtype=kind) for n in (heads, 1)]
+    seen = []
+    for rotary in (short, modeling_llama.apply_rotary_pos_emb):
+        results = rotary(*(x.transpose(1, 2) for x in given), cos, sin)
+        total = sum((r * w).sum() for r, w in zip(results, weights, strict=True))
+        seen.append([*results, *torch.autograd.grad(total, given)])
+    tolerance = 1e-6 if dtype == "32" else 1e-12
+    for a, b in zip(*seen, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_under_autocast_rotary_positions_keep_their_types() -> None:
+    """Queries in bfloat16, angles in float32: results as the model's, gradients in the type of the queries."""
+    torch.manual_seed(0)
+    [(_, short)] = rotaries(LlamaRMSNorm(8))
+    cos, sin = torch.randn(2, 1, 5, 8)
+    seen = []
+    for rotary in (short, modeling_llama.apply_rotary_pos_emb):
+        q = torch.linspace(-1, 1, 80).view(1, 2, 5, 8).bfloat16().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            result, _ = rotary(q, q[:, :1], cos, sin)
+        result.square().sum().backward()
+        seen.append((result, q.grad))
+    for a, b in zip(*seen, strict=True):
+        assert a.dtype == b.dtype
+        assert (a - b).float().norm() <= torch.finfo(torch.bfloat16).eps * b.float().norm()
+
+
+def test_rotary_positions_of_another_kind_go_their_own_way() -> None:
+    """Pairs that lie beside each other; and of heads that are turned in part, the rest."""
+    assert rotaries(GlmRMSNorm(8)) == []
+    [(_, short)] = rotaries(LlamaRMSNorm(8))
+    q, k, cos, sin = torch.randn(1, 2, 5, 8), torch.randn(1, 1, 5, 8), torch.randn(1, 5, 1), torch.randn(1, 5, 1)
+    for a, b in zip(short(q, k, cos, sin), modeling_llama.apply_rotary_pos_emb(q, k, cos, sin), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_models_module_is_left_as_it_was() -> None:
+    """Also where a forward pass raises."""
+    plain = modeling_llama.apply_rotary_pos_emb
+
+    def training() -> None:
+        with rotated(rotaries(LlamaRMSNorm(8))):
+            assert modeling_llama.apply_rotary_pos_emb is not plain
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        training()
+    assert modeling_llama.apply_rotary_pos_emb is plain

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from homework.packing import CannotPackError, Rows
+from homework.packing import CannotPackError, Rows, missing
 from homework.packing.attention import ROWS, attend
 
 TRAINING: Any = SimpleNamespace(training=True)
@@ -43,15 +43,21 @@ def mask_of(rows: list[tuple[int, int, int]]) -> Tensor:
     return torch.tensor([[0] * a + [1] * n + [0] * (width - a - n) for a, n, _ in rows])
 
 
-@given(rows=masks, keys=st.integers(1, 3), groups=st.integers(1, 3), seed=st.integers(0, 99))
-def test_each_token_looks_at_its_row_alone(rows: list[tuple[int, int, int]], keys: int, groups: int, seed: int) -> None:
-    """Results and gradients are those of torch's attention on each row, wherever its padding is."""
+@given(rows=masks, keys=st.integers(1, 3), groups=st.integers(1, 3), like_sizes=st.booleans(), seed=st.integers(0, 99))
+def test_each_token_looks_at_its_row_alone(
+    rows: list[tuple[int, int, int]], keys: int, groups: int, like_sizes: bool, seed: int
+) -> None:
+    """Results and gradients are those of torch's attention on each row, wherever its padding is, and along with it."""
     torch.manual_seed(seed)
-    where = Rows.of(mask_of(rows))
+    where = Rows.of(mask_of(rows), like_sizes=like_sizes)
     given = lines(where, keys * groups, keys)
     result = in_line(where, *given)
     weights = torch.randn_like(result)
     ours = torch.autograd.grad((result * weights).sum(), given)
+    total = sum(n for _, n, _ in rows)
+    assert result.isfinite().all()
+    assert not any(of[:, :, total:].count_nonzero() for of in ours)
+    result, weights, ours = result[:, :total], weights[:, :total], tuple(of[:, :, :total] for of in ours)
     alone, begin = [], 0
     for _, tokens, _ in rows:
         q, k, v = (line[:, :, begin : begin + tokens] for line in given)
@@ -61,7 +67,27 @@ def test_each_token_looks_at_its_row_alone(rows: list[tuple[int, int, int]], key
     expected = torch.cat(alone, dim=1)
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
     for a, b in zip(ours, torch.autograd.grad((expected * weights).sum(), given), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b[:, :, :total], rtol=1e-4, atol=1e-5)
+
+
+@given(rows=masks)
+def test_padding_fills_a_line_up_to_a_size_that_others_have(rows: list[tuple[int, int, int]]) -> None:
+    """Every token once and in its order, then places without one, each once, as far as there are any."""
+    mask = mask_of(rows)
+    plain, filled = Rows.of(mask).places.tolist(), Rows.of(mask, like_sizes=True).places.tolist()
+    assert filled[: len(plain)] == plain
+    more = filled[len(plain) :]
+    assert len(set(filled)) == len(filled)
+    assert not mask.flatten()[more].any()
+    assert len(more) == min(missing(len(plain)), mask.numel() - len(plain))
+
+
+@given(least=st.integers(128, 4096))
+def test_sizes_that_differ_by_a_half_are_a_dozen(least: int) -> None:
+    """And none is more than a sixteenth above what was asked for."""
+    counts = range(least, least * 3 // 2)
+    assert all(0 <= missing(n) <= n / 16 for n in counts)
+    assert len({n + missing(n) for n in counts}) <= 14
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

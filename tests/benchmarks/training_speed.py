@@ -19,6 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from homework import sft
+from homework.allocation import keep_freed_memory
 from homework.answers import format_answer
 from homework.base import load_base, load_tokenizer
 from homework.data import TRAIN_FILE, plain_prompt, read_rows
@@ -62,6 +64,7 @@ def arguments(folder: Path, rows: int, steps: int, bf16: bool) -> dict[str, Any]
 
 def app(model: str | None, folder: Path, steps: int, bf16: bool) -> Trainer:
     """The app as its command trains."""
+    keep_freed_memory()
     trainer = sft.build_trainer(model=model, **arguments(folder, ROWS, steps, bf16))
     if bf16:
         hold(trainer.model, torch.bfloat16)
@@ -97,15 +100,15 @@ def of_trl(model: str | None, folder: Path, steps: int, bf16: bool) -> Trainer:
 BUILDERS: dict[str, Callable[..., Trainer]] = {"padded": padded, "trl": of_trl, "app": app}
 
 
-def peak(dtype: torch.dtype) -> float:
-    """Operations per second of a large matrix product, the best of five."""
+def products(dtype: torch.dtype, seconds: float = 0.7) -> list[float]:
+    """Operations per second of large matrix products, one after the other for some time, as a step makes them."""
     a, b = (torch.randn(PEAK, PEAK).to(dtype) for _ in range(2))
-    seconds = []
-    for _ in range(6):
-        began = time.perf_counter()
+    a @ b  # the first one makes the kernel
+    rates, ends = [], time.perf_counter() + seconds
+    while (began := time.perf_counter()) < ends:
         a @ b
-        seconds.append(time.perf_counter() - began)
-    return 2 * PEAK**3 / min(seconds[1:])
+        rates.append(2 * PEAK**3 / (time.perf_counter() - began))
+    return rates
 
 
 class Operations(TrainerCallback):
@@ -209,6 +212,57 @@ def measured(model: str | None, ways: list[str], folder: Path, steps: int, warm_
     return found
 
 
+@dataclass
+class Share:
+    """The app's steps beside large matrix products, in a process that has the machine to itself."""
+
+    seconds: list[float] = field(default_factory=list)
+    """Of each step."""
+    products: list[float] = field(default_factory=list)
+    """Operations per second of products around it, their median: the pace of a machine is not the same for long."""
+
+    def of_peak(self, work: list[int]) -> float:
+        """Operations of a step over those that products would have done in its time, the median of all steps."""
+        return statistics.median(w / s / p for w, s, p in zip(work, self.seconds, self.products, strict=True))
+
+
+class BetweenProducts(TrainerCallback):
+    """Times each step but the first `warm_up`, and products before and after it."""
+
+    def __init__(self, dtype: torch.dtype, warm_up: int) -> None:
+        self.dtype, self.warm_up, self.share = dtype, warm_up, Share()
+        self._before: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """The step is about to begin."""
+        self._before = self._before or products(self.dtype)
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The step is over."""
+        seconds, after = time.perf_counter() - self._began, products(self.dtype)
+        if state.global_step > self.warm_up:
+            self.share.seconds.append(seconds)
+            self.share.products.append(statistics.median(self._before + after))
+        self._before = after
+
+
+def alone(model: str | None, folder: Path, steps: int, warm_up: int, bf16: bool) -> Share:
+    """The app's training with the machine to itself; in a process of its own, as its command is."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(_alone, model, folder, steps, warm_up, bf16).result()
+
+
+def _alone(model: str | None, folder: Path, steps: int, warm_up: int, bf16: bool) -> Share:
+    _quiet()
+    trainer = app(model, folder, steps + warm_up, bf16)
+    trainer.remove_callback(PrinterCallback)
+    between = BetweenProducts(torch.bfloat16 if bf16 else torch.float32, warm_up)
+    trainer.add_callback(between)
+    trainer.train()
+    return between.share
+
+
 def _quiet() -> None:
     warnings.simplefilter("ignore")
     transformers.utils.logging.disable_progress_bar()
@@ -216,21 +270,19 @@ def _quiet() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
 
 
-def table(model: str | None, found: dict[str, Seen], work: list[int], peaks: dict[str, float]) -> str:
+def table(model: str | None, found: dict[str, Seen], work: list[int], shares: dict[str, Share]) -> str:
     """Markdown, with a line on where and how."""
     lines = [
-        "| | step (s) | quartiles | against the first line | loss of step 1 | operations / peak | peak memory |",
-        "|---|---|---|---|---|---|---|",
+        "| | step (s) | quartiles | against the first line | loss of step 1 | peak memory |",
+        "|---|---|---|---|---|---|",
     ]
     base = statistics.median(found["padded fp32"].seconds)
-    mean_work = statistics.fmean(work)
     for way, seen in found.items():
         name, _, precision = way.partition(" ")
         low, middle, high = statistics.quantiles(seen.seconds, n=4)
-        share = f"{mean_work / statistics.fmean(seen.seconds) / peaks[precision]:.0%}" if name == "app" else ""
         lines.append(
             f"| {SAID[name]}, {precision} | {middle:.2f} | {low:.2f} to {high:.2f} | {base / middle:.1f} x faster "
-            f"| {seen.losses[0]:.5f} | {share} | {seen.memory / 2**30:.1f} GiB |"
+            f"| {seen.losses[0]:.5f} | {seen.memory / 2**30:.1f} GiB |"
         )
     said = []
     for precision in ("fp32", "bf16"):
@@ -242,10 +294,22 @@ def table(model: str | None, found: dict[str, Seen], work: list[int], peaks: dic
         "",
         *([f"The app's step against TRL's: {', '.join(said)}.", ""] if said else []),
         f"{model or 'embedded model'}, {ROWS} rows a step, {len(work)} counted steps of each way"
-        f" in turns; {where()}, peft {peft.__version__}, trl {trl.__version__}."
-        f" Peak: the product of two {PEAK} x {PEAK} matrices, the best of those before and after:"
-        f" {peaks['fp32'] / 1e9:.0f} GFLOP/s in fp32, {peaks['bf16'] / 1e9:.0f} in bf16. Operations of an app's step,"
-        f" as torch counts them: {mean_work / 1e9:.0f} GFLOP.",
+        f" in turns; {where()}, peft {peft.__version__}, trl {trl.__version__}.",
+        "",
+        "| the app alone | step (s) | operations / s | products / s | share |",
+        "|---|---|---|---|---|",
+    ]
+    for precision, share in shares.items():
+        second, rate = statistics.median(share.seconds), statistics.median(share.products) / 1e9
+        low, high = (end(share.products) / 1e9 for end in (min, max))
+        lines.append(
+            f"| 32x1, {precision} | {second:.2f} | {statistics.fmean(work) / second / 1e9:.0f} GFLOP"
+            f" | {rate:.0f} GFLOP, {low:.0f} to {high:.0f} | {share.of_peak(work):.0%} |"
+        )
+    lines += [
+        "",
+        f"Operations of a step as torch counts them: {statistics.fmean(work) / 1e9:.0f} GFLOP. Products: of two"
+        f" {PEAK} x {PEAK} matrices, 0.7 s long before and after each of {len(work)} steps; the share is the median.",
     ]
     return "\n".join(lines)
 
@@ -264,11 +328,13 @@ def main() -> None:
     ways = list(dict.fromkeys(["padded fp32", *options.ways]))
     with isolated(), tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        peaks = {"fp32": peak(torch.float32), "bf16": peak(torch.bfloat16)}
         work = operations(options.model, folder / "operations", options.steps + options.warm_up)[options.warm_up :]
         found = measured(options.model, ways, folder, options.steps, options.warm_up)
-        after = {"fp32": peak(torch.float32), "bf16": peak(torch.bfloat16)}
-    made = table(options.model, found, work, {k: max(p, after[k]) for k, p in peaks.items()})
+        shares = {
+            precision: alone(options.model, folder / f"alone-{precision}", options.steps, options.warm_up, bf16)
+            for precision, bf16 in (("fp32", False), ("bf16", True))
+        }
+    made = table(options.model, found, work, shares)
     publish(PAGE, "training", made, write=options.write)
 
 
