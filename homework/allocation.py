@@ -1,7 +1,7 @@
 """Memory that a training frees and takes again at every step, kept by the process in between.
 
 glibc takes blocks of more than 32 MiB, such as logits, from the kernel one by one and gives each back as soon as it is
-freed, so that every step pays for the same pages anew: 5 % of a step of SmolLM2 on a CPU.
+freed, so that every step pays for the same pages anew: 3 to 5 % of a step of SmolLM2 on a CPU.
 """
 
 from __future__ import annotations

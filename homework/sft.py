@@ -346,7 +346,6 @@ def _train_and_save(
     arguments: dict[str, Any],
 ) -> int:
     _quiet_libraries()
-    keep_freed_memory()
     trainer = _build(options.model, "float32", train_rows, arguments)
     tokenizer: Any = trainer.processing_class
     adapted: Any = trainer.model
@@ -594,4 +593,5 @@ def _one_line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

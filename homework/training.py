@@ -2,6 +2,7 @@
 
 - No padding is computed where tokens do not meet (see packing/).
 - Logits are computed where a label is, and nowhere else: the head is a quarter of a small model.
+- Below float32 a few more of both fill a micro-batch up to a size that others have, for which there is a kernel.
 - No cache of keys and values is filled: nothing is generated while training.
 - LoRA's sums, norms, rotary positions and the loss take fewer passes (see fused/).
 - Frozen matrices can be held in the type that autocast casts them to at every use (`hold`).
@@ -35,6 +36,7 @@ class AnswerTrainer(Trainer):  # type: ignore[misc] # transformers' is Any to my
         super().__init__(*args, **kwargs)
         model: Any = self.model
         fuse(model)
+        self._can_checkpoint = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         self._packs = (
             model.device.type == "cpu"  # elsewhere finding the tokens would wait for the device
             and not self.args.gradient_checkpointing  # whose second forward pass comes when it is too late
@@ -42,7 +44,7 @@ class AnswerTrainer(Trainer):  # type: ignore[misc] # transformers' is Any to my
                 model, self.data_collator([self.train_dataset[i] for i in range(min(2, len(self.train_dataset)))])
             )
         )
-        self._rotaries = rotaries(model)
+        self._rotaries = rotaries(model) if self._packs else []
         # below float32 oneDNN makes a kernel for each new size of a product, which takes longer than the product
         small = self.args.bf16 or self.args.fp16 or next(model.parameters()).dtype.itemsize < 4
         self._like_sizes = small and model.device.type == "cpu"
@@ -67,10 +69,9 @@ class AnswerTrainer(Trainer):  # type: ignore[misc] # transformers' is Any to my
         following = following.flatten()
         wanted = (following != IGNORED).nonzero()[:, 0]
         supervised = len(wanted)
-        if self._like_sizes:
-            wanted = torch.cat([wanted, (following == IGNORED).nonzero()[: missing(supervised), 0]])
+        if self._like_sizes:  # the first one some times more, whose losses are dropped
+            wanted = torch.cat([wanted, wanted[:1].expand(missing(supervised))])
         targets = following[wanted]
-        targets[supervised:] = 0  # any: the loss of those that have none is dropped
         found: list[Tensor] = []
 
         def find(module: nn.Module, called_with: Any, output: Any) -> None:
@@ -98,7 +99,9 @@ class AnswerTrainer(Trainer):  # type: ignore[misc] # transformers' is Any to my
         """What the model is called with, the label that follows each of its tokens, and in which context."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         following = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
-        if not self._packs or ((following != IGNORED) & (mask == 0)).any():  # a label after padding
+        checkpointed = any(m.gradient_checkpointing for m in self._can_checkpoint)  # by the model's own switch
+        label_after_padding = ((following != IGNORED) & (mask == 0)).any()
+        if not self._packs or checkpointed or label_after_padding:
             return {"input_ids": ids, "attention_mask": mask}, following, contextlib.nullcontext()
         rows = Rows.of(mask, like_sizes=self._like_sizes)
         return (

@@ -11,9 +11,9 @@ from torch import nn
 from .linear import FusedLinear
 from .losses import token_losses
 from .norm import FusedNorm, eps_of, fused
-from .rotary import Places, rotaries, rotated
+from .rotary import rotaries, rotated
 
-__all__ = ["Places", "fuse", "rotaries", "rotated", "token_losses", "unfuse"]
+__all__ = ["fuse", "rotaries", "rotated", "token_losses", "unfuse"]
 
 
 def fuse(model: nn.Module) -> int:

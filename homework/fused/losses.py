@@ -34,12 +34,12 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits, targets, largest, total = ctx.saved_tensors
         of_logits = torch.empty_like(logits)
-        narrow = logits.dtype != torch.float32
+        in_place = logits.dtype == torch.float32
         for part in _blocks(logits):
             weight = gradient[part, None]
-            shares = torch.sub(logits[part], largest[part], out=None if narrow else of_logits[part])
+            shares = torch.sub(logits[part], largest[part], out=of_logits[part] if in_place else None)
             shares.exp_().mul_(weight / total[part]).scatter_add_(1, targets[part, None], -weight)
-            if narrow:
+            if not in_place:
                 of_logits[part] = shares
         return of_logits, None
 

@@ -19,8 +19,6 @@ from torch.autograd.function import once_differentiable
 
 _NAME = "apply_rotary_pos_emb"
 _Rotary = Callable[..., tuple[Tensor, Tensor]]
-Places = list[tuple[ModuleType, _Rotary]]
-"""Modules whose function can be replaced, and what is to stand there."""
 
 
 class _Rotate(torch.autograd.Function):
@@ -47,53 +45,63 @@ class _Rotate(torch.autograd.Function):
         return back.to(ctx.dtype), None, None
 
 
-def rotaries(model: nn.Module) -> Places:
-    """Where the layers of `model` find a function that has a short way."""
+def rotaries(model: nn.Module) -> list[tuple[ModuleType, Any]]:
+    """Modules whose function the layers of `model` call, and what can stand in its place."""
     homes = {type(m).__module__: sys.modules.get(type(m).__module__) for m in model.modules()}
     found = [(home, vars(home).get(_NAME)) for home in homes.values() if home is not None]
     return [(home, _short(plain)) for home, plain in found if callable(plain) and _is_common(plain)]
 
 
 @contextlib.contextmanager
-def rotated(places: Places) -> Iterator[None]:
-    """Forward passes take the short way."""
-    before = [getattr(home, _NAME) for home, _ in places]
-    for home, short in places:
+def rotated(places: list[tuple[ModuleType, Any]]) -> Iterator[None]:
+    """Forward passes take the short way, where nobody has put a function of his own into the place."""
+    mine = [(home, short) for home, short in places if getattr(home, _NAME) is short.__wrapped__]
+    for home, short in mine:
         setattr(home, _NAME, short)
     try:
         yield
     finally:
-        for (home, _), plain in zip(places, before, strict=True):
-            setattr(home, _NAME, plain)
+        for home, short in mine:
+            if getattr(home, _NAME) is short:
+                setattr(home, _NAME, short.__wrapped__)
 
 
-def _short(plain: _Rotary) -> _Rotary:
+def _short(plain: _Rotary) -> Any:
     """`plain`, with the short way before it."""
 
     @functools.wraps(plain)
-    def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        if more or named or not all(_fits(x, cos, sin) for x in (q, k)):
-            return plain(q, k, cos, sin, *more, **named)
+    def apply(*given: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        if named or len(given) != 4 or not _fits(*given):
+            return plain(*given, **named)
+        q, k, cos, sin = given
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)  # type: ignore[no-untyped-call]
 
     return apply
 
 
-def _fits(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+def _fits(q: Any, k: Any, cos: Any, sin: Any) -> bool:
     """Whether the whole of each head is turned, by angles that nothing is learnt of."""
+    if not all(isinstance(t, Tensor) for t in (q, k, cos, sin)) or cos.dim() != 3:
+        return False
     alike = cos.shape == sin.shape and cos.dtype == sin.dtype and not (cos.requires_grad or sin.requires_grad)
-    return alike and x.dim() == 4 and cos.dim() == 3 and x.shape[-2:] == cos.shape[-2:] and x.shape[-1] % 2 == 0
+    return alike and all(
+        x.dim() == 4 and x.shape[-2:] == cos.shape[-2:] and cos.shape[0] in (1, x.shape[0]) and x.shape[-1] % 2 == 0
+        for x in (q, k)
+    )
 
 
 @functools.cache
 def _is_common(plain: _Rotary) -> bool:
-    """Whether a function turns the first half of each head against the second, as most do, tried out."""
-    line = torch.linspace(-1, 2, 72, dtype=torch.float64)
-    q, k, cos, sin = line[:48].view(1, 2, 3, 8), line[48:].view(1, 1, 3, 8), line[9:33][None], line[20:44][None]
-    cos, sin = cos.view(1, 3, 8).square(), sin.view(1, 3, 8)
+    """Whether a function turns the first half of each head against the second, as most do, tried out.
+
+    With angles of a wider type than the heads: some functions give the heads' type back, and others the wider.
+    """
+    line = torch.linspace(-1, 2, 192, dtype=torch.float64)
+    q, k = line[:144].view(2, 3, 3, 8).float(), line[144:].view(2, 1, 3, 8).float()
+    cos, sin = line[9:57].view(2, 3, 8).square(), line[20:68].view(2, 3, 8)
     try:
-        theirs = plain(q, k, cos, sin)
-        return all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(theirs, _short(plain)(q, k, cos, sin), strict=True))
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):  # one that takes other arguments
+        pairs = zip(plain(q, k, cos, sin), _short(plain)(q, k, cos, sin), strict=True)
+        return all(a.dtype == b.dtype and torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in pairs)
+    except Exception:  # whatever another function says to such arguments, it is another one
         return False

@@ -66,7 +66,7 @@ def _agrees(model: Any, batch: dict[str, Tensor]) -> bool:
             line = model(input_ids=rows.flat(ids), position_ids=rows.positions(), use_cache=False).logits.float()
         tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
         return bool((line - apart).abs().max() <= tolerance * apart.abs().max())
-    except (CannotPackError, TypeError, ValueError, RuntimeError):  # other models refuse such inputs in many ways
+    except Exception:  # other models refuse such inputs in many ways
         return False
     finally:
         model.train(training)

@@ -27,7 +27,8 @@ from transformers import (
 
 from homework import sft
 from homework.data import IGNORED, PadToLongest
-from homework.packing import can_pack
+from homework.fused import rotary
+from homework.packing import can_pack, missing
 from homework.training import AnswerTrainer, hold
 from tests import plain_pipeline
 
@@ -87,6 +88,7 @@ def test_each_step_is_that_of_the_plain_pipeline(rows: int, times: int, like_siz
     plain, steps = trained(tmp_path, rows, times)
     ours, short = trained(tmp_path, rows, times, like=steps, like_sizes=like_sizes)
     assert ours._packs
+    assert ours._rotaries
     losses = [[line["loss"] for line in t.state.log_history if "loss" in line] for t in (ours, plain)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert len(short.gradients) == len(steps.gradients) == 3
@@ -96,6 +98,43 @@ def test_each_step_is_that_of_the_plain_pipeline(rows: int, times: int, like_siz
         assert torch.stack(list(off.values())).norm() <= 1e-5 * torch.stack([g.norm() for g in b.values()]).norm()
         for name, distance in off.items():  # where queries and keys cancel, rounding weighs more: 1.03e-5 was seen
             assert distance <= 3e-5 * b[name].norm(), name
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_training_takes_the_short_ways(bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer turns queries and keys in the short way; below float32 a line and its labels have sizes of others."""
+    turned: list[int] = []
+    apply = rotary._Rotate.apply
+    monkeypatch.setattr(rotary._Rotate, "apply", lambda x, *angles: (turned.append(x.shape[-2]), apply(x, *angles))[1])
+    trainer = sft.build_trainer(
+        per_device_train_batch_size=12, gradient_accumulation_steps=1, max_steps=2, output_dir=str(tmp_path),
+        **{**CPU, "bf16": bf16},
+    )  # fmt: skip
+    model: Any = trainer.model
+    asked: list[int] = []
+    model.get_base_model().get_output_embeddings().register_forward_hook(
+        lambda module, given, logits: asked.append(logits.shape[-2])
+    )
+    trainer.train()
+    assert len(turned) == 2 * 2 * model.config.num_hidden_layers
+    sizes = {*turned, *asked}
+    assert len(asked) == 2
+    assert any(missing(size) for size in sizes) is not bf16
+
+
+@pytest.mark.parametrize("switch", ["argument", "model"])
+def test_checkpointed_layers_are_trained_on_padded_rows(switch: str, tmp_path: Path) -> None:
+    """By the Trainer's argument or the model's own switch: their second forward pass comes when lines are forgotten."""
+    trainer: Any = sft.build_trainer(
+        per_device_train_batch_size=4, gradient_accumulation_steps=1, output_dir=str(tmp_path),
+        gradient_checkpointing=switch == "argument", **CPU,
+    )  # fmt: skip
+    model = trainer.model.train()
+    if switch == "model":
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    given, following, _ = trainer._forward_inputs(model, batch)
+    assert given["input_ids"].shape == following.shape == batch["input_ids"].shape
 
 
 def test_an_evaluation_gets_every_logit(tmp_path: Path) -> None:

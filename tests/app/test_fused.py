@@ -13,13 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import GPTNeoXConfig
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.glm.modeling_glm import GlmRMSNorm
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from homework.fused import fuse, losses, rotaries, rotated, token_losses, unfuse
+from homework.fused.rotary import _short
 
 
 def pair(**config: Any) -> tuple[nn.Module, nn.Module]:
@@ -316,12 +320,34 @@ def test_under_autocast_rotary_positions_keep_their_types() -> None:
 
 
 def test_rotary_positions_of_another_kind_go_their_own_way() -> None:
-    """Pairs that lie beside each other; and of heads that are turned in part, the rest."""
+    """Pairs that lie beside each other, and results in the type of the heads where angles are wider."""
     assert rotaries(GlmRMSNorm(8)) == []
-    [(_, short)] = rotaries(LlamaRMSNorm(8))
-    q, k, cos, sin = torch.randn(1, 2, 5, 8), torch.randn(1, 1, 5, 8), torch.randn(1, 5, 1), torch.randn(1, 5, 1)
-    for a, b in zip(short(q, k, cos, sin), modeling_llama.apply_rotary_pos_emb(q, k, cos, sin), strict=True):
-        assert torch.equal(a, b)
+    assert rotaries(Olmo2RMSNorm(8)) == []
+
+
+@pytest.mark.parametrize("kind", ["in part", "by name", "learnt", "without keys"])
+def test_another_call_of_the_function_is_its_own(kind: str) -> None:
+    """Heads that are turned in part, arguments by name, angles that learn, queries alone."""
+    torch.manual_seed(0)
+    [(home, _)] = rotaries(GPTNeoXRotaryEmbedding(GPTNeoXConfig()))
+    called: list[int] = []
+    plain = home.apply_rotary_pos_emb
+    q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 1, 5, 8)
+    cos, sin = torch.randn(2, 1, 5, 4 if kind == "in part" else 8)
+    if kind == "learnt":
+        cos.requires_grad_()
+    named = {"unsqueeze_dim": 1} if kind == "by name" else {}
+    given = (q, None if kind == "without keys" else k, cos, sin)
+
+    def counted(*args: Any, **more: Any) -> Any:
+        called.append(1)
+        return args if kind == "without keys" else plain(*args, **more)
+
+    results = _short(counted)(*given, **named)
+    assert called
+    if kind != "without keys":
+        for a, b in zip(results, plain(*given, **named), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_a_models_module_is_left_as_it_was() -> None:
@@ -335,4 +361,21 @@ def test_a_models_module_is_left_as_it_was() -> None:
 
     with pytest.raises(ZeroDivisionError):
         training()
+    assert modeling_llama.apply_rotary_pos_emb is plain
+
+
+def test_a_function_that_somebody_else_put_there_stays() -> None:
+    """Before and within a forward pass, and two trainings at once leave nothing behind."""
+    plain, places = modeling_llama.apply_rotary_pos_emb, rotaries(LlamaRMSNorm(8))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda *given: None)
+        theirs = modeling_llama.apply_rotary_pos_emb
+        with rotated(places):
+            assert modeling_llama.apply_rotary_pos_emb is theirs
+        assert modeling_llama.apply_rotary_pos_emb is theirs
+    one, other = rotated(places), rotated(rotaries(LlamaRMSNorm(8)))
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    other.__exit__(None, None, None)
     assert modeling_llama.apply_rotary_pos_emb is plain

@@ -63,8 +63,7 @@ def arguments(folder: Path, rows: int, steps: int, bf16: bool) -> dict[str, Any]
 
 
 def app(model: str | None, folder: Path, steps: int, bf16: bool) -> Trainer:
-    """The app as its command trains."""
-    keep_freed_memory()
+    """The app as its command trains; a process that ends with it calls keep_freed_memory too."""
     trainer = sft.build_trainer(model=model, **arguments(folder, ROWS, steps, bf16))
     if bf16:
         hold(trainer.model, torch.bfloat16)
@@ -182,6 +181,8 @@ def child(line: Any, way: str, model: str | None, folder: Path, steps: int) -> N
     """One training, in a process of its own."""
     _quiet()
     name, _, precision = way.partition(" ")
+    if name == "app":
+        keep_freed_memory()
     trainer = BUILDERS[name](model, folder / way.replace(" ", "-"), steps, precision == "bf16")
     trainer.remove_callback(PrinterCallback)
     turn = Turn(line)
@@ -255,6 +256,7 @@ def alone(model: str | None, folder: Path, steps: int, warm_up: int, bf16: bool)
 
 def _alone(model: str | None, folder: Path, steps: int, warm_up: int, bf16: bool) -> Share:
     _quiet()
+    keep_freed_memory()
     trainer = app(model, folder, steps + warm_up, bf16)
     trainer.remove_callback(PrinterCallback)
     between = BetweenProducts(torch.bfloat16 if bf16 else torch.float32, warm_up)
