@@ -75,14 +75,15 @@ class AnswerTrainer(Trainer):  # type: ignore[misc] # transformers' is Any to my
         found: list[Tensor] = []
 
         def find(module: nn.Module, called_with: Any, output: Any) -> None:
-            """Above the model, accelerate makes a float32 copy of all logits."""
+            """Above the model accelerate copies all logits into float32, and who looks there finds labels' alone."""
             if not found:
-                found.append(token_losses(output.logits.squeeze(0), targets))
+                found.append(token_losses(output.logits.squeeze(0), targets)[:supervised])
+                output.logits = output.logits[:, :supervised]
 
         inner = base_of(outer)
         # by the task of an adapter, peft calls the model with its hooks, or what is wrapped around its layers
-        below = [] if inner is outer else [outer.base_model, inner]
-        hooks = [module.register_forward_hook(find) for module in below]
+        below = [outer] if inner is outer else [outer.base_model, inner]
+        hooks = [module.register_forward_hook(find, prepend=True) for module in below]
         hooks.append(head.register_forward_pre_hook(lambda _, hidden: (hidden[0].flatten(0, 1)[wanted][None],)))
         try:
             with within:
@@ -90,7 +91,7 @@ class AnswerTrainer(Trainer):  # type: ignore[misc] # transformers' is Any to my
         finally:
             for hook in hooks:
                 hook.remove()
-        losses = (found[0] if found else token_losses(output.logits.squeeze(0), targets))[:supervised]
+        losses = found[0] if found else token_losses(output.logits.squeeze(0), targets)[:supervised]
         # as transformers' own loss: the mean of this micro-batch, or its share of the mean of the step
         loss = losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
         return {"loss": loss}

@@ -74,9 +74,10 @@ class Agreement:
 
 
 _BFLOAT16 = Agreement(
-    loss_rtol=1e-3, grad_norm_rtol=5e-3, fp32_loss_rtol=1e-2, fp32_grad_norm_rtol=5e-2, trajectory_rtol=0.1,
-    reason="cuts: 2e-5 and 8e-4; beside float32: 8e-4 and 4e-3 in the first step, 2e-2 later on; a mean of means is"
-    " 0.11 off in its gradients",
+    loss_rtol=1e-2, grad_norm_rtol=5e-3, fp32_loss_rtol=1e-2, fp32_grad_norm_rtol=5e-2, trajectory_rtol=0.1,
+    reason="cuts: 2e-5 and 8e-4, but 2.9e-3 in the loss of a model of 30 layers (SmolLM2, 190 labels), where two cuts"
+    " are as far from each other as from float32; beside float32: 8e-4 and 4e-3 in the first step, 2e-2 later on; a"
+    " mean of means is 0.11 off in its gradients",
 )  # fmt: skip
 _FLOAT16 = Agreement(
     loss_rtol=1e-4, grad_norm_rtol=2e-3, fp32_loss_rtol=5e-3, fp32_grad_norm_rtol=2e-2, trajectory_rtol=0.05,

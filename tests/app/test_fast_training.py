@@ -103,19 +103,31 @@ def test_each_step_is_that_of_the_plain_pipeline(rows: int, times: int, like_siz
 @pytest.mark.parametrize("bf16", [True, False])
 def test_a_training_takes_the_short_ways(bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each layer turns queries and keys in the short way; below float32 a line and its labels have sizes of others."""
-    turned: list[int] = []
-    apply = rotary._Rotate.apply
-    monkeypatch.setattr(rotary._Rotate, "apply", lambda x, *angles: (turned.append(x.shape[-2]), apply(x, *angles))[1])
     trainer = sft.build_trainer(
         per_device_train_batch_size=12, gradient_accumulation_steps=1, max_steps=2, output_dir=str(tmp_path),
         **{**CPU, "bf16": bf16},
     )  # fmt: skip
+    turned: list[int] = []
+    apply = rotary._Rotate.apply
+    monkeypatch.setattr(rotary._Rotate, "apply", lambda x, *angles: (turned.append(x.shape[-2]), apply(x, *angles))[1])
     model: Any = trainer.model
     asked: list[int] = []
     model.get_base_model().get_output_embeddings().register_forward_hook(
         lambda module, given, logits: asked.append(logits.shape[-2])
     )
+    labels: list[int] = []
+    model.register_forward_hook(lambda module, given, output: labels.append(output.logits.shape[-2]))
+    collate = trainer.data_collator
+    counted: list[int] = []
+
+    def collated(rows: Any) -> Any:
+        batch = collate(rows)
+        counted.append(int((batch["labels"][:, 1:] != IGNORED).sum()))
+        return batch
+
+    trainer.data_collator = collated
     trainer.train()
+    assert labels == counted[:2]  # whoever looks at the model's result finds a row for each label, and no more
     assert len(turned) == 2 * 2 * model.config.num_hidden_layers
     sizes = {*turned, *asked}
     assert len(asked) == 2

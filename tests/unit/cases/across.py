@@ -102,6 +102,9 @@ SETTLED = [4.0, 2.0, 1.5, 1.2, 1.1, *[1.01] * 15]
 NOISY = [4.0 + 0.1 * (-1) ** n for n in range(20)]
 MEANS = stepped(run((2, 4)), loss=4.0 - 0.025)
 """A run whose loss is the mean of its micro-batches' means."""
+BF16 = "bf16-mixed"
+HALF_MEANS = stepped(run((2, 4), BF16), loss=4.0 - 0.025)
+"""The same in bfloat16, where roundings alone may move the loss as far."""
 AUXILIARY = stepped(run(), loss=4.05), stepped(run((2, 4)), loss=4.2)
 """Two cuts whose loss has a term beside the mean."""
 
@@ -118,6 +121,7 @@ FAILURES = {
         "loss-inf": (run(), "the loss of step 1 is 4 in .* and inf in", stepped(run((4, 2)), loss=math.inf)),
         "norm-nan": (run(), "grad_norm of step 1 is 2 in .* and nan", stepped(run((4, 2)), grad_norm=NAN)),
         "mean-of-means": (MEANS, "the loss of step 1 is 3.975 in fp32-b2x4", run()),
+        "mean-of-means-in-half": (HALF_MEANS, "the loss of step 1 is 3.975 in bf16-mixed-b2x4", run(precision=BF16)),
         "mean-of-means-in-both": (MEANS, "is 3.975 in", stepped(run((4, 2)), loss=4.0 - 0.1)),
         "sum-of-means": (
             stepped(run((4, 2)), loss=7.8),
@@ -273,6 +277,7 @@ NOT_EVALUATED = {
 THRESHOLDS = {
     ("batch_split_equivalence", "loss_rtol"): (stepped(first(run(), token_loss=4.4), loss=4.4), 0.0, 0.05, run((4, 2))),
     ("batch_split_equivalence", "grad_norm_rtol"): (stepped(run(), grad_norm=2.2), 0.0, 0.05, run((4, 2))),
+    ("batch_split_equivalence", "piecemeal_rtol"): (HALF_MEANS, 0.0, 0.05, run(precision=BF16)),
     ("batch_split_equivalence", "token_rtol"): (AUXILIARY[0], 1.0, -0.1, AUXILIARY[1]),
     ("batch_split_equivalence", "scale_rtol"): (
         stepped(run((4, 2)), loss=8.8), 1.0, -0.1, stepped(run((2, 4)), loss=17.0),
