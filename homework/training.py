@@ -75,23 +75,23 @@ class AnswerTrainer(Trainer):  # type: ignore[misc] # transformers' is Any to my
         found: list[Tensor] = []
 
         def find(module: nn.Module, called_with: Any, output: Any) -> None:
-            """Above the model accelerate copies all logits into float32, and who looks there finds labels' alone."""
+            """First at the logits: above, accelerate copies all of them, and whoever looks finds those of labels."""
             if not found:
                 found.append(token_losses(output.logits.squeeze(0), targets)[:supervised])
                 output.logits = output.logits[:, :supervised]
 
         inner = base_of(outer)
         # by the task of an adapter, peft calls the model with its hooks, or what is wrapped around its layers
-        below = [outer] if inner is outer else [outer.base_model, inner]
-        hooks = [module.register_forward_hook(find, prepend=True) for module in below]
+        places = [outer] if inner is outer else [inner, outer.base_model, outer]
+        hooks = [module.register_forward_hook(find, prepend=True) for module in places]
         hooks.append(head.register_forward_pre_hook(lambda _, hidden: (hidden[0].flatten(0, 1)[wanted][None],)))
         try:
             with within:
-                output = model(**given, use_cache=False)
+                model(**given, use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
-        losses = found[0] if found else token_losses(output.logits.squeeze(0), targets)[:supervised]
+        [losses] = found
         # as transformers' own loss: the mean of this micro-batch, or its share of the mean of the step
         loss = losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
         return {"loss": loss}
@@ -101,8 +101,7 @@ class AnswerTrainer(Trainer):  # type: ignore[misc] # transformers' is Any to my
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         following = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
         checkpointed = any(m.gradient_checkpointing for m in self._can_checkpoint)  # by the model's own switch
-        label_after_padding = ((following != IGNORED) & (mask == 0)).any()
-        if not self._packs or checkpointed or label_after_padding:
+        if not self._packs or checkpointed or ((following != IGNORED) & (mask == 0)).any():  # a label after padding
             return {"input_ids": ids, "attention_mask": mask}, following, contextlib.nullcontext()
         rows = Rows.of(mask, like_sizes=self._like_sizes)
         return (

@@ -1,8 +1,9 @@
 """Rows without padding: all tokens of a micro-batch in one line, apart only where they attend to each other.
 
 Everything in a transformer but attention treats each token alone, so that padding is work for nothing there. Attention
-itself is cheap where rows are short, and is computed on padded rows. transformers lets a function take the place of a
-model's attention by name; this one is chosen for the forward passes of the training, and for no other.
+itself is cheap where rows are short, and is computed on padded rows. (Some padding can come along in the line, so that
+it has a size that others have: see `Rows.of`.) transformers lets a function take the place of a model's attention by
+name; this one is chosen for the forward passes of the training, and for no other.
 """
 
 from __future__ import annotations

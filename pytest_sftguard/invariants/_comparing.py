@@ -40,18 +40,6 @@ def same(one: float | None, other: float | None) -> bool:
     return one == other or (math.isnan(one) and math.isnan(other))
 
 
-def closeness(record: RunRecord, reference: RunRecord) -> tuple[float, float]:
-    """How closely the first loss and the norm of its gradients agree in two runs of the record's mode.
-
-    Where one of them alone computed its products in tf32, whatever was asked for, as closely as tf32 and float32 do:
-    that it was so is for `precision_is_real` to report.
-    """
-    if {record.tf32, reference.tf32} == {True, False}:
-        return AGREEMENT["tf32"].fp32_loss_rtol, AGREEMENT["tf32"].fp32_grad_norm_rtol
-    allowed = agreement(record)
-    return allowed.loss_rtol, allowed.grad_norm_rtol
-
-
 def other_rows(record: RunRecord, reference: RunRecord, step: int = 1) -> str:
     """Why the two runs may not have seen the same rows at `step`, counted from 1; empty where they have."""
     ours, theirs = record.steps[step - 1].rows, reference.steps[step - 1].rows
@@ -88,6 +76,7 @@ def _starts_at_zero(record: RunRecord) -> bool:
 
 
 MEAN, MEAN_OF_MEANS, SUM_OF_MEANS, OTHER = "mean", "mean of means", "sum of means", "other"
+PIECEMEAL = (MEAN_OF_MEANS, SUM_OF_MEANS)
 
 
 def average(record: RunRecord, rtol: float) -> str | None:
@@ -102,6 +91,22 @@ def average(record: RunRecord, rtol: float) -> str | None:
     total = math.fsum(first.micro_token_losses)
     kinds = {MEAN: first.token_loss, MEAN_OF_MEANS: total / len(first.micro_token_losses), SUM_OF_MEANS: total}
     return next((kind for kind, value in kinds.items() if gap(loss, value) <= rtol), OTHER)
+
+
+def closeness(record: RunRecord, reference: RunRecord, token_rtol: float, piecemeal_rtol: float) -> tuple[float, float]:
+    """How closely the first loss and the norm of its gradients agree in two cuts of the same rows, as shares.
+
+    Where one of them alone computed its products in tf32, whatever was asked for, as closely as tf32 and float32 do:
+    that it was so is for `precision_is_real` to report. Where the loss of either is a mean or a sum of its
+    micro-batches' means, as its own logits tell within `token_rtol`, no rounding excuses more than `piecemeal_rtol`.
+    """
+    allowed = agreement(record)
+    of_loss, of_norm = allowed.cut_loss_rtol, allowed.grad_norm_rtol
+    if {record.tf32, reference.tf32} == {True, False}:
+        of_loss, of_norm = AGREEMENT["tf32"].fp32_loss_rtol, AGREEMENT["tf32"].fp32_grad_norm_rtol
+    if any(average(r, token_rtol) in PIECEMEAL for r in (record, reference)):
+        of_loss = min(of_loss, piecemeal_rtol)
+    return max(of_loss, 2 * resolution(record, reference)), of_norm
 
 
 def uneven(*records: RunRecord) -> bool | None:

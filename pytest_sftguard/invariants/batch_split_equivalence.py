@@ -11,6 +11,7 @@ from pytest_sftguard.invariants._comparing import (
     MEAN,
     MEAN_OF_MEANS,
     OTHER,
+    PIECEMEAL,
     SUM_OF_MEANS,
     average,
     both_skipped,
@@ -18,13 +19,10 @@ from pytest_sftguard.invariants._comparing import (
     gap,
     other_rows,
     randomness,
-    resolution,
     uneven,
 )
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.verdicts import Finding, Invariant
-
-_PIECEMEAL = (MEAN_OF_MEANS, SUM_OF_MEANS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,13 +117,10 @@ class BatchSplitEquivalence(Invariant):
 
     def _step(self, record: RunRecord, reference: RunRecord, gradients: bool) -> Iterator[Finding]:
         """Compare the first step that either took; the loss of the first one is there in any case."""
-        of_loss, of_norm = closeness(record, reference)
+        of_loss, of_norm = closeness(record, reference, self.token_rtol, self.piecemeal_rtol)
         ours, theirs = record.steps[0], reference.steps[0]
-        if any(average(r, self.token_rtol) in _PIECEMEAL for r in (record, reference)):
-            of_loss = min(of_loss, self.piecemeal_rtol)
-        loss_rtol = max(of_loss, 2 * resolution(record, reference))
         pair = ours.loss, theirs.loss
-        loss_rtol = loss_rtol if self.loss_rtol is None else self.loss_rtol
+        loss_rtol = of_loss if self.loss_rtol is None else self.loss_rtol
         yield from self._value("loss", pair, loss_rtol, 1, record, reference)
         if not gradients:
             return
@@ -172,7 +167,7 @@ class BatchSplitEquivalence(Invariant):
         """
         own, other = (average(r, self.token_rtol) for r in (record, reference))
         finite = math.isfinite(ours) and math.isfinite(theirs)
-        if not finite or own in _PIECEMEAL or (own == other == MEAN) or (own == OTHER and other == MEAN):
+        if not finite or own in PIECEMEAL or (own == other == MEAN) or (own == OTHER and other == MEAN):
             return ""
         if own == MEAN:
             return f"in this cell it is the mean over all labels, in {reference.cell} it is not: that cut is wrong"

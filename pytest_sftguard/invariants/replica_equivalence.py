@@ -14,7 +14,6 @@ from pytest_sftguard.invariants._comparing import (
     moved,
     other_rows,
     randomness,
-    resolution,
     uneven,
 )
 from pytest_sftguard.records import RunRecord
@@ -33,6 +32,9 @@ class ReplicaEquivalence(Invariant):
 
     grad_norm_rtol: float | None = None
     """Largest difference of the gradients' norms, as a share; None: the tolerance of the cell's precision."""
+
+    piecemeal_rtol: float = 1e-3
+    """Largest difference of the losses where that of two processes is the mean or the sum of theirs."""
 
     update_ratio: float = 1.1
     """Factor by which a kind of tensor may have moved further, or less far, than in one process."""
@@ -103,10 +105,9 @@ class ReplicaEquivalence(Invariant):
         return ""
 
     def _first_step(self, record: RunRecord, reference: RunRecord) -> Iterator[Finding]:
-        of_loss, of_norm = closeness(record, reference)
+        of_loss, of_norm = closeness(record, reference, self.token_rtol, self.piecemeal_rtol)
         ours, theirs = record.steps[0], reference.steps[0]
-        loss_rtol = max(of_loss, 2 * resolution(record, reference))
-        wanted = [("loss", loss_rtol if self.loss_rtol is None else self.loss_rtol)]
+        wanted = [("loss", of_loss if self.loss_rtol is None else self.loss_rtol)]
         skipped = "skipped_by_scaler" in (ours.effect, theirs.effect)  # each process scales what DDP averages later
         if not randomness(record, reference) and not skipped:
             wanted.append(("grad_norm", of_norm if self.grad_norm_rtol is None else self.grad_norm_rtol))

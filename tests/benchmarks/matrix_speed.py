@@ -11,7 +11,6 @@ kernel for each new number of tokens), and one start of a process that builds th
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import statistics
 import subprocess
@@ -19,7 +18,6 @@ import sys
 import tempfile
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import transformers
@@ -27,6 +25,7 @@ import transformers
 from pytest_sftguard.engine.isolation import isolated
 from pytest_sftguard.matrix import Cell, RunConfig
 from tests.benchmarks.pages import publish, where
+from tests.benchmarks.processes import in_fresh_process
 from tests.benchmarks.turns import alone
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,12 +70,7 @@ def axes(cells: list[Cell]) -> list[str]:
 
 
 def bare(steps: int) -> float:
-    """Wall seconds of the steps of all cells, trained one after the other by the Trainer alone in a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return process.submit(_bare, steps).result()
-
-
-def _bare(steps: int) -> float:
+    """Wall seconds of the steps of all cells, trained one after the other by the Trainer alone."""
     warnings.simplefilter("ignore")
     transformers.utils.logging.disable_progress_bar()
     with isolated(), tempfile.TemporaryDirectory() as name:
@@ -138,7 +132,7 @@ def main() -> None:
             for steps, seen in found.items():
                 seen["together"].append(session(folder, steps, *axes(CELLS)))
                 seen["apart"].append(sum(session(folder, steps, *axes([cell])) for cell in CELLS))
-                seen["bare"].append(bare(steps))
+                seen["bare"].append(in_fresh_process(bare, steps))
                 said = {k: round(v[-1], 1) for k, v in seen.items()}
                 print(f"round {number + 1}, {steps} steps: {said}, start {started[-1]:.1f} s", flush=True)
     made = table(found, started)

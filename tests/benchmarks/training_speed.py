@@ -19,7 +19,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from homework.training import hold
 from pytest_sftguard.engine.isolation import isolated
 from tests import plain_pipeline
 from tests.benchmarks.pages import publish, where
+from tests.benchmarks.processes import in_fresh_process
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
 ROWS = 32
@@ -249,12 +249,7 @@ class BetweenProducts(TrainerCallback):
 
 
 def alone(model: str | None, folder: Path, steps: int, warm_up: int, bf16: bool) -> Share:
-    """The app's training with the machine to itself; in a process of its own, as its command is."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return process.submit(_alone, model, folder, steps, warm_up, bf16).result()
-
-
-def _alone(model: str | None, folder: Path, steps: int, warm_up: int, bf16: bool) -> Share:
+    """The app's training with the machine and its process to itself, as its command trains."""
     _quiet()
     keep_freed_memory()
     trainer = app(model, folder, steps + warm_up, bf16)
@@ -333,7 +328,9 @@ def main() -> None:
         work = operations(options.model, folder / "operations", options.steps + options.warm_up)[options.warm_up :]
         found = measured(options.model, ways, folder, options.steps, options.warm_up)
         shares = {
-            precision: alone(options.model, folder / f"alone-{precision}", options.steps, options.warm_up, bf16)
+            precision: in_fresh_process(
+                alone, options.model, folder / f"alone-{precision}", options.steps, options.warm_up, bf16
+            )
             for precision, bf16 in (("fp32", False), ("bf16", True))
         }
     made = table(options.model, found, work, shares)

@@ -105,6 +105,8 @@ MEANS = stepped(run((2, 4)), loss=4.0 - 0.025)
 BF16 = "bf16-mixed"
 HALF_MEANS = stepped(run((2, 4), BF16), loss=4.0 - 0.025)
 """The same in bfloat16, where roundings alone may move the loss as far."""
+HALF_REPLICAS = first(stepped(replicas(precision=BF16), loss=4.02), micro_token_losses=(4.12, 3.92))
+"""Two processes whose loss is the mean of their means, in bfloat16."""
 AUXILIARY = stepped(run(), loss=4.05), stepped(run((2, 4)), loss=4.2)
 """Two cuts whose loss has a term beside the mean."""
 
@@ -229,6 +231,7 @@ FAILURES = {
         "loss-nan": (run(), "the loss of step 1 is 4 in .* nan in two", stepped(replicas(), loss=NAN)),
         "grad-norm": (run(), "the grad_norm of step 1 is 2 in one", stepped(replicas(), grad_norm=2.01)),
         "mean-of-means": (run(), "is 4 in one process, and 4.05", stepped(replicas(), loss=4.05)),
+        "mean-of-means-in-half": (run(precision=BF16), "is 4 in one process, and 4.02", HALF_REPLICAS),
         "factor": (stepped(run(), loss=5.0), "is 5 in one process, and 10", stepped(replicas(), loss=10.0)),
         "moved": (run(), "lora_A moved by", moving(replicas(), 1.5)),
         "moved-nan": (run(), "lora_A moved by .* and by nan in two", with_tensor(replicas(), A, delta_norm=NAN)),
@@ -300,6 +303,7 @@ THRESHOLDS = {
     ("one_batch_overfit", "half_way"): (run(), 0.0, 0.1, one_batch(4.0, 3.5, *[3.3] * 18)),
     ("replica_equivalence", "loss_rtol"): (run(), 0.0, 0.05, stepped(replicas(), loss=4.4)),
     ("replica_equivalence", "grad_norm_rtol"): (run(), 0.0, 0.05, stepped(replicas(), grad_norm=2.2)),
+    ("replica_equivalence", "piecemeal_rtol"): (run(precision=BF16), 0.0, 0.05, HALF_REPLICAS),
     ("replica_equivalence", "update_ratio"): (run(), 1.0, 0.1, moving(replicas(), 1.8)),
     ("replica_equivalence", "token_rtol"): (stepped(run(), loss=4.4), 1.0, -0.1, stepped(replicas(), loss=4.6)),
     ("replica_equivalence", "scale_rtol"): (stepped(run(), loss=4.4), 1.0, -0.1, stepped(replicas(), loss=8.0)),
