@@ -7,12 +7,13 @@ Numbers that are not finite are kept as they are (`nan`, `inf`) and written to J
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import types
 import typing
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def decode(kind: Any, data: Any, where: str) -> Any:
 
 def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
     _expect(isinstance(data, dict), where, "an object", data)
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     unknown = set(data) - set(hints)
     if unknown:
         raise RecordError(f"{where}: unknown field {', '.join(sorted(map(str, unknown)))}")
@@ -102,13 +103,15 @@ def _decode_plain(kind: Any, data: Any, where: str) -> Any:
             return float(data)
         except OverflowError:
             raise RecordError(f"{where}: expected a number that a float can hold, found one that is larger") from None
-    checks: dict[Any, Callable[[Any], bool]] = {
-        int: lambda d: isinstance(d, int) and not isinstance(d, bool),
-        str: lambda d: isinstance(d, str),
-        bool: lambda d: isinstance(d, bool),
-    }
-    _expect(checks[kind](data), where, f"a value of type {kind.__name__}", data)
+    fits = isinstance(data, kind) and (kind is bool or not isinstance(data, bool))
+    _expect(fits, where, f"a value of type {kind.__name__}", data)
     return data
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """Types of the fields of a dataclass; to work them out takes longer than to read all else of a step."""
+    return typing.get_type_hints(kind)
 
 
 def _expect(condition: bool, where: str, wanted: str, data: Any) -> None:
