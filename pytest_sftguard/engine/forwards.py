@@ -29,6 +29,14 @@ def attention_of(model: Any) -> str:
     return str(getattr(getattr(inner(model), "config", None), "_attn_implementation", None) or "")
 
 
+def checkpointing(model: Any) -> list[Any]:
+    """The modules that compute their forward pass a second time in the backward one.
+
+    Asked of themselves: transformers 5.23 warns of `is_gradient_checkpointing`, and 5.17 knows no other name of it.
+    """
+    return [m for m in inner(model).modules() if getattr(m, "gradient_checkpointing", False)]
+
+
 def arithmetic(mode: PrecisionMode, *, autocast: bool = False) -> str:
     """Name of the type that products have in `mode`, with its autocast or without."""
     if autocast:

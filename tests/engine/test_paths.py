@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pytest_sftguard import registry
-from pytest_sftguard.engine import faults
+from pytest_sftguard.engine import faults, forwards
 from pytest_sftguard.engine.faults import _injected
 from pytest_sftguard.engine.targets import TargetError
 from pytest_sftguard.verdicts import JudgedRun, Outcome
-from tests import answering_targets
+from tests import answering_targets, healthy_targets
 
 SUMS = "pytest_sftguard.engine.models.sums:build_trainer"
 LOOKS = ("context", "paths", "evaluation", "decoding")
@@ -119,6 +121,25 @@ def test_scores_of_generated_tokens_are_seen_without_a_look(run_cell: Callable[.
     assert seen is not None
     assert (seen.prompts, seen.nonfinite, seen.scores) == (8, 0, 8 * seen.forwards)
     assert seen.forwards >= 1
+
+
+def test_checkpointing_is_seen(run_cell: Callable[..., JudgedRun]) -> None:
+    """What a training checkpoints is switched off for the plain way, and the record says so."""
+    seen = run_cell("tests.healthy_targets:checkpointing", looks=("paths",), questions=0, steps=2).record.paths
+    assert seen is not None
+    assert "checkpointing" in seen.switched
+
+
+def test_checkpointing_is_asked_for_by_no_deprecated_name(tmp_path: Path) -> None:
+    """A project that makes warnings errors can still have its training looked at."""
+    given = {"model": None, "dtype": "float32", "output_dir": str(tmp_path), "use_cpu": True}
+    model: Any = healthy_targets.sdpa(**given).model
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert forwards.checkpointing(model) == []
+        for layer in model.get_base_model().model.layers:
+            layer.gradient_checkpointing = True
+        assert forwards.checkpointing(model) == list(model.get_base_model().model.layers)
 
 
 def test_every_row_of_a_pack_is_compared(run_cell: Callable[..., JudgedRun]) -> None:

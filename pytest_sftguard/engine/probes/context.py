@@ -113,7 +113,7 @@ def _as_given(model: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         given.setdefault("input_ids", args[0])
     if "use_cache" in forwards.accepts(model) and "use_cache" not in given:
         # a cache keeps transformers from telling packs by their positions; checkpointing does without one
-        without = getattr(forwards.inner(model), "is_gradient_checkpointing", False)
+        without = forwards.checkpointing(model)
         given["use_cache"] = not without and bool(getattr(forwards.inner(model).config, "use_cache", False))
     return given
 

@@ -88,7 +88,7 @@ class _Crossroads:
 
     def record(self) -> PathsRecord:
         """Everything, on every way."""
-        attention, checkpointing = forwards.attention_of(self.plain), _checkpoints(self.plain)
+        attention, checkpointing = forwards.attention_of(self.plain), bool(forwards.checkpointing(self.plain))
         switched = [attention] if attention not in ("", "eager") else []
         switched += ["checkpointing"] if checkpointing else []
         switched += ["compile"] if self.plain is not self.model else []
@@ -103,7 +103,7 @@ class _Crossroads:
             usual = self._cross_entropy()
         plain_loss = usual is not None and math.isclose(usual.item(), loss, rel_tol=_LOSS_RTOL, abs_tol=1e-6)
         paths = []
-        with _plainly(self.plain, checkpointing):
+        with _plainly(self.plain):
             paths.append(_compared("plain kernels", *self._own(self.plain), gradients))
             if plain_loss:
                 paths.append(_compared("plain loss", *self._written_out(), gradients))
@@ -203,14 +203,10 @@ def _matters(gradient: Tensor | None) -> bool:
     return gradient is not None and bool(gradient.count_nonzero())
 
 
-def _checkpoints(model: Any) -> bool:
-    return bool(getattr(forwards.inner(model), "is_gradient_checkpointing", False))
-
-
 @contextlib.contextmanager
-def _plainly(model: Any, checkpointing: bool) -> Iterator[None]:
+def _plainly(model: Any) -> Iterator[None]:
     """Eager attention and no checkpointing; the model is not used afterwards, but for its configuration."""
-    if checkpointing:
-        forwards.inner(model).gradient_checkpointing_disable()
+    for module in forwards.checkpointing(model):
+        module.gradient_checkpointing = False
     with eager(model):
         yield
