@@ -70,10 +70,9 @@ class Collated:
 
     def _worked_out(self) -> Tensor:
         numbers: list[Tensor] = []
-        for _, inputs in self._waiting:
-            labels = inputs.get("labels")
-            numbers.append(_number(fingerprints.fingerprint(inputs, self._padding)))
-            numbers.append(_number(None if labels is None or not labels.dim() else (labels[..., 1:] != -100).sum()))
+        batches = [inputs for _, inputs in self._waiting]
+        for inputs, rows in zip(batches, fingerprints.fingerprints(batches, self._padding), strict=True):
+            numbers += [_number(rows), _number(fingerprints.supervised(inputs))]
         device = next((n.device for n in numbers if n.device.type != "cpu"), torch.device("cpu"))
         self._steps = [step for step, _ in self._waiting]
         self._waiting = []

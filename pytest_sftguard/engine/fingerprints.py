@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,13 +20,38 @@ def fingerprint(inputs: Any, padding: int | None = None) -> Tensor | None:
     The ids and labels of a row count with their places among the tokens that are no padding: those of the
     `attention_mask`, or else all but `padding`.
     """
+    rows = _of_rows(inputs, padding)
+    return None if rows is None else torch.as_tensor(rows.sum() & _MASK)
+
+
+def fingerprints(batches: Sequence[Any], padding: int | None = None) -> list[Tensor | None]:
+    """The fingerprint of each of `batches`; those of one kind are worked out together."""
+    alike = [i for i, inputs in enumerate(batches) if _is_plain(inputs, batches[0])]
+    found: dict[int, Tensor | None] = {}
+    if len(alike) > 1:
+        rows, start = _of_rows(_side_by_side([batches[i] for i in alike], padding), padding), 0
+        for i in alike:
+            end = start + len(batches[i]["input_ids"])
+            found[i] = torch.as_tensor(rows[start:end].sum() & _MASK)
+            start = end
+    return [found[i] if i in found else fingerprint(inputs, padding) for i, inputs in enumerate(batches)]
+
+
+def supervised(inputs: Any) -> Tensor | None:
+    """How many labels of a batch are asked for: of all but the first place, which nothing predicts."""
+    labels = _tensor(inputs, "labels")
+    if labels is None or not labels.dim():
+        return None
+    return torch.as_tensor((_whole(labels)[..., 1:] != -100).sum())
+
+
+def _of_rows(inputs: Any, padding: int | None) -> Any:
+    """A number of 48 bits for each row of a batch; None where it has no token ids."""
     ids = _tensor(inputs, "input_ids")
     if ids is None or ids.dim() != 2 or ids.is_floating_point():
         return None
-    mask, labels = _tensor(inputs, "attention_mask"), _tensor(inputs, "labels")
-    if mask is None or mask.shape != ids.shape:
-        mask = torch.ones_like(ids) if padding is None else ids != padding
-    words, there = _whole(ids) + 1, _whole(mask) != 0
+    labels = _tensor(inputs, "labels")
+    words, there = _whole(ids) + 1, _whole(_mask(inputs, padding)) != 0
     weights = _weights(ids.shape[1] + 1, ids.device)[there.cumsum(1)]
     rows = 0
     if labels is not None and labels.shape[:1] == ids.shape[:1]:
@@ -38,8 +63,43 @@ def fingerprint(inputs: Any, padding: int | None = None) -> Tensor | None:
         else:
             marks = marks.reshape(len(marks), -1)
             rows = _mixed((marks * _weights(marks.shape[1], ids.device)).sum(1))
-    rows = rows + (words * weights * there).sum(1)
-    return torch.as_tensor((_mixed(rows) & _MASK).sum() & _MASK)
+    return _mixed(rows + (words * weights * there).sum(1)) & _MASK
+
+
+def _mask(inputs: Any, padding: int | None) -> Tensor:
+    """Where the tokens are that are no padding."""
+    ids, mask = inputs["input_ids"], _tensor(inputs, "attention_mask")
+    if mask is not None and mask.shape == ids.shape:
+        return mask
+    return torch.ones_like(ids) if padding is None else ids != padding
+
+
+def _is_plain(inputs: Any, first: Any) -> bool:
+    """Whether a batch is nothing but token ids with a label for each, on the device of the `first` one."""
+    ids, labels = _tensor(inputs, "input_ids"), _tensor(inputs, "labels")
+    if ids is None or labels is None or ids.dim() != 2 or ids.shape != labels.shape:
+        return False
+    whole = not ids.is_floating_point() and not labels.is_floating_point()
+    there = _tensor(first, "input_ids")
+    return whole and there is not None and ids.device == labels.device == there.device
+
+
+def _side_by_side(batches: Sequence[Any], padding: int | None) -> dict[str, Tensor]:
+    """All rows of plain batches as one batch, padded on the right."""
+    sizes = [inputs["input_ids"].shape for inputs in batches]
+    shape, device = (sum(n for n, _ in sizes), max(length for _, length in sizes)), batches[0]["input_ids"].device
+    joined = {name: torch.full(shape, fill, device=device) for name, fill in _FILLS.items()}
+    into, start = {name: _whole(tensor) for name, tensor in joined.items()}, 0
+    for inputs, (rows, length) in zip(batches, sizes, strict=True):
+        given = {**inputs, "attention_mask": _mask(inputs, padding)}
+        for name, numbers in into.items():
+            numbers[start : start + rows, :length] = _whole(given[name])
+        start += rows
+    return joined
+
+
+_FILLS = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+"""What padding is made of: it counts for nothing."""
 
 
 def joined(fingerprints: Iterable[float]) -> str:

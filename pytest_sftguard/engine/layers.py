@@ -55,7 +55,7 @@ class LayerWatch:
         Where a token has passed through every layer in this step, there is nothing more to learn in it: a hook costs
         its call, and the module its fast way. In the first step all micro-batches are seen, for their types.
         """
-        if not self.recorder.steps:
+        if not self.recorder.taken:
             return
         if first:
             self._stand()
@@ -72,7 +72,7 @@ class LayerWatch:
             self._standing = _put(self._arranged)
         _take_off(self._closely)
         if self._turns:
-            self._closely = _put(self._turns[len(self.recorder.steps) % len(self._turns)])
+            self._closely = _put(self._turns[self.recorder.taken % len(self._turns)])
 
     def _arrange(self) -> tuple[list[_Hook], list[list[_Hook]]]:
         """What stands in every step, and what takes turns."""

@@ -216,7 +216,7 @@ class Observer:
     def _round_trip(self) -> RoundTripRecord | None:
         """The adapter saved, and loaded onto the base of a fresh model."""
         recorder, trained = self.recorder, self.recorder.model
-        if self._fresh is None or self._error is not None or not recorder.steps:
+        if self._fresh is None or self._error is not None or not recorder.taken:
             return None
         training = trained.training
         try:

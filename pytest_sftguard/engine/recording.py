@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pytest_sftguard.engine import updates
 from pytest_sftguard.engine.adapters import base_digests, base_tensors, lora_layers, partial_factors, trainables
 from pytest_sftguard.engine.collated import Collated
+from pytest_sftguard.engine.gathering import Gathered, Numbers, finite
 from pytest_sftguard.engine.moments import Moments
 from pytest_sftguard.engine.packed import Layout, joined, l2, largest
 from pytest_sftguard.engine.tensors import combined, digests, dtype_name, norms, to_host
@@ -31,8 +32,6 @@ class Recorder:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.steps: list[StepRecord] = []
-        """The steps so far, but for what `finished` adds."""
         padding = getattr(getattr(model, "config", None), "pad_token_id", None)
         self._collated = Collated(padding if isinstance(padding, int) else None)
         self.parameters = trainables(model)
@@ -47,7 +46,8 @@ class Recorder:
         self._names = list(self.parameters)
         self._moments = Moments(self.parameters)
         [start] = to_host([joined([largest(rows.clone()) for rows in self._start])])
-        self._largest_weights = self._layout.ordered(start)
+        self._gathered = Gathered(self._names, self._layout.ordered(start))
+        self._groups = updates.Groups(now)
         self._base_before = base_digests(model)
         self._layer_of = _holders(self.parameters, lora_layers(model))
         self._layers = set(self._layer_of.values())
@@ -88,7 +88,7 @@ class Recorder:
 
     def collated(self, inputs: Mapping[str, Any]) -> None:
         """What a micro-batch of the step that is under way is made of."""
-        self._collated.add(len(self.steps) + 1, inputs)
+        self._collated.add(self.taken + 1, inputs)
 
     def micro_batch(self, loss: Tensor) -> None:
         """The raw loss of a micro-batch (any shape; its mean counts)."""
@@ -107,12 +107,10 @@ class Recorder:
         """
         self._follow()
         places, layout, dense, where = self._dense_gradients()
-        norm, most, moved = [], [], []
+        norm, most = [], []
         for rows in layout.laid(dense, where):
             norm.append(l2(rows))
             most.append(largest(rows))
-        for rows, before in zip(self._layout.laid(self._tensors), self._previous, strict=True) if self.steps else ():
-            moved.append(largest(rows.sub_(before)))
         scale = loss_scale if scaled else None
         self._gradients = {
             "places": places,
@@ -120,8 +118,13 @@ class Recorder:
             "l2": _unscaled(joined(norm), scale),
             "largest": _unscaled(joined(most), scale),
             "scale": _one(loss_scale),
-            "moved": joined(moved),
+            "moved": self._moved() if self.taken else torch.empty(0),
         }
+
+    def _moved(self) -> Tensor:
+        """How far the weights have been changed since the last step, in numbers of which the largest counts."""
+        pairs = zip(self._layout.laid(self._tensors), self._previous, strict=True)
+        return joined([largest(rows.sub_(before)) for rows, before in pairs])
 
     @torch.no_grad()
     def at_optimizer(self, loss_scale: Tensor | None = None) -> None:
@@ -144,9 +147,8 @@ class Recorder:
                 least_move.append(torch.maximum(moves, kept, out=moves).amin().reshape(1))
             kept.copy_(rows)
             weights_seen.append(largest(rows))
-        seen = self._gradients is not None
-        gradients = self._gradients or dict.fromkeys(("l2", "largest", "moved", "scale"), torch.empty(0))
-        stepped = seen and len(gradients["places"]) == len(self._names)
+        gradients = self._gradients or _UNSEEN
+        stepped = self._gradients is not None and len(gradients["places"]) == len(self._names)
         received = torch.empty(0) if self._received is None else self._received
         (
             scale, scale_after, loss, micro, collated,
@@ -162,46 +164,46 @@ class Recorder:
         )  # fmt: skip
         self._collated.take(collated)
         self._all_moved = self._all_moved or (bool(least) and all(v > 0 for v in least))
-        with_gradient, most = self._of_gradients(most)
-        update, weights = self._layout.ordered(update), self._layout.ordered(weights)
         self.ever_used |= self.used_layers
-        sound = _finite(weights)  # nearly always, so that nothing needs to be asked of each
-        finite = [True] * len(weights) if sound else [math.isfinite(w) for w in weights]
-        ratio, furthest = updates.largest(optimizer, self.parameters, update, self._largest_weights, weights)
-        self._largest_weights = weights
-        self.steps.append(
-            StepRecord(
-                step=len(self.steps) + 1,
-                micro_losses=tuple(micro),
-                loss=math.fsum(loss) if all(map(math.isfinite, loss)) and loss else (math.nan if loss else None),
-                grad_norm=_hypot(norm) if seen else None,
-                max_abs_gradient=_largest(most) if seen else None,
-                nonfinite_gradients=NONE
-                if _finite(most)
-                else _named(with_gradient, (not math.isfinite(v) for v in most)),
-                missing_gradients=self._missing_gradients(),
-                zero_gradients=_zeros(with_gradient, most),
+        sound = finite(weights) and finite(moments) and finite(norm) and finite(given)
+        self._gathered.add(
+            Numbers(
+                layout=self._layout,
+                scale=scale,
+                scale_after=scale_after,
+                loss=loss,
+                micro=micro,
+                there=gradients["places"],
+                gradients=gradients["layout"],
+                norm=norm,
+                most=most,
+                moved=moved,
+                stale_names=self._stale[0],
+                stale=stale,
+                update=update,
+                weights=weights,
+                given=given,
+                received=self._received is not None,
+                rates=self._groups.rates(optimizer),
+                dtypes=self._kinds[0],
+                idle=self._idle(self.used_layers),
+                nonfinite_moments=NONE if sound else self._moments.nonfinite(optimizer),
                 learning_rate=learning_rate,
-                loss_scale=scale[0] if scale else None,
-                loss_scale_after=scale_after[0] if scale_after else None,
-                changed=sum(f and u > 0 for f, u in zip(finite, update, strict=True)),
-                unchanged=_zeros(self._names, update),
-                stale_gradients=_named(self._stale[0], (v != 0 for v in stale)),
-                max_change_before=_largest(moved) if moved else None,
-                idle=Names.of(self._idle(self.used_layers)),
-                nonfinite_weights=NONE if sound else _named(self._names, (not f for f in finite)),
-                nonfinite_moments=NONE
-                if sound and _finite(moments) and _finite(norm) and _finite(given)
-                else self._moments.nonfinite(optimizer),
-                max_update=_largest(update),
-                max_update_ratio=ratio,
-                max_update_tensor=furthest,
-                received_grad_norm=None if self._received is None else _hypot(given),
                 seconds=time.perf_counter() - self._started if self._started is not None else None,
-                peak_memory_bytes=self._peak_memory(),
+                memory=self._peak_memory(),
             )
         )
         self._open()
+
+    @property
+    def taken(self) -> int:
+        """How many steps are done."""
+        return len(self._gathered)
+
+    @property
+    def steps(self) -> list[StepRecord]:
+        """The steps so far, but for what `finished` adds."""
+        return self._gathered.records()
 
     def finished(self) -> tuple[StepRecord, ...]:
         """Every step so far, complete."""
@@ -225,7 +227,7 @@ class Recorder:
 
     def begin_from_here(self) -> None:
         """The weights that the training begins with have been loaded since: steps are measured from them."""
-        if self.parameters and not self.steps:
+        if self.parameters and not self.taken:
             self._follow()
             self._previous = self._layout.kept(self._tensors)
 
@@ -353,24 +355,15 @@ class Recorder:
             self._kinds, self._layout = kinds, Layout(now)
             self._start, self._previous, self._largest_move = map(self._layout.kept, moved)
 
-    def _of_gradients(self, largest: list[float]) -> tuple[list[str], list[float]]:
-        """Names of the parameters that have a gradient, and the largest element of each, in the same order."""
-        if self._gradients is None:
-            return [], []
-        places, largest = self._gradients["places"], self._gradients["layout"].ordered(largest)
-        if len(largest) != len(places):
-            largest = [largest[i] for i in places]
-        return [self._names[i] for i in places], largest
-
-    def _missing_gradients(self) -> Names:
-        if self._gradients is None or len(self._gradients["places"]) == len(self._names):
-            return NONE
-        there = set(self._gradients["places"])
-        return Names.of(n for i, n in enumerate(self._names) if i not in there)
-
     def _idle(self, used: set[str]) -> list[str]:
         """Tensors of layers that are not among those that are `used`."""
         return [] if used >= self._layers else [n for n, layer in self._layer_of.items() if layer not in used]
+
+
+_UNSEEN: dict[str, Any] = {
+    "places": [], "layout": None, **dict.fromkeys(("l2", "largest", "moved", "scale"), torch.empty(0)),
+}  # fmt: skip
+"""In the place of gradients that nobody looked at."""
 
 
 def _kinds(parameters: list[Tensor]) -> tuple[list[torch.dtype], list[torch.device]]:
@@ -399,32 +392,6 @@ def _holders(parameters: Iterable[str], layers: Iterable[str]) -> dict[str, str]
 
 def _stacked(scalars: list[Tensor]) -> Tensor:
     return torch.stack([s.float() for s in scalars]) if scalars else torch.empty(0)
-
-
-def _named(names: list[str], flags: Any) -> Names:
-    return Names.of(n for n, flag in zip(names, flags, strict=True) if flag)
-
-
-def _zeros(names: list[str], values: list[float]) -> Names:
-    return _named(names, (v == 0 for v in values)) if 0.0 in values else NONE
-
-
-def _finite(values: list[float]) -> bool:
-    """Whether all of `values` are finite, but for sums that overflow: what is not is found out one by one."""
-    return math.isfinite(sum(values))
-
-
-def _largest(values: list[float]) -> float:
-    """The largest value, NaN if there is one: `max` would drop it or keep it by its place."""
-    if not _finite(values) and any(math.isnan(v) for v in values):
-        return math.nan
-    return max(values, default=0.0)
-
-
-def _hypot(values: list[float]) -> float:
-    if not _finite(values) and any(math.isnan(v) for v in values):
-        return math.nan
-    return math.hypot(*values)
 
 
 def _number(value: Any) -> float | None:

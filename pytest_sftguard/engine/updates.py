@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ _KIN = re.compile(r"(Paged|Fused|CPU|DeepSpeedCPU|AnyPrecision)?AdamW?(4bit|8bit
 
 def betas(optimizer: torch.optim.Optimizer) -> tuple[float, ...]:
     """Decay rates of the moments, of the group that can move furthest; empty where it is none of Adam's kin."""
-    if not _kin(tuple(kind.__name__ for kind in type(optimizer).__mro__)):
+    if not _kin(type(optimizer).__mro__):
         return ()
     pairs = [tuple(float(b) for b in group["betas"]) for group in optimizer.param_groups if "betas" in group]
     return max(
@@ -25,9 +27,41 @@ def betas(optimizer: torch.optim.Optimizer) -> tuple[float, ...]:
     )
 
 
+class Groups:
+    """Which of an optimizer's groups each of some tensors belongs to."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        self._held: list[list[Tensor]] = []
+        self._group_of: list[int] = []
+
+    def rates(self, optimizer: torch.optim.Optimizer) -> Rates | None:
+        """What the groups have now; None where the optimizer is none of Adam's kin."""
+        if not betas(optimizer):
+            return None
+        groups = optimizer.param_groups
+        held = [group["params"] for group in groups]
+        if len(held) != len(self._held) or not all(map(_same, held, self._held)):
+            self._held = [list(tensors) for tensors in held]
+            places = {id(t): i for i, tensors in enumerate(held) for t in tensors}
+            self._group_of = [places.get(id(t), -1) for t in self._tensors]
+        return Rates(self._group_of, [(float(g["lr"]), float(g.get("weight_decay") or 0.0)) for g in groups])
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates and weight decays of some tensors, in one step."""
+
+    group_of: Sequence[int]
+    """The place of each tensor's group; -1 where none holds it."""
+    of_groups: Sequence[tuple[float, float]]
+    """Learning rate and weight decay of each group."""
+
+
 def largest(
-    optimizer: torch.optim.Optimizer,
-    parameters: dict[str, Tensor],
+    rates: Rates | None,
+    dtypes: Sequence[torch.dtype],
+    names: Sequence[str],
     moved: Sequence[float],
     before: Sequence[float],
     after: Sequence[float],
@@ -35,31 +69,33 @@ def largest(
     """The largest change of an element in learning rates of its own group, and the tensor that it is in.
 
     `moved`, `before` and `after` are each tensor's largest absolute change and its largest absolute element before and
-    after. What weight decay and one rounding in the tensor's type explain is taken off. None where the optimizer is
-    none of Adam's kin; NaN where a change is.
+    after. What weight decay and one rounding in the tensor's type explain is taken off. None where there are no
+    `rates`; NaN where a change is.
     """
-    if not betas(optimizer):
+    if rates is None:
         return None, ""
-    rates: dict[int, tuple[float, float]] = {}
-    for group in optimizer.param_groups:
-        of_group = float(group["lr"]), float(group.get("weight_decay") or 0.0)
-        rates.update(dict.fromkeys(map(id, group["params"]), of_group))
+    of_groups = (*rates.of_groups, (0.0, 0.0))
     worst, where = 0.0, ""
-    for (name, parameter), change, old, new in zip(parameters.items(), moved, before, after, strict=True):
-        rate, decay = rates.get(id(parameter), (0.0, 0.0))
+    every = zip(names, dtypes, rates.group_of, moved, before, after, strict=True)
+    for name, dtype, group, change, old, new in every:
+        rate, decay = of_groups[group]
         if change <= worst * rate:  # what is taken off would only make it less
             continue
         if math.isnan(change):
             return math.nan, name
-        rest = change - rate * decay * old - _eps(parameter.dtype) * (old if old > new else new)
+        rest = change - rate * decay * old - _eps(dtype) * (old if old > new else new)
         if rest > worst * rate and (ratio := _ratio(rest, rate)) > worst:
             worst, where = ratio, name
     return worst, where
 
 
-@functools.cache
-def _kin(names: tuple[str, ...]) -> bool:
-    return any(map(_KIN.fullmatch, names))
+def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
+@functools.lru_cache(maxsize=64)
+def _kin(classes: tuple[type, ...]) -> bool:
+    return any(_KIN.fullmatch(kind.__name__) for kind in classes)
 
 
 @functools.cache

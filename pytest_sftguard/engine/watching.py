@@ -91,7 +91,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
                 return original(model, inputs, *args, **kwargs)
             self._keep(inputs)
             self.layers.looking = True
-            look = contextlib.nullcontext() if self.recorder.steps else self.first_step.watching(inputs)
+            look = contextlib.nullcontext() if self.recorder.taken else self.first_step.watching(inputs)
             try:
                 with look:
                     result = original(model, inputs, *args, **kwargs)
@@ -111,7 +111,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
         """
         self.recorder.collated(inputs if hasattr(inputs, "get") else {})
         if len(self.batches) < _BATCHES_KEPT and hasattr(inputs, "items"):
-            self.batches.append({**inputs, STEP: len(self.recorder.steps) + 1})
+            self.batches.append({**inputs, STEP: self.recorder.taken + 1})
             self._copies.append(devices.copied(self.batches[-1]))
 
     def _training_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -160,7 +160,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
             result = original(*args, **kwargs)
             self.recorder.after_step(optimizer, rate, self._loss_scale())
             if self.progress is not None:
-                self.progress(len(self.recorder.steps))
+                self.progress(self.recorder.taken)
             return result
 
         return wrapped

@@ -15,7 +15,7 @@ import torch
 
 from pytest_sftguard import detection, tiers
 from pytest_sftguard.engine import replicas, runner
-from pytest_sftguard.engine.fingerprints import fingerprint, joined, joined_texts
+from pytest_sftguard.engine.fingerprints import fingerprint, fingerprints, joined, joined_texts
 from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.records import RunRecord
@@ -277,6 +277,19 @@ class TestFingerprints:
         """What two processes wrote of their halves is what one writes of the whole."""
         assert joined_texts([self.seen(batch(ROWS[:1])), self.seen(batch(ROWS[1:]))]) == self.seen(batch(ROWS))
         assert joined_texts([None, "00"]) is None
+
+    @pytest.mark.parametrize("padding", [None, 0])
+    def test_together_is_as_alone(self, padding: int | None) -> None:
+        """Batches of all kinds have the fingerprints that each has by itself."""
+        pixels, labelled = {"pixel_values": torch.zeros(2, 3)}, batch(ROWS)
+        batches = [
+            batch(ROWS), batch(ROWS[1:], left=True), batch(ROWS[:1], mask=False), pixels,
+            {**labelled, "labels": torch.tensor([1, 0, 1])}, {**labelled, "labels": labelled["labels"].float()},
+            {"input_ids": labelled["input_ids"]}, {**labelled, "attention_mask": torch.ones(3)},
+            {**labelled, "input_ids": labelled["input_ids"].int()}, batch([[3], [4]]),
+        ]  # fmt: skip
+        for some in (batches, batches[:3], batches[3:], batches[:1], []):
+            assert fingerprints(some, padding) == [fingerprint(b, padding) for b in some]
 
     def test_what_is_no_row_of_tokens_has_none(self) -> None:
         """Pixels have no fingerprint."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -55,3 +57,42 @@ def test_gradients_are_recorded_without_their_scale() -> None:
     [step] = recorder.finished()
     assert (step.grad_norm, step.loss_scale, step.loss_scale_after) == (5.0, 8.0, 4.0)
     assert step.effect == "skipped_by_scaler"
+
+
+def trained(*, asked: bool) -> tuple[Recorder, list[int]]:
+    """Seventy steps with two learning rates that fall, an infinite moment in one and NaN in the last."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    groups = [{"params": model[0].parameters(), "lr": 1e-2}, {"params": model[1].parameters(), "weight_decay": 0.1}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    recorder, seen = Recorder(model), []
+    for step in range(1, 71):
+        recorder.begin_micro_batch()
+        loss = model(torch.randn(3, 4)).square().mean() * (math.nan if step == 70 else 1.0)
+        optimizer.zero_grad()
+        loss.backward()
+        recorder.micro_batch(loss)
+        recorder.micro_batch_done(loss)
+        recorder.before_step()
+        recorder.at_optimizer()
+        optimizer.step()
+        if step == 60:
+            optimizer.state[model[0].weight]["exp_avg_sq"][0, 0] = math.inf
+        recorder.after_step(optimizer, optimizer.param_groups[0]["lr"])
+        if step == 60:
+            optimizer.state[model[0].weight]["exp_avg_sq"][0, 0] = 1.0
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.9
+        seen.append(len(recorder.steps) if asked else recorder.taken)
+    return recorder, seen
+
+
+def test_records_are_the_same_whenever_they_are_made() -> None:
+    """A step leaves all that its record needs: one by one, and dozens together when the training is over."""
+    (one_by_one, counted), (together, taken) = trained(asked=True), trained(asked=False)
+    assert counted == taken == list(range(1, 71))
+    alone, later = ([dataclasses.replace(s, seconds=None) for s in r.finished()] for r in (one_by_one, together))
+    assert repr(alone) == repr(later)
+    assert later[59].nonfinite_moments.first == ("0.weight:exp_avg_sq",)
+    assert [s.step for s in later if s.nonfinite_weights] == [70]
+    assert all(0.5 < (s.max_update_ratio or 0) < 10 for s in later[:5])

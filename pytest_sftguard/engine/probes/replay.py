@@ -172,7 +172,7 @@ class _Shadow:
         torch._foreach_add_(self._moved, torch._foreach_sub(now, self._before))
         self._before = None
         moved, replayed = to_host([norms(self._moved, 2), norms(self._replayed, 2)])
-        self.steps.append((len(self.recorder.steps) + 1, moved, replayed))
+        self.steps.append((self.recorder.taken + 1, moved, replayed))
 
 
 def _float32(tensor: Tensor) -> Tensor:
