@@ -19,6 +19,7 @@ from pytest_sftguard.engine.tensors import to_host
 
 _TOGETHER = 64
 """Micro-batches that wait, with copies of their integers: some hundred kilobytes."""
+_COUNTED = ("input_ids", "attention_mask", "labels")
 _NEITHER = -1.0
 """In the place of what a micro-batch lacks; fingerprints and counts are never negative."""
 
@@ -35,8 +36,8 @@ class Collated:
 
     def add(self, step: int, inputs: Mapping[str, Any]) -> None:
         """Copy what is needed of a micro-batch: loops write the next one into the same memory."""
-        there = {key: inputs.get(key) for key in ("input_ids", "attention_mask", "labels")}
-        self._waiting.append((step, {k: t.detach().clone() for k, t in there.items() if isinstance(t, Tensor)}))
+        there = {key: _copy(t) for key in _COUNTED if isinstance(t := inputs.get(key), Tensor)}
+        self._waiting.append((step, there))
 
     def due(self) -> Tensor:
         """Numbers of the micro-batches that wait, shape (2 n,), where enough of them do; else shape (0,).
@@ -77,6 +78,10 @@ class Collated:
         self._steps = [step for step, _ in self._waiting]
         self._waiting = []
         return torch.stack([n.to(device) for n in numbers])
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return (tensor.detach() if tensor.requires_grad else tensor).clone()
 
 
 def _number(counted: Tensor | None) -> Tensor:

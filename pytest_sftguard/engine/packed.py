@@ -16,8 +16,8 @@ from torch import Tensor
 
 _Key = TypeVar("_Key")
 
-_AT_ONCE = {"cpu": 1 << 18}
-"""Elements that are looked at together: on a CPU a megabyte of float32, which a cache holds meanwhile."""
+_AT_ONCE = {"cpu": 1 << 16}
+"""Elements that are looked at together: on a CPU a quarter of a megabyte of float32, which a cache holds meanwhile."""
 _AT_ONCE_ELSEWHERE = 1 << 23
 
 

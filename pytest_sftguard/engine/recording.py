@@ -62,7 +62,7 @@ class Recorder:
         self._gradients: dict[str, Any] | None = None
         self._received: Tensor | None = None
         self._started: float | None = None
-        self._stale: tuple[list[str], Tensor] = ([], torch.empty(0))
+        self._stale: tuple[list[str], Tensor] = ([], _NOTHING)
         self.used_layers = set()
 
     def begin_micro_batch(self) -> bool:
@@ -118,7 +118,7 @@ class Recorder:
             "l2": _unscaled(joined(norm), scale),
             "largest": _unscaled(joined(most), scale),
             "scale": _one(loss_scale),
-            "moved": self._moved() if self.taken else torch.empty(0),
+            "moved": self._moved() if self.taken else _NOTHING,
         }
 
     def _moved(self) -> Tensor:
@@ -149,7 +149,7 @@ class Recorder:
             weights_seen.append(largest(rows))
         gradients = self._gradients or _UNSEEN
         stepped = self._gradients is not None and len(gradients["places"]) == len(self._names)
-        received = torch.empty(0) if self._received is None else self._received
+        received = _NOTHING if self._received is None else self._received
         (
             scale, scale_after, loss, micro, collated,
             norm, most, moved, stale, update, weights, least, moments, given,
@@ -360,8 +360,10 @@ class Recorder:
         return [] if used >= self._layers else [n for n, layer in self._layer_of.items() if layer not in used]
 
 
+_NOTHING = torch.empty(0)
+"""In the place of numbers that there are none of; nobody writes to it."""
 _UNSEEN: dict[str, Any] = {
-    "places": [], "layout": None, **dict.fromkeys(("l2", "largest", "moved", "scale"), torch.empty(0)),
+    "places": [], "layout": None, **dict.fromkeys(("l2", "largest", "moved", "scale"), _NOTHING),
 }  # fmt: skip
 """In the place of gradients that nobody looked at."""
 
@@ -372,7 +374,7 @@ def _kinds(parameters: list[Tensor]) -> tuple[list[torch.dtype], list[torch.devi
 
 def _one(scalar: Tensor | None) -> Tensor:
     """A copy of a scalar that may be changed in place, shape (1,); shape (0,) for None."""
-    return torch.empty(0) if scalar is None else scalar.detach().clone().reshape(1)
+    return _NOTHING if scalar is None else scalar.detach().clone().reshape(1)
 
 
 def _unscaled(numbers: Tensor, loss_scale: Tensor | None) -> Tensor:
@@ -381,7 +383,8 @@ def _unscaled(numbers: Tensor, loss_scale: Tensor | None) -> Tensor:
 
 def _mean(loss: Tensor) -> Tensor:
     """A copy of the mean that later changes in place leave alone."""
-    return loss.detach().clone() if loss.dim() == 0 else loss.detach().float().mean()
+    loss = loss.detach() if loss.requires_grad else loss
+    return loss.clone() if loss.dim() == 0 else loss.float().mean()
 
 
 def _holders(parameters: Iterable[str], layers: Iterable[str]) -> dict[str, str]:
@@ -391,7 +394,7 @@ def _holders(parameters: Iterable[str], layers: Iterable[str]) -> dict[str, str]
 
 
 def _stacked(scalars: list[Tensor]) -> Tensor:
-    return torch.stack([s.float() for s in scalars]) if scalars else torch.empty(0)
+    return torch.stack([s.float() for s in scalars]) if scalars else _NOTHING
 
 
 def _number(value: Any) -> float | None:
