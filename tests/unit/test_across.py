@@ -10,15 +10,17 @@ from hypothesis import strategies as st
 
 from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.invariants._comparing import gap, resolution
+from pytest_sftguard.matrix import Cell
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.verdicts import Outcome, judge
-from tests.canned import H100, A, with_step, with_tensor, within
+from tests.canned import H100, A, healthy, with_step, with_tensor, within
 from tests.strategies import non_finite
 from tests.unit.cases.across import (
     AUXILIARY,
     ERROR,
     FALLING,
     NOISY,
+    SCALED,
     drawing,
     first,
     half,
@@ -71,6 +73,32 @@ def test_two_cuts_in_bfloat16_are_as_far_apart_as_from_float32(precision: str, s
     """0.3 % of the loss, as a model of 30 layers rounds it, where each is the mean over its own labels."""
     record = first(stepped(run((4, 2), precision), loss=4.012), token_loss=4.012)
     assert outcome("cut", record, run(precision=precision)) is said
+
+
+@pytest.mark.parametrize(
+    ("rates", "factor", "said"),
+    [
+        ([8, 7, 6, 5, 4, 3, 2, 1], 0.4, Outcome.PASSED),
+        ([8, 7, 6, 5, 4, 3, 2, 1], 0.25, Outcome.FAILED),
+        ([1] * 8, 0.4, Outcome.FAILED),
+        ([1] * 8, 0.45, Outcome.PASSED),
+        ([1, 2, 3, 4, 5, 6, 7, 8], 0.45, Outcome.PASSED),
+        ([math.inf] * 8, 0.4, Outcome.FAILED),
+        ([math.nan] * 8, 0.4, Outcome.FAILED),
+        ([None] * 8, 0.4, Outcome.FAILED),
+    ],
+)
+def test_skipped_steps_take_their_learning_rates_with_them(
+    rates: list[float | None], factor: float, said: Outcome
+) -> None:
+    """A schedule that runs on at three skipped steps of eight leaves less than five eighths of the way."""
+    record, reference = healthy(SCALED, steps=8, skipped={1, 2, 3}), healthy(Cell("fp32", 8, 1), steps=8)
+    for step, rate in enumerate(rates, 1):
+        record, reference = (with_step(r, step, learning_rate=rate) for r in (record, reference))
+    for step in range(1, 9):
+        record, reference = (with_step(r, step, loss=4.0 - step, grad_norm=2.0) for r in (record, reference))
+    record = stepped(record, loss=3.0001)
+    assert outcome("fp32", moving(record, factor), reference) is said
 
 
 @given(data=st.data(), value=st.none() | non_finite())
