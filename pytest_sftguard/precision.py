@@ -56,7 +56,8 @@ class Agreement:
     """How closely two runs of a mode agree, as shares of the values compared.
 
     Measured on about 70 healthy targets of two layers on a CPU, for learning rates from 1e-6 to 1e-2 and three seeds.
-    The limits leave a factor of ten or so for deeper models and for devices that sum in another order.
+    The limits leave a factor of ten or so for deeper models and for devices that sum in another order; where a model of
+    30 layers was measured as well, a factor of three beyond it.
     """
 
     loss_rtol: float
@@ -64,11 +65,13 @@ class Agreement:
     cut_loss_rtol: float
     """The same, cut in another way or shared by two processes: products of other sizes, which round otherwise."""
     grad_norm_rtol: float
-    """Norm of its gradients."""
+    """Norms of its gradients, of half of the tensors: cut in the same way, on other threads."""
+    cut_grad_norm_rtol: float
+    """The same, cut in another way or shared by two processes."""
     fp32_loss_rtol: float
     """Loss of the first step, beside float32's."""
     fp32_grad_norm_rtol: float
-    """Norm of its gradients, beside float32's."""
+    """Norms of its gradients, of half of the tensors, beside float32's."""
     trajectory_rtol: float
     """Loss of a later step, beside float32's (in float32: beside that of a run resumed), as a share of the first."""
     reason: str
@@ -76,29 +79,30 @@ class Agreement:
 
 
 _BFLOAT16 = Agreement(
-    loss_rtol=1e-3, cut_loss_rtol=1e-2, grad_norm_rtol=5e-3, fp32_loss_rtol=1e-2, fp32_grad_norm_rtol=5e-2,
-    trajectory_rtol=0.1,
-    reason="cuts: 2e-5 and 8e-4, but 2.9e-3 in the loss of a model of 30 layers (SmolLM2, 190 labels), where two cuts"
-    " are as far from each other as from float32; beside float32: 8e-4 and 4e-3 in the first step, 2e-2 later on; a"
-    " mean of means is 0.11 off in its gradients",
+    loss_rtol=1e-3, cut_loss_rtol=2.5e-2, grad_norm_rtol=5e-3, cut_grad_norm_rtol=2.5e-2, fp32_loss_rtol=2e-2,
+    fp32_grad_norm_rtol=5e-2, trajectory_rtol=0.1,
+    reason="cuts: 2e-5 and 8e-4, but 8e-3 and 9e-3 in a model of 30 layers (SmolLM2, two rows of 24 labels; 3e-3 and"
+    " 2e-3 on eight rows and more); beside float32: 8e-4 and 4e-3 in the first step, 6e-3 and 8e-3 in 30 layers, 2e-2"
+    " later on; a mean of means is 0.11 off in its gradients",
 )  # fmt: skip
 _FLOAT16 = Agreement(
-    loss_rtol=1e-4, cut_loss_rtol=1e-4, grad_norm_rtol=2e-3, fp32_loss_rtol=5e-3, fp32_grad_norm_rtol=2e-2,
-    trajectory_rtol=0.05,
-    reason="cuts: 8e-6 and 3e-4; beside float32: 1e-4 and 1e-3 in the first step, 2e-3 later on (2e-2 at a learning"
-    " rate of 0.1)",
+    loss_rtol=1e-4, cut_loss_rtol=3e-3, grad_norm_rtol=2e-3, cut_grad_norm_rtol=3e-3, fp32_loss_rtol=5e-3,
+    fp32_grad_norm_rtol=2e-2, trajectory_rtol=0.05,
+    reason="cuts: 8e-6 and 3e-4, and an eighth of bfloat16's in deep models, for three more bits; beside float32: 1e-4"
+    " and 1e-3 in the first step, 3e-4 in 30 layers, 2e-3 later on (2e-2 at a learning rate of 0.1)",
 )  # fmt: skip
 
 AGREEMENT: dict[str, Agreement] = {
     "fp32": Agreement(
-        loss_rtol=1e-5, cut_loss_rtol=1e-5, grad_norm_rtol=1e-4, fp32_loss_rtol=1e-5, fp32_grad_norm_rtol=1e-4,
-        trajectory_rtol=0.02,
-        reason="cuts: 3e-7 and 2e-6",
+        loss_rtol=1e-5, cut_loss_rtol=1e-5, grad_norm_rtol=1e-4, cut_grad_norm_rtol=1e-4, fp32_loss_rtol=1e-5,
+        fp32_grad_norm_rtol=1e-4, trajectory_rtol=0.02,
+        reason="cuts: 3e-7 and 2e-6, in 30 layers as well",
     ),
     "tf32": Agreement(
-        loss_rtol=2.5e-4, cut_loss_rtol=2.5e-4, grad_norm_rtol=3e-3, fp32_loss_rtol=5e-3, fp32_grad_norm_rtol=2e-2,
-        trajectory_rtol=0.05,
-        reason="cuts: 2.4e-5 and 3.3e-4 on an H200; beside float32: 2e-4 and 1.2e-3 in the first step",
+        loss_rtol=2.5e-4, cut_loss_rtol=3e-3, grad_norm_rtol=3e-3, cut_grad_norm_rtol=3e-3, fp32_loss_rtol=5e-3,
+        fp32_grad_norm_rtol=2e-2, trajectory_rtol=0.05,
+        reason="cuts: 2.4e-5 and 3.3e-4 on an H200, and as in float16, which has as many bits, in deep models; beside"
+        " float32: 2e-4 and 1.2e-3 in the first step",
     ),
     "bf16-mixed": _BFLOAT16,
     "fp16-mixed": _FLOAT16,

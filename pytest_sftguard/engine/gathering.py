@@ -42,7 +42,7 @@ class Numbers:
     norm: list[float]
     """Parts of the gradients' L2 norm."""
     most: list[float]
-    """The largest element of each gradient."""
+    """The largest element of each."""
     moved: list[float]
     """How far the weights were changed before the step; empty where there was none before."""
     stale_names: list[str]
@@ -73,6 +73,7 @@ class Gathered:
         self._names, self._weights = names, weights
         self._waiting: list[Numbers] = []
         self._records: list[StepRecord] = []
+        self._first_norms: dict[str, float] = {}
 
     def __len__(self) -> int:
         return len(self._records) + len(self._waiting)
@@ -90,9 +91,16 @@ class Gathered:
         self._waiting = []
         return self._records
 
+    def first_norms(self) -> dict[str, float]:
+        """L2 norms of the gradients of the first step in which all were finite, by parameter."""
+        self.records()
+        return self._first_norms
+
     def _record(self, seen: Numbers) -> StepRecord:
         update, weights = seen.layout.ordered(seen.update), seen.layout.ordered(seen.weights)
-        with_gradient, most = self._of_gradients(seen)
+        with_gradient, most = self._of_gradients(seen, seen.most)
+        if not self._first_norms and finite(seen.norm):
+            self._first_norms = dict(zip(*self._of_gradients(seen, seen.norm), strict=True))
         sound = finite(weights)  # nearly always, so that nothing needs to be asked of each
         usable = [True] * len(weights) if sound else [math.isfinite(w) for w in weights]
         ratio, furthest = updates.largest(seen.rates, seen.dtypes, self._names, update, self._weights, weights)
@@ -124,14 +132,14 @@ class Gathered:
             peak_memory_bytes=seen.memory,
         )
 
-    def _of_gradients(self, seen: Numbers) -> tuple[list[str], list[float]]:
-        """Names of the parameters that have a gradient, and the largest element of each, in the same order."""
+    def _of_gradients(self, seen: Numbers, numbers: list[float]) -> tuple[list[str], list[float]]:
+        """Names of the parameters that have a gradient, and of `numbers` the one of each, in the same order."""
         if seen.gradients is None:
             return [], []
-        most = seen.gradients.ordered(seen.most)
-        if len(most) != len(seen.there):
-            most = [most[i] for i in seen.there]
-        return [self._names[i] for i in seen.there], most
+        placed = seen.gradients.ordered(numbers)
+        if len(placed) != len(seen.there):
+            placed = [placed[i] for i in seen.there]
+        return [self._names[i] for i in seen.there], placed
 
     def _missing_gradients(self, seen: Numbers) -> Names:
         if seen.gradients is None or len(seen.there) == len(self._names):

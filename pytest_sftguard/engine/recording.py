@@ -234,7 +234,7 @@ class Recorder:
     def adapter(self) -> tuple[TensorRecord, ...]:
         """Every trainable tensor, now compared with its start."""
         records = []
-        partial = partial_factors(self.model)
+        partial, first_norms = partial_factors(self.model), self._gathered.first_norms()
         for (name, parameter), dtype, start, move in zip(
             self.parameters.items(),
             self._initial_dtypes,
@@ -250,6 +250,7 @@ class Recorder:
                     initial_dtype=dtype_name(dtype),
                     initial_norm=begin.norm().item(), final_norm=end.norm().item(),
                     delta_norm=(end - begin).norm().item(), changed_fraction=changed, partial=name in partial,
+                    first_gradient_norm=first_norms.get(name),
                 )
             )  # fmt: skip
         return tuple(records)

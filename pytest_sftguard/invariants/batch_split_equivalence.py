@@ -13,6 +13,7 @@ from pytest_sftguard.invariants._comparing import (
     OTHER,
     PIECEMEAL,
     SUM_OF_MEANS,
+    apart,
     average,
     both_skipped,
     closeness,
@@ -147,17 +148,17 @@ class BatchSplitEquivalence(Invariant):
         if ours is None or theirs is None:
             yield self.not_evaluated(f"the {name} of step {step} was not seen")
             return
-        apart = gap(ours, theirs)
-        if apart <= rtol:
+        far = apart(name, (ours, theirs), rtol, record, reference)
+        if far is None:
             return
         message = (
             f"the {name} of step {step} is {ours:.6g} in {record.cell} and {theirs:.6g} in {reference.cell}, which cuts"
-            " the same rows in another way"
+            f" the same rows in another way{far.note}"
         )
         if excuse := self._excuse(ours, theirs, record, reference):
             yield self.not_evaluated(f"{message}; {excuse}", required=False)
         else:
-            yield self.failed(message, step=step, observed=apart, limit=rtol)
+            yield self.failed(message, step=step, observed=far.share, limit=far.limit)
 
     def _excuse(self, ours: float, theirs: float, record: RunRecord, reference: RunRecord) -> str:
         """Why two cuts may differ without this cell being wrong; empty where there is no such reason.

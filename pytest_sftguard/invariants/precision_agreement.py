@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pytest_sftguard.invariants._comparing import agreement, gap, moved, other_rows, randomness, resolution, same
+from pytest_sftguard.invariants._comparing import agreement, apart, moved, other_rows, randomness, resolution, same
 from pytest_sftguard.precision import MODES
 from pytest_sftguard.records import RunRecord, StepRecord
 from pytest_sftguard.verdicts import Finding, Invariant
@@ -92,10 +92,10 @@ class PrecisionAgreement(Invariant):
             one, other = getattr(ours, name), getattr(theirs, name)
             if one is None or other is None:
                 yield self.not_evaluated(f"the {name} of step 1 was not seen")
-            elif not gap(one, other) <= rtol:
+            elif far := apart(name, (one, other), rtol, record, reference):
                 yield self.failed(
-                    f"the {name} of step 1 is {one:.6g}, and {other:.6g} in float32",
-                    step=1, observed=gap(one, other), limit=rtol,
+                    f"the {name} of step 1 is {one:.6g}, and {other:.6g} in float32{far.note}",
+                    step=1, observed=far.share, limit=far.limit,
                 )  # fmt: skip
 
     def _trajectory(self, record: RunRecord, reference: RunRecord) -> Iterator[Finding]:

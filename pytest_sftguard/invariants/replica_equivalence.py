@@ -8,6 +8,8 @@ from typing import ClassVar
 
 from pytest_sftguard.invariants._comparing import (
     OTHER,
+    Apart,
+    apart,
     average,
     closeness,
     gap,
@@ -115,13 +117,14 @@ class ReplicaEquivalence(Invariant):
             one, other = getattr(ours, name), getattr(theirs, name)
             if one is None or other is None:
                 yield self.not_evaluated(f"the {name} of step 1 was not seen")
-            elif not gap(one, other) <= rtol:
-                yield self._apart(name, one, other, rtol, record, reference)
+            elif far := apart(name, (one, other), rtol, record, reference):
+                yield self._apart(name, one, other, far, record, reference)
 
     def _apart(
-        self, name: str, one: float, other: float, rtol: float, record: RunRecord, reference: RunRecord
+        self, name: str, one: float, other: float, far: Apart, record: RunRecord, reference: RunRecord
     ) -> Finding:
         message = f"the {name} of step 1 is {one:.6g} in one process, and {other:.6g} in two that share the same rows"
+        message += far.note
         kinds = {average(r, self.token_rtol) for r in (record, reference)}
         whole = gap(one, other * 2) <= self.scale_rtol or gap(one * 2, other) <= self.scale_rtol
         if kinds == {OTHER} and not whole:
@@ -129,7 +132,7 @@ class ReplicaEquivalence(Invariant):
                 f"{message}; the loss is no mean over labels, so that its author alone can say whether it may",
                 required=False,
             )
-        return self.failed(message, step=1, observed=gap(one, other), limit=rtol)
+        return self.failed(message, step=1, observed=far.share, limit=far.limit)
 
     def _updates(self, record: RunRecord, reference: RunRecord) -> Iterator[Finding]:
         """How far each kind of tensor moved in the same steps on the same rows, where nothing is drawn."""

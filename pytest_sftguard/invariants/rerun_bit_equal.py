@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pytest_sftguard.invariants._comparing import agreement, both_skipped, exact, gap, same
+from pytest_sftguard.invariants._comparing import agreement, apart, both_skipped, exact, same
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.verdicts import Finding, Invariant
 
@@ -76,8 +76,11 @@ class RerunBitEqual(Invariant):
             rtol = usual if given is None else given
             if one is None or other is None:
                 yield self.not_evaluated(f"the {name} of step 1 was not seen")
-            elif not (gap(one, other) <= rtol or (name == "grad_norm" and both_skipped(ours, theirs))):
+            elif name == "grad_norm" and both_skipped(ours, theirs):
+                continue
+            elif far := apart(name, (one, other), rtol, record, reference):
                 yield self.failed(
-                    f"the {name} of step 1 is {one:.6g}, and was {other:.6g} when it was run again with the same seed",
-                    step=1, observed=gap(one, other), limit=rtol,
+                    f"the {name} of step 1 is {one:.6g}, and was {other:.6g} when it was run again with the same seed"
+                    f"{far.note}",
+                    step=1, observed=far.share, limit=far.limit,
                 )  # fmt: skip

@@ -132,6 +132,8 @@ class TensorRecord:
     """Share of the elements that are finite, and that any step changed: steps by the sign return to their start."""
     partial: bool = False
     """Whether a step may leave elements out: the factors of all experts of a block are one tensor."""
+    first_gradient_norm: float | None = None
+    """L2 norm of its gradient in the first step whose gradients were finite; None where there was none of either."""
 
     @property
     def is_low_rank(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -112,6 +113,38 @@ def test_a_hole_in_either_never_passes(data: st.DataObject, value: float | None)
     else:
         record = stepped(record, **{name: value})
     assert outcome(kind, record, reference) is not Outcome.PASSED
+
+
+def with_gradients(record: RunRecord, *norms: float | None, whole: float = 2.0) -> RunRecord:
+    """`record` with three tensors whose first gradients have `norms`, and all together `whole`."""
+    tensors = [dataclasses.replace(record.adapter[0], name=f"{i}.lora_B", first_gradient_norm=n) for i, n in
+               enumerate(norms)]  # fmt: skip
+    return stepped(dataclasses.replace(record, adapter=tuple(tensors)), grad_norm=whole)
+
+
+@pytest.mark.parametrize(
+    ("kind", "norms", "whole", "said"),
+    [
+        ("fp32", (1.01, 1.01, 0.3), 1.2, Outcome.PASSED),  # one tensor, which carries the norm
+        ("fp32", (1.2, 1.2, 1.0), 2.0, Outcome.FAILED),  # two of three
+        ("fp32", (1.01, 1.01, 0.01), 0.1, Outcome.FAILED),  # one that carries too much
+        ("fp32", (math.nan, 1.01, 1.0), 2.0, Outcome.FAILED),
+        ("fp32", (1.01, math.inf, 1.0), 2.0, Outcome.FAILED),
+        ("fp32", (1.01, 1.01, 1.0), math.nan, Outcome.FAILED),
+        ("fp32", (None, None, None), 2.2, Outcome.FAILED),  # as if nothing but the norm of all were known
+        ("fp32", (None, None, None), 2.001, Outcome.PASSED),
+        ("cut", (1.0, 1.0, 1.00005), 2.0001, Outcome.PASSED),
+        ("cut", (1.001, 1.001, 1.0), 2.0, Outcome.FAILED),
+        ("replicas", (1.001, 1.001, 1.0), 2.0, Outcome.FAILED),
+    ],
+)
+def test_gradients_are_compared_tensor_by_tensor(
+    kind: str, norms: tuple[float | None, ...], whole: float, said: Outcome
+) -> None:
+    """Half of the tensors must agree closely, and the norm of all less so: few of them may carry it."""
+    record, reference = PAIRS[kind]
+    reference = with_gradients(reference, 1.0, 1.0, 1.0)
+    assert outcome(kind, with_gradients(record, *norms, whole=whole), reference) is said
 
 
 @pytest.mark.parametrize("kind", ["rerun", "resumed"])
