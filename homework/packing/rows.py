@@ -33,8 +33,11 @@ class Rows:
         return cls(places, there)
 
     def positions(self) -> Tensor:
-        """Position of each token, as in padded rows, shape (1, tokens)."""
-        return (self.places % self.there.shape[1])[None]
+        """Position of each token, as in padded rows, shape (1, tokens); 0 for padding, which is a row of its own then.
+
+        So whoever tells rows by positions that begin again finds the same ones.
+        """
+        return (self.places % self.there.shape[1] * self.there.flatten()[self.places])[None]
 
     def flat(self, padded: Tensor) -> Tensor:
         """What belongs to tokens, of (rows, width, ...) shape (1, tokens, ...)."""

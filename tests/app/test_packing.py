@@ -82,6 +82,15 @@ def test_padding_fills_a_line_up_to_a_size_that_others_have(rows: list[tuple[int
     assert len(more) == min(missing(len(plain)), mask.numel() - len(plain))
 
 
+@given(rows=masks)
+def test_padding_in_a_line_is_a_row_of_its_own(rows: list[tuple[int, int, int]]) -> None:
+    """Its positions begin again at every place, so that nobody takes it for what a row goes on with."""
+    mask = mask_of(rows)
+    plain, filled = (Rows.of(mask, like_sizes=like_sizes).positions()[0].tolist() for like_sizes in (False, True))
+    assert plain == [column for row in mask.tolist() for column, token in enumerate(row) if token]
+    assert filled == plain + [0] * (len(filled) - len(plain))
+
+
 @given(least=st.integers(128, 4096))
 def test_sizes_that_differ_by_a_half_are_a_dozen(least: int) -> None:
     """And none is more than a sixteenth above what was asked for."""
