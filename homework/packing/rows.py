@@ -35,7 +35,7 @@ class Rows:
     def positions(self) -> Tensor:
         """Position of each token, as in padded rows, shape (1, tokens); 0 for padding, which is a row of its own then.
 
-        So whoever tells rows by positions that begin again finds the same ones.
+        So whoever tells rows by positions that begin again finds the same ones, where they are padded behind.
         """
         return (self.places % self.there.shape[1] * self.there.flatten()[self.places])[None]
 

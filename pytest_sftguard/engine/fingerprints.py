@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,15 +26,35 @@ def fingerprint(inputs: Any, padding: int | None = None) -> Tensor | None:
 
 def fingerprints(batches: Sequence[Any], padding: int | None = None) -> list[Tensor | None]:
     """The fingerprint of each of `batches`; those of one kind are worked out together."""
-    alike = [i for i, inputs in enumerate(batches) if _is_plain(inputs, batches[0])]
     found: dict[int, Tensor | None] = {}
-    if len(alike) > 1:
-        rows, start = _of_rows(_side_by_side([batches[i] for i in alike], padding), padding), 0
-        for i in alike:
+    for group in _groups(batches):
+        rows, start = _of_rows(_side_by_side([batches[i] for i in group], padding), padding), 0
+        for i in group:
             end = start + len(batches[i]["input_ids"])
             found[i] = torch.as_tensor(rows[start:end].sum() & _MASK)
             start = end
     return [found[i] if i in found else fingerprint(inputs, padding) for i, inputs in enumerate(batches)]
+
+
+_TOGETHER = 1 << 18
+"""Tokens that are worked out together, padding included: some twenty megabytes."""
+
+
+def _groups(batches: Sequence[Any]) -> Iterator[list[int]]:
+    """Places of batches that are plain, and not too large together."""
+    group: list[int] = []
+    rows = longest = 0
+    for i, inputs in enumerate(batches):
+        if not _is_plain(inputs, batches[0]):
+            continue
+        more, length = inputs["input_ids"].shape
+        if group and (rows + more) * max(longest, length) > _TOGETHER:
+            yield group
+            group, rows, longest = [], 0, 0
+        group.append(i)
+        rows, longest = rows + more, max(longest, length)
+    if group:
+        yield group
 
 
 def supervised(inputs: Any) -> Tensor | None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from pytest_sftguard.engine import updates
-from pytest_sftguard.engine.packed import Layout
+from pytest_sftguard.engine.packed import ordered
 from pytest_sftguard.records import NONE, Names, StepRecord
 
 _TOGETHER = 64
@@ -26,8 +26,8 @@ _TOGETHER = 64
 class Numbers:
     """What one step left: numbers that are on the host, and what they are of."""
 
-    layout: Layout
-    """Of `update` and `weights`, which come in the order of its blocks."""
+    order: Sequence[int]
+    """Of `update` and `weights`: that of a layout's blocks, which would keep its memory alive."""
     scale: list[float]
     """Of the loss, before and after; empty where none is scaled."""
     scale_after: list[float]
@@ -37,8 +37,8 @@ class Numbers:
     """The raw loss of each micro-batch."""
     there: list[int]
     """Places of the parameters that have a gradient."""
-    gradients: Layout | None
-    """Of `most`; None where the gradients were not seen."""
+    order_of_gradients: Sequence[int] | None
+    """Of `norm` and `most`; None where the gradients were not seen."""
     norm: list[float]
     """Parts of the gradients' L2 norm."""
     most: list[float]
@@ -97,7 +97,7 @@ class Gathered:
         return self._first_norms
 
     def _record(self, seen: Numbers) -> StepRecord:
-        update, weights = seen.layout.ordered(seen.update), seen.layout.ordered(seen.weights)
+        update, weights = ordered(seen.order, seen.update), ordered(seen.order, seen.weights)
         with_gradient, most = self._of_gradients(seen, seen.most)
         if not self._first_norms and finite(seen.norm):
             self._first_norms = dict(zip(*self._of_gradients(seen, seen.norm), strict=True))
@@ -109,8 +109,8 @@ class Gathered:
             step=len(self._records) + 1,
             micro_losses=tuple(seen.micro),
             loss=_added_up(seen.loss),
-            grad_norm=None if seen.gradients is None else _hypot(seen.norm),
-            max_abs_gradient=None if seen.gradients is None else _largest(most),
+            grad_norm=None if seen.order_of_gradients is None else _hypot(seen.norm),
+            max_abs_gradient=None if seen.order_of_gradients is None else _largest(most),
             nonfinite_gradients=NONE if finite(most) else _named(with_gradient, most, lambda v: not math.isfinite(v)),
             missing_gradients=self._missing_gradients(seen),
             zero_gradients=_zeros(with_gradient, most),
@@ -134,15 +134,15 @@ class Gathered:
 
     def _of_gradients(self, seen: Numbers, numbers: list[float]) -> tuple[list[str], list[float]]:
         """Names of the parameters that have a gradient, and of `numbers` the one of each, in the same order."""
-        if seen.gradients is None:
+        if seen.order_of_gradients is None:
             return [], []
-        placed = seen.gradients.ordered(numbers)
+        placed = ordered(seen.order_of_gradients, numbers)
         if len(placed) != len(seen.there):
             placed = [placed[i] for i in seen.there]
         return [self._names[i] for i in seen.there], placed
 
     def _missing_gradients(self, seen: Numbers) -> Names:
-        if seen.gradients is None or len(seen.there) == len(self._names):
+        if seen.order_of_gradients is None or len(seen.there) == len(self._names):
             return NONE
         there = set(seen.there)
         return Names.of(n for i, n in enumerate(self._names) if i not in there)

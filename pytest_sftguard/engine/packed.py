@@ -52,7 +52,8 @@ class Layout:
             sizes[kind] = max(sizes.get(kind, 0), len(part) * lengths[part[0]])
         memory = {kind: torch.empty(size, dtype=kind[0], device=kind[1]) for kind, size in sizes.items()}
         self._blocks = [_block(part, memory[kinds[part[0]]], lengths, shapes) for part in parts]
-        self._order = [i for part in parts for i in part]
+        self.order = [i for part in parts for i in part]
+        """Places of the tensors, in the order in which the blocks speak of them."""
 
     def laid(self, tensors: Sequence[Tensor], places: Sequence[int] | None = None) -> Iterator[Tensor]:
         """Copies of `tensors`, block by block, shape (tensors, elements); each is written over the one before.
@@ -60,7 +61,7 @@ class Layout:
         Where `places` are given, in ascending order, `tensors` are the ones at these, and all others are zero. Without
         gradients only.
         """
-        whole = len(tensors) == len(self._order)
+        whole = len(tensors) == len(self.order)
         there = {} if whole else dict(zip(places or (), tensors, strict=True))
         for block in self._blocks:
             for members, stack in block.stacks:
@@ -81,15 +82,20 @@ class Layout:
     def unpacked(self, kept: Sequence[Tensor]) -> list[Tensor]:
         """The tensors of `kept`, in their own order and shapes, without a copy."""
         rows = (row for matrix in kept for row in matrix)
-        found = {i: row.view(self._shapes[i]) for i, row in zip(self._order, rows, strict=True)}
+        found = {i: row.view(self._shapes[i]) for i, row in zip(self.order, rows, strict=True)}
         return [found[i] for i in range(len(found))]
 
     def ordered(self, numbers: Sequence[float]) -> list[float]:
         """One number for each tensor, from the order of the blocks in that of the tensors."""
-        placed = [0.0] * len(self._order)
-        for place, number in zip(self._order, numbers, strict=True):
-            placed[place] = number
-        return placed
+        return ordered(self.order, numbers)
+
+
+def ordered(order: Sequence[int], numbers: Sequence[float]) -> list[float]:
+    """One number for each tensor, from the order of a layout's blocks in that of the tensors."""
+    placed = [0.0] * len(order)
+    for place, number in zip(order, numbers, strict=True):
+        placed[place] = number
+    return placed
 
 
 def largest(rows: Tensor) -> Tensor:

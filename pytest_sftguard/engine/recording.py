@@ -168,13 +168,13 @@ class Recorder:
         sound = finite(weights) and finite(moments) and finite(norm) and finite(given)
         self._gathered.add(
             Numbers(
-                layout=self._layout,
+                order=self._layout.order,
                 scale=scale,
                 scale_after=scale_after,
                 loss=loss,
                 micro=micro,
                 there=gradients["places"],
-                gradients=gradients["layout"],
+                order_of_gradients=None if self._gradients is None else gradients["layout"].order,
                 norm=norm,
                 most=most,
                 moved=moved,

@@ -129,27 +129,44 @@ class Apart:
 def apart(name: str, pair: tuple[float, float], rtol: float, record: RunRecord, reference: RunRecord) -> Apart | None:
     """Whether the two runs differ in `name`, the `loss` or the `grad_norm` of a step, of which `pair` has the numbers.
 
-    The step is the first that neither run skipped. Of gradients half of the tensors must agree within `rtol`, and the
-    norm of all within `CARRIED` times as much; that norm within `rtol` where nothing is known of the tensors.
+    The step is the first that neither run skipped. Of gradients more than half of the tensors must agree within `rtol`,
+    and the norm of all within `CARRIED` times as much; that norm within `rtol` where nothing is known of the tensors.
     """
     whole = gap(*pair)
-    shares = _of_tensors(record, reference) if name == "grad_norm" else []
+    shares = _of_tensors(record, reference) if name == "grad_norm" else {}
     limit = CARRIED * rtol if shares else rtol
     if not whole <= limit:
         return Apart(whole, limit)
-    middle = math.nan if any(map(math.isnan, shares)) else statistics.median(shares or [0.0])
+    middle = math.nan if any(map(math.isnan, shares.values())) else statistics.median_high(shares.values() or [0.0])
     if not middle <= rtol:
-        return Apart(
-            middle, rtol, f"; the gradients of half of the {len(shares)} tensors differ by {middle:.2g} or more"
-        )
+        worst = max(shares, key=lambda n: (math.isnan(shares[n]), shares[n]))
+        note = f"; the gradients of half of the {len(shares)} tensors differ by {middle:.2g} or more, most in {worst}"
+        return Apart(middle, rtol, note)
     return None
 
 
-def _of_tensors(record: RunRecord, reference: RunRecord) -> list[float]:
-    """By how much the norms of each tensor's first gradient differ, where both are known and one is not 0."""
+_SMALL = 1e-3
+"""Share of the largest gradient below which another is taken for a sum that cancels, as that of a key's bias is."""
+
+
+def _of_tensors(record: RunRecord, reference: RunRecord) -> dict[str, float]:
+    """By how much the norms of each tensor's first gradient differ, where one is not 0; empty where a run knows none.
+
+    A gradient that is there in one run alone differs by all of it.
+    """
     ours, theirs = ({t.name: t.first_gradient_norm for t in r.adapter} for r in (record, reference))
-    both = [(one, other) for n, one in ours.items() if one is not None and (other := theirs.get(n)) is not None]
-    return [gap(one, other) for one, other in both if one or other]
+    known = [[n for n in norms.values() if n is not None] for norms in (ours, theirs)]
+    if not all(known):
+        return {}
+    floor = _SMALL * max(n for norms in known for n in norms)
+    pairs = {n: (ours.get(n) or 0.0, theirs.get(n) or 0.0) for n in ours | theirs}
+    return {n: _share(one, other, floor) for n, (one, other) in pairs.items() if one or other}
+
+
+def _share(one: float, other: float, floor: float) -> float:
+    if not (math.isfinite(one) and math.isfinite(other)):
+        return math.nan
+    return abs(one - other) / max(abs(one), abs(other), floor)
 
 
 def uneven(*records: RunRecord) -> bool | None:

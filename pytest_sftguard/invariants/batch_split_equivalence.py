@@ -34,8 +34,9 @@ class BatchSplitEquivalence(Invariant):
     """Largest difference of the losses, as a share; None: the tolerance of the cell's precision."""
 
     grad_norm_rtol: float | None = None
-    """Largest difference of the gradients' norms, as a share; None: the tolerance of the cell's precision. The sharper
-    of the two: a mean of means moves the norm by 0.11 where it moves the loss by 0.0019."""
+    """Largest difference of the gradients' norms in more than half of the tensors, as a share, and a fifteenth of that
+    of the norm of all; None: the tolerance of the cell's precision. The sharper of the two: a mean of means moves the
+    norm by 0.11 where it moves the loss by 0.0019."""
 
     piecemeal_rtol: float = 1e-3
     """Largest difference of the losses where that of one run is a mean or a sum of its micro-batches' means, as its own

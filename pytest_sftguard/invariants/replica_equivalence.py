@@ -33,7 +33,8 @@ class ReplicaEquivalence(Invariant):
     """Largest difference of the losses, as a share; None: the tolerance of the cell's precision."""
 
     grad_norm_rtol: float | None = None
-    """Largest difference of the gradients' norms, as a share; None: the tolerance of the cell's precision."""
+    """Largest difference of the gradients' norms in more than half of the tensors, as a share, and a fifteenth of that
+    of the norm of all; None: the tolerance of the cell's precision."""
 
     piecemeal_rtol: float = 1e-3
     """Largest difference of the losses where that of two processes is the mean or the sum of theirs."""

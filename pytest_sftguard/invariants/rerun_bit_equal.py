@@ -20,7 +20,8 @@ class RerunBitEqual(Invariant):
     None: the tolerance of the cell's precision."""
 
     grad_norm_rtol: float | None = None
-    """Largest difference of the first gradients' norms there; None: the tolerance of the cell's precision."""
+    """Largest difference of the first gradients' norms there, in more than half of the tensors, as a share, and a
+    fifteenth of that of the norm of all; None: the tolerance of the cell's precision."""
 
     code: ClassVar[str] = "C3"
     reference: ClassVar[str] = "rerun"

@@ -288,7 +288,8 @@ class TestFingerprints:
             {"input_ids": labelled["input_ids"]}, {**labelled, "attention_mask": torch.ones(3)},
             {**labelled, "input_ids": labelled["input_ids"].int()}, batch([[3], [4]]),
         ]  # fmt: skip
-        for some in (batches, batches[:3], batches[3:], batches[:1], []):
+        long = [batch([[1, *[5] * 40_000, 2]]), *[batch(ROWS * 4)] * 3]  # more than are worked out together
+        for some in (batches, batches[:3], batches[3:], batches[:1], long, []):
             assert fingerprints(some, padding) == [fingerprint(b, padding) for b in some]
 
     def test_what_is_no_row_of_tokens_has_none(self) -> None:

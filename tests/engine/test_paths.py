@@ -13,6 +13,7 @@ import pytest
 from pytest_sftguard import registry
 from pytest_sftguard.engine import faults, forwards
 from pytest_sftguard.engine.faults import _injected
+from pytest_sftguard.engine.probes import paths
 from pytest_sftguard.engine.targets import TargetError
 from pytest_sftguard.verdicts import JudgedRun, Outcome
 from tests import answering_targets, healthy_targets
@@ -124,14 +125,14 @@ def test_scores_of_generated_tokens_are_seen_without_a_look(run_cell: Callable[.
 
 
 def test_checkpointing_is_seen(run_cell: Callable[..., JudgedRun]) -> None:
-    """What a training checkpoints is switched off for the plain way, and the record says so."""
+    """The record says that the training checkpoints."""
     seen = run_cell("tests.healthy_targets:checkpointing", looks=("paths",), questions=0, steps=2).record.paths
     assert seen is not None
     assert "checkpointing" in seen.switched
 
 
 def test_checkpointing_is_asked_for_by_no_deprecated_name(tmp_path: Path) -> None:
-    """A project that makes warnings errors can still have its training looked at."""
+    """It is seen, and switched off for the plain way, also in a project that makes warnings errors."""
     given = {"model": None, "dtype": "float32", "output_dir": str(tmp_path), "use_cpu": True}
     model: Any = healthy_targets.sdpa(**given).model
     with warnings.catch_warnings():
@@ -140,6 +141,8 @@ def test_checkpointing_is_asked_for_by_no_deprecated_name(tmp_path: Path) -> Non
         for layer in model.get_base_model().model.layers:
             layer.gradient_checkpointing = True
         assert forwards.checkpointing(model) == list(model.get_base_model().model.layers)
+        with paths._plainly(model):
+            assert forwards.checkpointing(model) == []
 
 
 def test_every_row_of_a_pack_is_compared(run_cell: Callable[..., JudgedRun]) -> None:
