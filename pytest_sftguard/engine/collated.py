@@ -36,7 +36,7 @@ class Collated:
 
     def add(self, step: int, inputs: Mapping[str, Any]) -> None:
         """Copy what is needed of a micro-batch: loops write the next one into the same memory."""
-        there = {key: _copy(t) for key in _COUNTED if isinstance(t := inputs.get(key), Tensor)}
+        there = {key: t.detach().clone() for key in _COUNTED if isinstance(t := inputs.get(key), Tensor)}
         self._waiting.append((step, there))
 
     def due(self) -> Tensor:
@@ -78,10 +78,6 @@ class Collated:
         self._steps = [step for step, _ in self._waiting]
         self._waiting = []
         return torch.stack([n.to(device) for n in numbers])
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return (tensor.detach() if tensor.requires_grad else tensor).clone()
 
 
 def _number(counted: Tensor | None) -> Tensor:

@@ -40,7 +40,7 @@ class Numbers:
     order_of_gradients: Sequence[int] | None
     """Of `norm` and `most`; None where the gradients were not seen."""
     norm: list[float]
-    """Parts of the gradients' L2 norm."""
+    """L2 norm of each gradient."""
     most: list[float]
     """The largest element of each."""
     moved: list[float]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from pytest_sftguard.engine import updates
 from pytest_sftguard.engine.packed import Layout, joined, total
-from pytest_sftguard.engine.tensors import norms, to_host
+from pytest_sftguard.engine.tensors import identical, norms, to_host
 from pytest_sftguard.records import Names
 
 _SHOWN = ("exp_avg", "step")
@@ -67,7 +66,7 @@ class Moments:
         held = list(itertools.chain.from_iterable(state.values() for state in optimizer.state.values()))
         if not self._tensors_alone:
             held = [v for v in held if isinstance(v, Tensor)]
-        if len(held) == len(self._held) and all(map(operator.is_, held, self._held)):
+        if identical(held, self._held):
             return
         self._tensors_alone = all(isinstance(v, Tensor) for v in held)
         self._held = held

@@ -114,7 +114,7 @@ class Recorder:
         scale = loss_scale if scaled else None
         self._gradients = {
             "places": places,
-            "layout": layout,
+            "order": layout.order,
             "l2": _unscaled(joined(norm), scale),
             "largest": _unscaled(joined(most), scale),
             "scale": _one(loss_scale),
@@ -174,7 +174,7 @@ class Recorder:
                 loss=loss,
                 micro=micro,
                 there=gradients["places"],
-                order_of_gradients=None if self._gradients is None else gradients["layout"].order,
+                order_of_gradients=gradients["order"],
                 norm=norm,
                 most=most,
                 moved=moved,
@@ -364,7 +364,7 @@ class Recorder:
 _NOTHING = torch.empty(0)
 """In the place of numbers that there are none of; nobody writes to it."""
 _UNSEEN: dict[str, Any] = {
-    "places": [], "layout": None, **dict.fromkeys(("l2", "largest", "moved", "scale"), _NOTHING),
+    "places": [], "order": None, **dict.fromkeys(("l2", "largest", "moved", "scale"), _NOTHING),
 }  # fmt: skip
 """In the place of gradients that nobody looked at."""
 
@@ -384,8 +384,7 @@ def _unscaled(numbers: Tensor, loss_scale: Tensor | None) -> Tensor:
 
 def _mean(loss: Tensor) -> Tensor:
     """A copy of the mean that later changes in place leave alone."""
-    loss = loss.detach() if loss.requires_grad else loss
-    return loss.clone() if loss.dim() == 0 else loss.float().mean()
+    return loss.detach().clone() if loss.dim() == 0 else loss.detach().float().mean()
 
 
 def _holders(parameters: Iterable[str], layers: Iterable[str]) -> dict[str, str]:

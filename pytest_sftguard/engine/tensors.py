@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -30,6 +31,11 @@ def norms(tensors: Sequence[Tensor], order: float) -> Tensor:
         most = torch.stack([e.max.to(device, torch.float32) for e in extremes])
         return torch.maximum(-least, most)
     return torch.stack([n.to(device, torch.float32) for n in torch._foreach_norm(wide, order)])
+
+
+def identical(some: Sequence[object], others: Sequence[object]) -> bool:
+    """Whether two lists hold the very same objects, in the same order."""
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 import re
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from pytest_sftguard.engine.tensors import identical
 
 _KIN = re.compile(r"(Paged|Fused|CPU|DeepSpeedCPU|AnyPrecision)?AdamW?(4bit|8bit|32bit|Fp8)?")
 """Classes whose update is a first moment over the root of a second one: Adam, AdamW, PagedAdamW8bit, FusedAdam, ..."""
@@ -41,7 +42,7 @@ class Groups:
             return None
         groups = optimizer.param_groups
         held = [group["params"] for group in groups]
-        if len(held) != len(self._held) or not all(map(_same, held, self._held)):
+        if len(held) != len(self._held) or not all(map(identical, held, self._held)):
             self._held = [list(tensors) for tensors in held]
             places = {id(t): i for i, tensors in enumerate(held) for t in tensors}
             self._group_of = [places.get(id(t), -1) for t in self._tensors]
@@ -87,10 +88,6 @@ def largest(
         if rest > worst * rate and (ratio := _ratio(rest, rate)) > worst:
             worst, where = ratio, name
     return worst, where
-
-
-def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 @functools.lru_cache(maxsize=64)

@@ -15,11 +15,11 @@ def agreement(record: RunRecord) -> Agreement:
     return AGREEMENT.get(record.precision, AGREEMENT["fp32"])
 
 
-def gap(one: float, other: float) -> float:
-    """By how much two numbers differ, as a share of the larger; NaN where one of them is no number."""
+def gap(one: float, other: float, floor: float = 0.0) -> float:
+    """By how much two numbers differ, as a share of the larger, or of `floor`; NaN where one of them is no number."""
     if not (math.isfinite(one) and math.isfinite(other)):
         return math.nan
-    largest = max(abs(one), abs(other))
+    largest = max(abs(one), abs(other), floor)
     return abs(one - other) / largest if largest else 0.0
 
 
@@ -137,7 +137,9 @@ def apart(name: str, pair: tuple[float, float], rtol: float, record: RunRecord, 
     limit = CARRIED * rtol if shares else rtol
     if not whole <= limit:
         return Apart(whole, limit)
-    middle = math.nan if any(map(math.isnan, shares.values())) else statistics.median_high(shares.values() or [0.0])
+    if not shares:
+        return None
+    middle = math.nan if any(map(math.isnan, shares.values())) else statistics.median_high(shares.values())
     if not middle <= rtol:
         worst = max(shares, key=lambda n: (math.isnan(shares[n]), shares[n]))
         note = f"; the gradients of half of the {len(shares)} tensors differ by {middle:.2g} or more, most in {worst}"
@@ -160,13 +162,7 @@ def _of_tensors(record: RunRecord, reference: RunRecord) -> dict[str, float]:
         return {}
     floor = _SMALL * max(n for norms in known for n in norms)
     pairs = {n: (ours.get(n) or 0.0, theirs.get(n) or 0.0) for n in ours | theirs}
-    return {n: _share(one, other, floor) for n, (one, other) in pairs.items() if one or other}
-
-
-def _share(one: float, other: float, floor: float) -> float:
-    if not (math.isfinite(one) and math.isfinite(other)):
-        return math.nan
-    return abs(one - other) / max(abs(one), abs(other), floor)
+    return {n: gap(one, other, floor) for n, (one, other) in pairs.items() if one or other}
 
 
 def uneven(*records: RunRecord) -> bool | None:
