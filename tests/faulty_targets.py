@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
-from tests.healthy_targets import built
+from tests.healthy_targets import built, with_kernel
 
 STEP = 4
 
@@ -285,6 +285,11 @@ def norm_faked(**arguments: Any) -> Trainer:
             super().log(logs | ({"grad_norm": 1.0} if "grad_norm" in logs else {}), *args, **kwargs)
 
     return built(arguments, kind=Own)
+
+
+def kernel_in_half_precision(**arguments: Any) -> Trainer:
+    """The training's own kernels for LoRA's sums compute them in bfloat16, whatever the precision."""
+    return with_kernel(built(arguments), lambda layer, a, b, x: x.bfloat16() @ a.bfloat16().T @ b.bfloat16().T)
 
 
 def half_of_the_layers_in_float32(**arguments: Any) -> Trainer:

@@ -731,3 +731,24 @@ class _Lion(torch.optim.Optimizer):
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 p.sub_(group["lr"] * torch.sign(torch.lerp(p.grad, momentum, 0.9)))
                 momentum.lerp_(p.grad, 0.01)
+
+
+def own_kernel(**arguments: Any) -> Trainer:
+    """The training has kernels of its own for LoRA's sums, as fused ones are patched in: right, in another order."""
+    return with_kernel(built(arguments), lambda layer, a, b, x: x @ (a.T @ b.T))
+
+
+def with_kernel(trainer: Trainer, share: Callable[[Any, Any, Any, Any], Any]) -> Trainer:
+    """Let each LoRA layer add `share(layer, a, b, x)`, scaled, by a forward of its own."""
+    model: Any = trainer.model
+    for layer in (m for m in model.modules() if hasattr(m, "lora_A")):
+
+        def forward(x: Any, layer: Any = layer) -> Any:
+            result = layer.base_layer(x)
+            if layer.disable_adapters:
+                return result
+            a, b = (factors["default"].weight.to(x.dtype) for factors in (layer.lora_A, layer.lora_B))
+            return result + (layer.scaling["default"] * share(layer, a, b, x)).to(result.dtype)
+
+        layer.forward = forward
+    return trainer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pytest_sftguard.diagnosis.case import Case, Clue, decisive, hint, sign
 from pytest_sftguard.diagnosis.mechanism import Mechanism
+from pytest_sftguard.records import RoundTripRecord
 
 
 def _keys_dropped(case: Case) -> list[Clue]:
@@ -57,8 +58,29 @@ def _scaling(case: Case) -> list[Clue]:
     on_its_base = trip is not None and base is not None and trip.fresh_base_digest == base.digest_before
     if logits and same and on_its_base and base is not None and not base.changed:
         clues.append(sign("the reloaded adapter has the same tensors on the same base, and another effect"))
-        clues.append(hint("what is left is its configuration: lora_alpha, r, use_rslora"))
+        if not _is_little(trip):
+            clues.append(hint("what is left is its configuration: lora_alpha, r, use_rslora"))
     return clues
+
+
+def _own_kernel(case: Case) -> list[Clue]:
+    trip = case.record.round_trip
+    differ = [f for f in case.failed("round_trip") if "logits of the reloaded adapter differ" in f.message]
+    if trip is None or not trip.computed_otherwise or not differ or trip.differing or trip.missing or trip.nonfinite:
+        return []
+    clues = [
+        sign(f"{trip.computed_otherwise} compute by a class or forward of their own, and after reloading by peft's")
+    ]
+    if _is_little(trip):
+        clues.append(sign("the logits differ by less than 1 % of the adapter's effect: too little for another scaling"))
+    return clues
+
+
+def _is_little(trip: RoundTripRecord | None) -> bool:
+    """Whether the logits of a reloaded adapter differ by so little that no other scaling can be the reason."""
+    if trip is None or trip.max_logit_change is None or trip.max_logit_effect is None:
+        return False
+    return trip.max_logit_change < 0.01 * trip.max_logit_effect
 
 
 def _tied(case: Case) -> list[Clue]:
@@ -110,6 +132,12 @@ SAVING: tuple[Mechanism, ...] = (
         "the adapter's effect is multiplied by something else than the alpha / r that it was trained with",
         "leave lora_alpha, r and use_rslora as they were trained, in adapter_config.json too",
         _scaling,
+    ),
+    Mechanism(
+        "kernel_computes_otherwise",
+        "the modules that the adapter was trained with compute something else than those that it is loaded into",
+        "compare each with peft's own on one input: type of its products, scaling, dropout, bias",
+        _own_kernel,
     ),
     Mechanism(
         "merge_rewrites_tied_embedding",

@@ -151,6 +151,7 @@ def round_trip(
         zero=Names.of(n for n, t in saved.items() if ".lora_" in n and n not in never and not t.count_nonzero()),
         differing=Names.of(_differing(expected, loaded)),
         load_warnings=tuple(str(w.message)[:300] for w in caught if _tells_of_tensors(str(w.message))),
+        computed_otherwise=Names.of(_computed_otherwise(trained, reloaded)),
         restored=restored,
         max_abs_logit=before.float().abs().max().item(),
         max_logit_change=_apart(before, after),
@@ -186,6 +187,22 @@ def _differing(expected: dict[str, Tensor], loaded: dict[str, Tensor]) -> Iterab
         same = other is not None and other.shape == tensor.shape
         if not (same and other is not None and _same_numbers(other.detach(), tensor.detach())):
             yield name
+
+
+def _computed_otherwise(trained: nn.Module, reloaded: nn.Module) -> Iterable[str]:
+    """Modules that compute by another class, or by a forward of their own, in one of the two models only."""
+    one, other = (
+        {in_file(n, active_adapters(m)[0]): part for n, part in m.named_modules()} for m in (trained, reloaded)
+    )
+    for name, module in one.items():
+        theirs = other.get(name)
+        if theirs is not None and _way(module) != _way(theirs):
+            yield name or type(module).__name__
+
+
+def _way(module: nn.Module) -> tuple[type, Any]:
+    own = vars(module).get("forward")
+    return type(module), getattr(own, "__func__", own)
 
 
 def _same_numbers(one: Tensor, other: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,7 +91,9 @@ class LayerWatch:
     def _watch_layers(self) -> tuple[dict[str, _Hook], list[_Hook]]:
         """Hooks that note which layers a token passed through: an expert without one has no gradient, soundly.
 
-        And of what type their products are. Where the product is a module within the layer, one hook does for both.
+        And of what type their products are. Where the product is a module within the layer, one hook does for both. It
+        is on the layer where that returns the type of its product, as LoRA's linear one does: a layer that computes
+        both in one kernel can do so only where nobody looks at the product, and other kernels round otherwise.
         Those of the layers by name, and those of products that belong to none.
         """
         products = {id(layer): layer for layer in product_layers(self.recorder.model)}
@@ -99,6 +102,8 @@ class LayerWatch:
             product = products.pop(id(layer.base_layer), None)
             if product is None:
                 hooks[name] = layer.register_forward_pre_hook, self._note_use(name)
+            elif isinstance(layer, _lora_linear()):
+                hooks[name] = partial(layer.register_forward_hook, prepend=True), self._note_product(name)
             else:
                 hooks[name] = product.register_forward_hook, self._note_product(name)
         return hooks, [(layer.register_forward_hook, self._note_product("")) for layer in products.values()]
@@ -160,6 +165,13 @@ class LayerWatch:
         if not places:
             return []
         return [model.register_forward_pre_hook(remember), model.register_forward_hook(compare)]
+
+
+def _lora_linear() -> type[nn.Module]:
+    """The class of peft's linear LoRA layers."""
+    from peft.tuners.lora import Linear
+
+    return Linear  # type: ignore[no-any-return]
 
 
 def _put(hooks: Iterable[_Hook]) -> list[Any]:

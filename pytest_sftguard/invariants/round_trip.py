@@ -19,6 +19,10 @@ class RoundTrip(Invariant):
     logits_rtol: float | None = None
     """Largest change of a logit, relative to the largest logit; None: the tolerance of the cell's precision."""
 
+    recomputed_rtol: float = 3e-5
+    """The least that is allowed where modules of the trained model compute by a class or a forward of their own, which
+    peft's do not have: another order of sums, in every layer. Measured for LoRA's sums in fused products, in float32:
+    up to 3.3e-6 on a model of five layers, up to 1.9e-6 on one of thirty."""
     restored_rtol: float = 1e-4
     """The least that is allowed where the base had to be put together again by merging the untrained adapter: its
     weights are an ulp off, and decomposed anew. Measured 8e-6 for pissa in float32, 0.4 for pissa_niter, which draws
@@ -77,6 +81,8 @@ class RoundTrip(Invariant):
             return
         mode = MODES.get(record.precision)
         rtol = self.logits_rtol if self.logits_rtol is not None else (mode.logits_rtol if mode else 0.0)
+        if trip.computed_otherwise:
+            rtol = max(rtol, self.recomputed_rtol)
         if trip.restored:
             rtol = max(rtol, self.restored_rtol)
         limit = rtol * trip.max_abs_logit

@@ -52,6 +52,9 @@ class RoundTripRecord:
     """Warnings of the load that speak of missing, unexpected or mismatched tensors."""
     fresh_base_digest: str = ""
     """Digest of the fresh base that the adapter was loaded onto."""
+    computed_otherwise: Names = NONE
+    """Modules of the trained model whose class or forward is another than the reloaded one's: fused kernels, say, which
+    sum in another order."""
     restored: bool = False
     """Whether that base was put together again by merging, as pissa and its like take their factors out of it."""
     max_abs_logit: float | None = None

@@ -16,6 +16,7 @@ import torch
 from pytest_sftguard import detection, tiers
 from pytest_sftguard.engine import replicas, runner
 from pytest_sftguard.engine.fingerprints import fingerprint, fingerprints, joined, joined_texts
+from pytest_sftguard.engine.layers import LayerWatch
 from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.records import RunRecord
@@ -94,6 +95,17 @@ def test_homework_agrees_with_itself() -> None:
     run = compared(config(HOMEWORK, (8, 1)), *tiers.REFERENCES)
     assert failed(run) == []
     assert [f.outcome for f in run.verdict.of("replica_equivalence")] == [Outcome.PASSED]
+
+
+def test_watching_a_training_with_fused_layers_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They fuse only where nobody looks into them, and so the watch does not."""
+    asked = config(HOMEWORK, (8, 1))
+    watched = runner.run(asked)
+    assert watched.compute_dtypes == {"float32": 35}
+    monkeypatch.setattr(LayerWatch, "_watch_layers", lambda self: ({}, []))
+    alone = runner.run(asked)
+    assert alone.compute_dtypes == {}
+    assert (watched.adapter_digest, watched.losses) == (alone.adapter_digest, alone.losses)
 
 
 @pytest.mark.parametrize("target", ["own_loss", "bert_classifier"])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from pytest_sftguard.diagnosis import diagnose
 from pytest_sftguard.verdicts import JudgedRun, Outcome
 
 SEEN: dict[str, tuple[str, int | None]] = {
@@ -32,6 +33,7 @@ SEEN: dict[str, tuple[str, int | None]] = {
     "nan_in_the_file": ("weights_and_moments_finite", None),
     "tensors_swapped_in_the_file": ("round_trip", None),
     "another_alpha_in_the_file": ("round_trip", None),
+    "kernel_in_half_precision": ("round_trip", None),
     "gradients_enlarged": ("norm_honest", 1),
     "norm_faked": ("norm_honest", 1),
     "optimizer_skips": ("effective_steps", 4),
@@ -62,6 +64,16 @@ def test_an_unlisted_fault_is_seen(run_cell: Callable[..., JudgedRun], target: s
     invariant, step = SEEN[target]
     assert run.verdict.outcome is Outcome.FAILED
     assert (invariant, step) in {(f.invariant, f.step) for f in run.verdict.failures}
+
+
+def test_a_kernel_that_gives_other_numbers_is_named(run_cell: Callable[..., JudgedRun]) -> None:
+    """And where the same sums come in another order only, nothing fails."""
+    faulty = run_cell("tests.faulty_targets:kernel_in_half_precision")
+    assert diagnose(faulty)[0].mechanism == "kernel_computes_otherwise"
+    healthy = run_cell("tests.healthy_targets:own_kernel").record.round_trip
+    assert healthy is not None
+    assert healthy.computed_otherwise.count == 14
+    assert healthy.max_logit_change
 
 
 @pytest.mark.parametrize("target", NO_EVIDENCE)

@@ -131,6 +131,9 @@ SAVING = {
     "other_base": within(healthy(), "round_trip", fresh_base_digest="other", other_seed=None),
     "adapter_file_differs": within(healthy(), "round_trip", differing=Names.of([B])),
     "scaling_wrong": within(healthy(), "round_trip", max_logit_change=0.5),
+    "kernel_computes_otherwise": within(
+        healthy(), "round_trip", computed_otherwise=Names.of([A]), max_logit_change=0.5, max_logit_effect=90.0
+    ),
     "merge_rewrites_tied_embedding": within(healthy(), "merge", touched=Names.of(["embed"])),
 }
 INFERENCE = {

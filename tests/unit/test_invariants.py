@@ -405,6 +405,11 @@ THRESHOLDS = {
     ("every_factor_moves", "min_changed_fraction"): (with_tensor(healthy(), A, changed_fraction=0.5), 1.0, -0.1),
     ("round_trip", "logits_rtol"): (within(healthy(), "round_trip", max_abs_logit=1.0, max_logit_change=0.5), 0.0, 0.1),
     ("strict_answers", "min_parsed_fraction"): (healthy(answers=[1.0, None]), 1.0, -0.1),
+    ("round_trip", "recomputed_rtol"): (
+        within(healthy(), "round_trip", max_abs_logit=1.0, max_logit_change=0.5, computed_otherwise=Names.of([A])),
+        0.0,
+        0.1,
+    ),
     ("round_trip", "restored_rtol"): (
         within(healthy(), "round_trip", max_abs_logit=1.0, max_logit_change=0.5, restored=True),
         0.0,
