@@ -23,7 +23,7 @@ from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .data import IGNORED
-from .fused import fuse, rotaries, rotated, token_losses
+from .fused import fuse, join_siblings, rotaries, rotated, token_losses
 from .packing import Rows, base_of, can_pack, missing, packed
 
 _KEYS = {"input_ids", "attention_mask", "labels"}
@@ -35,14 +35,14 @@ class AnswerTrainer(Trainer):  # type: ignore[misc] # transformers' is Any to my
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         model: Any = self.model
+        batch = self.data_collator([self.train_dataset[i] for i in range(min(2, len(self.train_dataset)))])
         fuse(model)
+        join_siblings(model, base_of(model).config, batch)
         self._can_checkpoint = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         self._packs = (
             model.device.type == "cpu"  # elsewhere finding the tokens would wait for the device
             and not self.args.gradient_checkpointing  # whose second forward pass comes when it is too late
-            and can_pack(
-                model, self.data_collator([self.train_dataset[i] for i in range(min(2, len(self.train_dataset)))])
-            )
+            and can_pack(model, batch)
         )
         self._rotaries = rotaries(model) if self._packs else []
         # below float32 oneDNN makes a kernel for each new size of a product, which takes longer than the product

@@ -347,7 +347,10 @@ def test_ctrl_c_is_one_line_and_130(tmp_path: Path, small: list[str]) -> None:
     """A real signal to a real run during training; nothing is saved."""
     out = tmp_path / "out"
     argv = [sys.executable, "-m", "homework.sft", "train", "--output-dir", str(out), *small, "--max-steps", "100000"]
-    run = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what a background job starts ignores it
+    )  # fmt: skip
     assert run.stdout is not None
     for line in run.stdout:
         if line.startswith("before:"):
