@@ -35,19 +35,26 @@ class AnswerTrainer(Trainer):  # type: ignore[misc] # transformers' is Any to my
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         model: Any = self.model
-        batch = self.data_collator([self.train_dataset[i] for i in range(min(2, len(self.train_dataset)))])
+        batch = self._first_rows()
         fuse(model)
-        join_siblings(model, base_of(model).config, batch)
+        join_siblings(model, base_of(model), batch)
         self._can_checkpoint = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         self._packs = (
             model.device.type == "cpu"  # elsewhere finding the tokens would wait for the device
             and not self.args.gradient_checkpointing  # whose second forward pass comes when it is too late
+            and bool(batch)
             and can_pack(model, batch)
         )
         self._rotaries = rotaries(model) if self._packs else []
         # below float32 oneDNN makes a kernel for each new size of a product, which takes longer than the product
         small = self.args.bf16 or self.args.fp16 or next(model.parameters()).dtype.itemsize < 4
         self._like_sizes = small and model.device.type == "cpu"
+
+    def _first_rows(self) -> dict[str, Tensor]:
+        """A batch to try things out on; empty where rows cannot be had without beginning to read them."""
+        rows = self.train_dataset
+        known = hasattr(rows, "__getitem__") and hasattr(rows, "__len__")
+        return self.data_collator([rows[i] for i in range(min(2, len(rows)))]) if known and len(rows) else {}
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
@@ -290,6 +291,64 @@ def norm_faked(**arguments: Any) -> Trainer:
 def kernel_in_half_precision(**arguments: Any) -> Trainer:
     """The training's own kernels for LoRA's sums compute them in bfloat16, whatever the precision."""
     return with_kernel(built(arguments), lambda layer, a, b, x: x.bfloat16() @ a.bfloat16().T @ b.bfloat16().T)
+
+
+def layer_left_out(**arguments: Any) -> Trainer:
+    """An attention written by hand takes the frozen layer of its queries, and not the one with the adapter."""
+    return _without_queries(built(arguments))
+
+
+def fused_layer_left_out(**arguments: Any) -> Trainer:
+    """The same, where all adapted layers are of a class that computes in its own way."""
+    trainer = built(arguments)
+    for layer in _adapted(trainer):
+        layer.__class__ = Fused
+    return _without_queries(trainer)
+
+
+class Fused(Linear):  # type: ignore[misc] # peft's layers are untyped
+    """A layer that computes its sum without calling the frozen layer within it."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Shapes (..., in) to (..., out)."""
+        if self.disable_adapters:
+            return super().forward(x, *args, **kwargs)
+        a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
+        return torch.nn.functional.linear(x, self.base_layer.weight) + x @ a.T @ b.T * self.scaling["default"]
+
+
+def _without_queries(trainer: Trainer) -> Trainer:
+    for attention in (m for n, m in trainer.model.named_modules() if n.endswith("self_attn")):
+
+        def forward(*args: Any, attention: Any = attention, inner: Any = attention.forward, **kwargs: Any) -> Any:
+            layer = attention.q_proj
+            attention.q_proj = getattr(layer, "base_layer", layer)
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                attention.q_proj = layer
+
+        attention.forward = forward
+    return trainer
+
+
+def _adapted(trainer: Trainer) -> list[Any]:
+    return [m for m in trainer.model.modules() if hasattr(m, "lora_A")]
+
+
+def products_in_float32(**arguments: Any) -> Trainer:
+    """Under autocast, each layer computes in float32 and returns the type that is expected of it."""
+    trainer = built(arguments)
+    for layer in _adapted(trainer):
+
+        def forward(x: torch.Tensor, inner: Any = layer.forward) -> torch.Tensor:
+            if not torch.is_autocast_enabled("cpu"):
+                return inner(x)
+            with torch.autocast("cpu", enabled=False):
+                return inner(x.float()).bfloat16()
+
+        layer.forward = forward
+    return trainer
 
 
 def half_of_the_layers_in_float32(**arguments: Any) -> Trainer:

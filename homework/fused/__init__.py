@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
+from ..trials import trial
 from .linear import FusedLinear
 from .losses import token_losses
 from .norm import FusedNorm, eps_of, fused
 from .rotary import rotaries, rotated
-from .siblings import find_siblings, join
+from .siblings import find_siblings, join, part
 
 __all__ = ["fuse", "join_siblings", "rotaries", "rotated", "token_losses", "unfuse"]
 
@@ -38,24 +38,21 @@ def fuse(model: nn.Module) -> int:
 _seen: dict[tuple[Any, ...], list[list[str]]] = {}
 
 
-@torch.no_grad()
-def join_siblings(model: Any, config: Any, batch: dict[str, Tensor]) -> int:
+def join_siblings(model: Any, inner: Any, batch: dict[str, Tensor]) -> int:
     """Let LoRA layers that take the same input work together; return how many do.
 
-    Which they are is seen in a forward pass over `batch`, once a process for each configuration and its layers.
+    Which they are is seen in a forward pass over `batch`, once a process for each kind and configuration of the `inner`
+    model that peft has wrapped, and the names of its layers.
     """
     layers: dict[str, FusedLinear] = {name: m for name, m in model.named_modules() if isinstance(m, FusedLinear)}
-    key = type(model), config.to_json_string(use_diff=False), *layers
+    key = type(inner), inner.config.to_json_string(use_diff=False), *layers
     if key not in _seen:
         given = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
-        training = model.training
-        model.eval()
         try:
-            _seen[key] = find_siblings(layers, lambda: model(**given, use_cache=False))
+            with trial(model):
+                _seen[key] = find_siblings(layers, lambda: model(**given, use_cache=False))
         except Exception:  # other models refuse such inputs in many ways
             return 0
-        finally:
-            model.train(training)
     for names in _seen[key]:
         join(layers[name] for name in names)
     return sum(map(len, _seen[key]))
@@ -66,3 +63,4 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (FusedLinear, FusedNorm)):
             module.__class__ = module.plain  # type: ignore[assignment]
+            part(module)

@@ -24,43 +24,58 @@ class Layer(Protocol):
         """What it adds up for `x`; None where it does anything else."""
 
 
+_Found = tuple[tuple[Any, ...], dict[int, tuple[Sum, Tensor]]]
+"""An input, and what waits for it: of the layer at a place, the sum and its result."""
+_NOTHING: _Found = (), {}
+
+
 class Siblings:
-    """Some layers of one parent, in the order of their calls."""
+    """Some layers of one parent, in the order of their calls.
+
+    Their backward pass is one, too: whoever asks for gradients of their results one after the other needs
+    `retain_graph`.
+    """
 
     def __init__(self, layers: Iterable[Layer]) -> None:
-        self._first, *self._others = [weakref.ref(layer) for layer in layers]
-        self._given: tuple[Any, ...] = ()
-        self._waiting: dict[Layer, tuple[Sum, Tensor]] = {}
+        self._layers = [weakref.ref(layer) for layer in layers]
+        self._found = _NOTHING
 
     def result(self, layer: Layer, x: Tensor, mine: Sum) -> Tensor:
         """What `layer`, whose sum is `mine`, gives for `x`. Shapes (..., in) to (..., out)."""
-        if layer is self._first():
-            return self._of_all(x, mine)
-        if layer in self._waiting and _are(self._given, x):
-            known, result = self._waiting.pop(layer)
-            if not self._waiting:
-                self._given = ()
-            if known.is_still(mine):
-                return result
-        return sums(x, [mine])[0]
+        place = next(i for i, ref in enumerate(self._layers) if ref() is layer)
+        if place == 0:
+            return self._of_all(layer, x, mine)
+        given, waiting = self._found  # both at once: another thread may be about to give them another input
+        known, result = waiting.pop(place, (mine, None)) if _is(x, given) else (mine, None)
+        if result is None or not waiting:
+            self._found = _NOTHING
+        return result if result is not None and known.is_still(mine) else sums(x, [mine])[0]
 
-    def _of_all(self, x: Tensor, mine: Sum) -> Tensor:
-        living = [layer for ref in self._others if (layer := ref()) is not None]
-        # a forward of a layer's own may have to fetch its weights first
-        found = {layer: layer.sum_for(x) for layer in living if "forward" not in vars(layer)}
-        alike = {layer: their for layer, their in found.items() if their is not None and their.is_like(mine)}
+    def _of_all(self, layer: Layer, x: Tensor, mine: Sum) -> Tensor:
+        able = {} if x.is_inference() else self._able(type(layer))  # torch does not count how often it changes
+        found = {place: other.sum_for(x) for place, other in able.items()}
+        alike = {place: their for place, their in found.items() if their is not None and their.is_like(mine)}
         result, *more = sums(x, [mine, *alike.values()])
-        self._waiting = dict(zip(alike, zip(alike.values(), more, strict=True), strict=True))
-        self._given = _input(x) if alike else ()
+        waiting = dict(zip(alike, zip(alike.values(), more, strict=True), strict=True))
+        self._found = (_input(x), waiting) if waiting else _NOTHING
         return result
+
+    def _able(self, kind: type) -> dict[int, Layer]:
+        """The other layers but those that something happens to first: it may have to fetch their weights."""
+        others = {place: other for place, ref in enumerate(self._layers) if (other := ref()) is not None and place}
+        return {place: other for place, other in others.items() if type(other) is kind and not _is_preceded(other)}
+
+
+def _is_preceded(layer: Any) -> bool:
+    return bool(layer._forward_pre_hooks) or "forward" in vars(layer)
 
 
 def _input(x: Tensor) -> tuple[Any, ...]:
     return x, version_of(x), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
-def _are(given: tuple[Any, ...], x: Tensor) -> bool:
-    return given[0] is x and given[1:] == _input(x)[1:]
+def _is(x: Tensor, given: tuple[Any, ...]) -> bool:
+    return bool(given) and given[0] is x and given[1:] == _input(x)[1:]
 
 
 _FOUND: weakref.WeakKeyDictionary[Layer, Siblings] = weakref.WeakKeyDictionary()
@@ -76,6 +91,11 @@ def join(layers: Iterable[Layer]) -> None:
     """Let layers that take the same input, in the order of their calls, work together."""
     layers = list(layers)
     _FOUND.update(dict.fromkeys(layers, Siblings(layers)))
+
+
+def part(layer: Any) -> None:
+    """Let a layer work alone again."""
+    _FOUND.pop(layer, None)
 
 
 def find_siblings(layers: Mapping[str, nn.Module], forward: Callable[[], Any]) -> list[list[str]]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..trials import trial
 from .attention import NAME, ROWS, CannotPackError
 from .rows import Rows, missing
 
@@ -55,19 +56,15 @@ def can_pack(model: Any, batch: dict[str, Tensor]) -> bool:
     return _tried[key]
 
 
-@torch.no_grad()
 def _agrees(model: Any, batch: dict[str, Tensor]) -> bool:
-    training = model.training
-    model.eval()
     try:
         ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
         rows = Rows.of(mask)
-        apart = rows.flat(model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float())
-        with packed(model, rows):
-            line = model(input_ids=rows.flat(ids), position_ids=rows.positions(), use_cache=False).logits.float()
+        with trial(model):
+            apart = rows.flat(model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float())
+            with packed(model, rows):
+                line = model(input_ids=rows.flat(ids), position_ids=rows.positions(), use_cache=False).logits.float()
         tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
         return bool((line - apart).abs().max() <= tolerance * apart.abs().max())
     except Exception:  # other models refuse such inputs in many ways
         return False
-    finally:
-        model.train(training)

@@ -52,6 +52,8 @@ def _scaling(case: Case) -> list[Clue]:
     clues = []
     if start is not None and start.wrong_scaling:
         clues.append(decisive(f"the scaling of {start.wrong_scaling}"))
+    if trip is not None and trip.rescaled:
+        clues.append(decisive(f"after reloading, the scaling is another one: {trip.rescaled}"))
     same = trip is not None and not (trip.differing or trip.missing or trip.nonfinite or trip.drawn)
     logits = [f for f in case.failed("round_trip") if "logits of the reloaded adapter differ" in f.message]
     base = case.record.base
@@ -66,7 +68,9 @@ def _scaling(case: Case) -> list[Clue]:
 def _own_kernel(case: Case) -> list[Clue]:
     trip = case.record.round_trip
     differ = [f for f in case.failed("round_trip") if "logits of the reloaded adapter differ" in f.message]
-    if trip is None or not trip.computed_otherwise or not differ or trip.differing or trip.missing or trip.nonfinite:
+    if trip is None or not trip.computed_otherwise or not differ or trip.rescaled:
+        return []
+    if trip.differing or trip.missing or trip.nonfinite or trip.drawn:
         return []
     clues = [
         sign(f"{trip.computed_otherwise} compute by a class or forward of their own, and after reloading by peft's")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pytest_sftguard.engine import finiteness
+from pytest_sftguard.engine import finiteness, forwards
 from pytest_sftguard.engine.tensors import digests, dtype_name
 from pytest_sftguard.records import Names, RoundTripRecord
 
@@ -151,6 +153,7 @@ def round_trip(
         zero=Names.of(n for n, t in saved.items() if ".lora_" in n and n not in never and not t.count_nonzero()),
         differing=Names.of(_differing(expected, loaded)),
         load_warnings=tuple(str(w.message)[:300] for w in caught if _tells_of_tensors(str(w.message))),
+        rescaled=Names.of(_rescaled(trained, reloaded)),
         computed_otherwise=Names.of(_computed_otherwise(trained, reloaded)),
         restored=restored,
         max_abs_logit=before.float().abs().max().item(),
@@ -190,19 +193,49 @@ def _differing(expected: dict[str, Tensor], loaded: dict[str, Tensor]) -> Iterab
 
 
 def _computed_otherwise(trained: nn.Module, reloaded: nn.Module) -> Iterable[str]:
-    """Modules that compute by another class, or by a forward of their own, in one of the two models only."""
-    one, other = (
-        {in_file(n, active_adapters(m)[0]): part for n, part in m.named_modules()} for m in (trained, reloaded)
-    )
-    for name, module in one.items():
-        theirs = other.get(name)
-        if theirs is not None and _way(module) != _way(theirs):
-            yield name or type(module).__name__
+    """Modules that compute by another class, or by a forward of their own, in one of the two models only.
+
+    Within the model that peft has wrapped: around it, accelerate leaves a forward with autocast, which is over by now.
+    """
+    within = set(forwards.inner(trained).modules())
+    for name, mine, theirs in _pairs(trained, reloaded):
+        if mine in within and _way(mine) != _way(theirs):
+            yield name
 
 
 def _way(module: nn.Module) -> tuple[type, Any]:
+    """By what a module computes. The code of a patch is the same in both models, where its closure is not."""
     own = vars(module).get("forward")
-    return type(module), getattr(own, "__func__", own)
+    while isinstance(own, partial):
+        own = own.func
+    return type(module), getattr(own, "__code__", own)
+
+
+def _rescaled(trained: nn.Module, reloaded: nn.Module) -> Iterable[str]:
+    """LoRA layers whose share is multiplied by another number in the reloaded model."""
+    adapters = active_adapters(trained)[0], active_adapters(reloaded)[0]
+    for name, *layers in _pairs(trained, reloaded):
+        known = [getattr(layer, "scaling", None) for layer in layers]
+        before, after = (s.get(a) if isinstance(s, dict) else None for s, a in zip(known, adapters, strict=True))
+        if not (isinstance(before, (int, float)) and isinstance(after, (int, float))):
+            continue
+        if not math.isclose(before, after, rel_tol=1e-6):
+            yield f"{name} ({before:g}, reloaded {after:g})"
+
+
+def _pairs(one: nn.Module, other: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Modules of two models by the name that they have in the first, whatever the adapters are called in both."""
+    mine, theirs = active_adapters(one)[0], active_adapters(other)[0]
+    modules = {_nameless(name, theirs): module for name, module in other.named_modules()}
+    for name, module in one.named_modules():
+        same = modules.get(_nameless(name, mine))
+        if same is not None:
+            yield name, module, same
+
+
+def _nameless(name: str, adapter: str) -> tuple[str, ...]:
+    """A module's path without the name of an adapter, the place of which stays."""
+    return tuple("" if part == adapter else part for part in name.split("."))
 
 
 def _same_numbers(one: Tensor, other: Tensor) -> bool:

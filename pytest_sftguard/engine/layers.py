@@ -91,22 +91,27 @@ class LayerWatch:
     def _watch_layers(self) -> tuple[dict[str, _Hook], list[_Hook]]:
         """Hooks that note which layers a token passed through: an expert without one has no gradient, soundly.
 
-        And of what type their products are. Where the product is a module within the layer, one hook does for both. It
-        is on the layer where that returns the type of its product, as LoRA's linear one does: a layer that computes
-        both in one kernel can do so only where nobody looks at the product, and other kernels round otherwise.
+        And of what type their products are. Where the product is a module within the layer, one hook does for both. A
+        class that computes both in its own way is watched from outside: it may do so only where nobody looks at the
+        product, and other ways round otherwise. Then the type is that of its result; and it counts as passed through
+        where another such layer of its block was, so that one that a block leaves out is not taken for an expert.
         Those of the layers by name, and those of products that belong to none.
         """
         products = {id(layer): layer for layer in product_layers(self.recorder.model)}
+        layers = lora_layers(self.recorder.model)
+        fused = {name for name, layer in layers.items() if _is_fused(layer)}
+        inside = [fused.intersection(names) for _, names in _blocks(self.recorder.model, layers)]
         hooks: dict[str, _Hook] = {}
-        for name, layer in lora_layers(self.recorder.model).items():
+        for name, layer in layers.items():
             product = products.pop(id(layer.base_layer), None)
             if product is None:
                 hooks[name] = layer.register_forward_pre_hook, self._note_use(name)
-            elif isinstance(layer, _lora_linear()):
-                hooks[name] = partial(layer.register_forward_hook, prepend=True), self._note_product(name)
+            elif name in fused:
+                others = next((names for names in inside if name in names), {name})
+                hooks[name] = partial(layer.register_forward_hook, prepend=True), self._note_product(*others)
             else:
                 hooks[name] = product.register_forward_hook, self._note_product(name)
-        return hooks, [(layer.register_forward_hook, self._note_product("")) for layer in products.values()]
+        return hooks, [(layer.register_forward_hook, self._note_product()) for layer in products.values()]
 
     def _note_block(self, names: frozenset[str]) -> Callable[..., None]:
         def note(module: Any, inputs: Any) -> None:
@@ -122,13 +127,13 @@ class LayerWatch:
 
         return note
 
-    def _note_product(self, name: str) -> Callable[..., None]:
-        """Note the type of what the layer returned, and that a token passed through the layer called `name`."""
+    def _note_product(self, *names: str) -> Callable[..., None]:
+        """Note the type of what the layer returned, and that a token passed through the layers called `names`."""
         seen: set[Any] = set()
 
         def note(module: Any, inputs: Any, output: Any) -> None:
-            if name and not (inputs and isinstance(inputs[0], torch.Tensor) and not inputs[0].numel()):
-                self.recorder.used_layers.add(name)
+            if names and not (inputs and isinstance(inputs[0], torch.Tensor) and not inputs[0].numel()):
+                self.recorder.used_layers.update(names)
             if not self.looking or not isinstance(output, torch.Tensor):
                 return
             kind = output.device.type
@@ -167,11 +172,11 @@ class LayerWatch:
         return [model.register_forward_pre_hook(remember), model.register_forward_hook(compare)]
 
 
-def _lora_linear() -> type[nn.Module]:
-    """The class of peft's linear LoRA layers."""
+def _is_fused(layer: nn.Module) -> bool:
+    """Whether it is one of peft's linear LoRA layers, but of a class with a forward of its own."""
     from peft.tuners.lora import Linear
 
-    return Linear  # type: ignore[no-any-return]
+    return isinstance(layer, Linear) and type(layer).forward is not Linear.forward and "forward" not in vars(layer)
 
 
 def _put(hooks: Iterable[_Hook]) -> list[Any]:

@@ -57,6 +57,11 @@ class RoundTrip(Invariant):
         ):
             if names:
                 yield self.failed(f"{names.count} tensors {what}: {names}", observed=names.count, limit=0)
+        if trip.rescaled:
+            yield self.failed(
+                f"{trip.rescaled.count} layers have another scaling after reloading: {trip.rescaled}",
+                observed=trip.rescaled.count, limit=0,
+            )  # fmt: skip
         if trip.load_warnings:
             yield self.failed(f"loading warned: {trip.load_warnings[0]}", observed=len(trip.load_warnings), limit=0)
 

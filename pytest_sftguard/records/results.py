@@ -52,6 +52,8 @@ class RoundTripRecord:
     """Warnings of the load that speak of missing, unexpected or mismatched tensors."""
     fresh_base_digest: str = ""
     """Digest of the fresh base that the adapter was loaded onto."""
+    rescaled: Names = NONE
+    """LoRA layers that have another scaling in the reloaded model, with both."""
     computed_otherwise: Names = NONE
     """Modules of the trained model whose class or forward is another than the reloaded one's: fused kernels, say, which
     sum in another order."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from homework.fused import fuse, join_siblings, siblings
+from homework.fused import fuse, join_siblings, siblings, unfuse
 from homework.fused.siblings import find_siblings, join
 
 NAMES = "qkv"
@@ -180,13 +182,126 @@ def test_results_without_a_graph_are_not_handed_out_with_one(context: Any) -> No
 
 
 def test_inference_tensors_are_taken() -> None:
-    """Nobody counts how often they change."""
+    """Nobody counts how often they change, and so nothing waits for them."""
     model = plain()
     ours = joined(model)
     with torch.inference_mode():
         x = line()
         for name in NAMES:
             torch.testing.assert_close(layers_of(ours)[name](x), layers_of(model)[name](x))
+            x.mul_(-1)
+
+
+def test_a_sibling_whose_weights_a_hook_fetches_is_not_asked_before_it_is_called() -> None:
+    """As where they are offloaded."""
+    model = plain()
+    x, layer = line(), layers_of(ours := joined(model))["k"]
+    factor, weight = layer.lora_A["default"].weight, layer.lora_A["default"].weight.data
+    layer.register_forward_pre_hook(lambda *a: setattr(factor, "data", weight))
+    factor.data = torch.empty(0)
+    for name in NAMES:
+        torch.testing.assert_close(layers_of(ours)[name](x), layers_of(model)[name](x))
+
+
+def test_a_result_that_learns_nothing_asks_for_no_gradient() -> None:
+    """Also where its siblings learn."""
+    layers = layers_of(joined(plain()))
+    layers["k"].requires_grad_(False)
+    assert [layers[name](line()).requires_grad for name in NAMES] == [True, False, True]
+    x = line()
+    assert [layers[name](x).requires_grad for name in NAMES] == [True, False, True]
+
+
+class Forgets(torch.autograd.Function):
+    """Has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *results: Tensor) -> Tensor:
+        """The sum of all."""
+        return torch.stack([result.sum() for result in results]).sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
+        """For none of the three."""
+        return None, None, None
+
+
+def test_gradients_may_be_missing_for_all() -> None:
+    """Nothing is learnt then."""
+    ours, x = joined(plain()), line(requires_grad=True)
+    loss = Forgets.apply(*(layers_of(ours)[name](x) for name in NAMES)) + x.sum()  # type: ignore[no-untyped-call]
+    loss.backward()
+    assert {p.grad for p in ours.parameters()} == {None}
+
+
+def test_a_backward_pass_within_autocast_is_in_the_types_of_the_forward_pass() -> None:
+    """Autocast casts some products, and not those in place."""
+    gradients = []
+    for within in (False, True):
+        ours = joined(plain())
+        x = torch.linspace(-1, 1, 30).reshape(5, 6).requires_grad_()
+        loss = torch.cat([layers_of(ours)[name](x) for name in NAMES], 1).square().sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=within):
+            loss.backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
+def test_there_is_no_second_derivative() -> None:
+    """It is refused, and not wrong."""
+    x = line(requires_grad=True)
+    [gradient] = torch.autograd.grad(layers_of(joined(plain()))["q"](x).tanh().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+def test_a_factor_that_changes_before_the_backward_pass_is_an_error() -> None:
+    """As it is in peft's layers: the gradient would be of other numbers than the result."""
+    layers = layers_of(joined(plain()))
+    loss = layers["q"](line(requires_grad=True)).sum()
+    with torch.no_grad():
+        layers["q"].lora_A["default"].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_threads_get_their_own_results() -> None:
+    """Each of its own input, whoever calls in between."""
+    model = plain()
+    ours, interval = joined(model), sys.getswitchinterval()
+
+    def wrong(seed: int) -> int:
+        x = torch.randn(5, 6, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            right = [layers_of(model)[name](x) for name in NAMES]
+            tries = ([layers_of(ours)[name](x) for name in NAMES] for _ in range(200))
+            return sum(not all(map(torch.allclose, tried, right)) for tried in tries)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(wrong, range(4))) == [0] * 4
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_nothing_of_a_model_that_is_dropped_lives_on() -> None:
+    """Also where a result was still waiting: a forward pass that raised midway."""
+    ours = joined(plain())
+    layers_of(ours)["q"](line(requires_grad=True))
+    seen = [weakref.ref(parameter) for parameter in ours.parameters()]
+    del ours
+    gc.collect()
+    assert [ref() for ref in seen] == [None] * len(seen)
+
+
+def test_one_that_goes_its_own_way_again_is_left_alone() -> None:
+    """By `unfuse`, or by whoever gives it another class."""
+    for leave in (unfuse, lambda layer: setattr(layer, "__class__", layer.plain)):
+        layers, x = layers_of(joined(plain())), line()
+        leave(layers["k"])
+        results = [layers[name](x) for name in NAMES]
+        assert together([results[0], results[2]]) == 1
 
 
 @pytest.mark.parametrize("called", [NAMES, "k"])
@@ -266,11 +381,20 @@ def test_a_llama_s_siblings_are_found_in_a_forward_pass(monkeypatch: pytest.Monk
     for times in (1, 0):
         model, batch = llama()
         fuse(model)
+        model.train().get_base_model().lm_head.eval()
+        state = torch.get_rng_state()
         ran: list[bool] = []
-        model.register_forward_pre_hook(lambda module, given, ran=ran: ran.append(module.training))
-        assert join_siblings(model.train(), model.config, batch) == 10
+
+        def look(module: nn.Module, given: Any, ran: list[bool] = ran) -> None:
+            ran.append(module.training)
+            torch.rand(1)
+
+        model.register_forward_pre_hook(look)
+        assert join_siblings(model, model.get_base_model(), batch) == 10
         assert ran == [False] * times
         assert model.training
+        assert not model.get_base_model().lm_head.training
+        assert torch.equal(torch.get_rng_state(), state)
         layer = model.get_base_model().model.layers[1]
         assert siblings.siblings_of(layer.self_attn.q_proj) is siblings.siblings_of(layer.self_attn.v_proj) is not None
         assert siblings.siblings_of(layer.mlp.gate_proj) is siblings.siblings_of(layer.mlp.up_proj) is not None
@@ -282,7 +406,7 @@ def test_a_model_that_refuses_the_batch_has_none(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("homework.fused._seen", {})
     model, _ = llama()
     fuse(model)
-    assert join_siblings(model.train(), model.config, {"pixels": torch.ones(1)}) == 0
+    assert join_siblings(model.train(), model.get_base_model(), {"pixels": torch.ones(1)}) == 0
     assert model.training
 
 

@@ -33,6 +33,8 @@ SEEN: dict[str, tuple[str, int | None]] = {
     "nan_in_the_file": ("weights_and_moments_finite", None),
     "tensors_swapped_in_the_file": ("round_trip", None),
     "another_alpha_in_the_file": ("round_trip", None),
+    "layer_left_out": ("gradient_present", 1),
+    "fused_layer_left_out": ("gradient_present", 1),
     "kernel_in_half_precision": ("round_trip", None),
     "gradients_enlarged": ("norm_honest", 1),
     "norm_faked": ("norm_honest", 1),
@@ -53,6 +55,7 @@ IN_PRECISION = {"bfloat16_norms": "bf16-true"}
 NO_EVIDENCE = {
     "half_of_the_layers_in_float32": "bf16-mixed",
     "float32_after_the_first_step": "bf16-mixed",
+    "products_in_float32": "bf16-mixed",
     "scaler_disabled": "fp16-mixed",
 }
 
@@ -74,6 +77,28 @@ def test_a_kernel_that_gives_other_numbers_is_named(run_cell: Callable[..., Judg
     assert healthy is not None
     assert healthy.computed_otherwise.count == 14
     assert healthy.max_logit_change
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "fp16-mixed"])
+def test_a_wrapper_around_the_model_computes_nothing_otherwise(
+    run_cell: Callable[..., JudgedRun], precision: str
+) -> None:
+    """Accelerate leaves one with autocast on the trained model: an ordinary training is held to an ordinary limit."""
+    trip = run_cell("tests.healthy_targets:rslora", precision=precision).record.round_trip
+    assert trip is not None
+    assert not trip.computed_otherwise
+
+
+@pytest.mark.parametrize("learning_rate", [1e-3, 1e-7])
+def test_another_alpha_in_the_file_is_seen_in_the_layers(
+    run_cell: Callable[..., JudgedRun], learning_rate: float
+) -> None:
+    """However small the adapter's effect is: each layer's scaling is compared as well as the logits."""
+    run = run_cell(
+        "tests.faulty_targets:another_alpha_in_the_file", training_arguments={"learning_rate": learning_rate}
+    )
+    assert any("14 layers have another scaling" in f.message for f in run.verdict.failures)
+    assert diagnose(run)[0].mechanism == "scaling_wrong"
 
 
 @pytest.mark.parametrize("target", NO_EVIDENCE)
