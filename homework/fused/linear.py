@@ -30,32 +30,38 @@ class FusedLinear(Linear):  # type: ignore[misc] # peft's layers are untyped
 
     def sum_for(self, x: Tensor) -> Sum | None:
         """What the layer adds up for `x`, and None where it does anything else."""
-        name = None if x.dim() < 2 else self._the_adapter()
-        dtype = None if name is None else self._dtype_of_products(name, x)
-        if name is None or dtype is None:
+        layers = None if x.dim() < 2 else self._at_work()
+        if layers is None:
             return None
-        base, a, b = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
-        return Sum(base.weight, base.bias, a, b, self.scaling[name], dtype)
-
-    def _dtype_of_products(self, name: str, x: Tensor) -> torch.dtype | None:
-        """The type that every product of the layer is computed in; None where it is not one."""
-        if torch.is_autocast_enabled(x.device.type):
-            return torch.get_autocast_dtype(x.device.type) if x.dtype != torch.float64 else None
-        types = {x.dtype, self.base_layer.weight.dtype, self.lora_A[name].weight.dtype, self.lora_B[name].weight.dtype}
-        return x.dtype if len(types) == 1 else None
-
-    def _the_adapter(self) -> str | None:
-        """The one adapter that is at work; None where anything beside its two products is asked for."""
-        if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
+        name, base, a, b = layers
+        weight, its_a, its_b = base.weight, a.weight, b.weight
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            one = x.dtype != torch.float64
+        else:
+            dtype = x.dtype
+            one = weight.dtype == dtype and its_a.dtype == dtype and its_b.dtype == dtype
+        if (
+            not one or weight.requires_grad
+        ):  # not all products are computed in one type, or more than the factors learns
             return None
-        base = self.base_layer
-        if type(base) is not nn.Linear or base.weight.requires_grad or hooked(base):
-            return None  # a quantised one multiplies in its own way
-        [name] = self.active_adapters
+        return Sum(weight, base.bias, its_a, its_b, self.scaling[name], dtype)
+
+    def _at_work(self) -> tuple[str, nn.Linear, nn.Linear, nn.Linear] | None:
+        """The one adapter that is at work, and its layers; None where anything beside its two products is asked for."""
+        adapters = self.active_adapters
+        if self.disable_adapters or self.merged or len(adapters) != 1:
+            return None
+        [name] = adapters
         if name not in self.lora_A or name in self.lora_variant or type(self.lora_dropout[name]) is not nn.Identity:
             return None
-        pair = (self.lora_A[name], self.lora_B[name])
-        return name if all(type(m) is nn.Linear and m.bias is None and not hooked(m) for m in pair) else None
+        base, a, b = self.base_layer, self.lora_A[name], self.lora_B[name]
+        if a.bias is not None or b.bias is not None:
+            return None
+        # a quantised layer multiplies in its own way
+        plain = all(type(m) is nn.Linear and not hooked(m) for m in (base, a, b))
+        return (name, base, a, b) if plain else None
 
 
 def hooked(module: nn.Module) -> bool:

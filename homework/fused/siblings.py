@@ -24,8 +24,8 @@ class Layer(Protocol):
         """What it adds up for `x`; None where it does anything else."""
 
 
-_Found = tuple[tuple[Any, ...], dict[int, tuple[Sum, Tensor]]]
-"""An input, and what waits for it: of the layer at a place, the sum and its result."""
+_Found = tuple[tuple[Any, ...], dict[int, tuple[Sum, tuple[int | None, ...], Tensor]]]
+"""An input, and what waits for it: of the layer at a place, the sum, the versions of its tensors, and the result."""
 _NOTHING: _Found = (), {}
 
 
@@ -46,17 +46,19 @@ class Siblings:
         if place == 0:
             return self._of_all(layer, x, mine)
         given, waiting = self._found  # both at once: another thread may be about to give them another input
-        known, result = waiting.pop(place, (mine, None)) if _is(x, given) else (mine, None)
-        if result is None or not waiting:
+        taken = waiting.pop(place, None) if _is(x, given) else None
+        if taken is None or not waiting:
             self._found = _NOTHING
-        return result if result is not None and known.is_still(mine) else sums(x, [mine])[0]
+        if taken is not None and taken[0].is_the_same(mine) and taken[1] == mine.versions and None not in taken[1]:
+            return taken[2]
+        return sums(x, [mine])[0]
 
     def _of_all(self, layer: Layer, x: Tensor, mine: Sum) -> Tensor:
         able = {} if x.is_inference() else self._able(type(layer))  # torch does not count how often it changes
         found = {place: other.sum_for(x) for place, other in able.items()}
         alike = {place: their for place, their in found.items() if their is not None and their.is_like(mine)}
         result, *more = sums(x, [mine, *alike.values()])
-        waiting = dict(zip(alike, zip(alike.values(), more, strict=True), strict=True))
+        waiting = {p: (their, their.versions, one) for (p, their), one in zip(alike.items(), more, strict=True)}
         self._found = (_input(x), waiting) if waiting else _NOTHING
         return result
 

@@ -10,16 +10,15 @@ weights in the type of the products, `x` and the narrow `lora_A(x)` are kept for
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-@dataclass(frozen=True, eq=False)
-class Sum:
+class Sum(NamedTuple):
     """What a layer adds up: `x @ weight.T + bias + scaling * x @ a.T @ b.T`, all products in `dtype`.
 
     Shapes: weight (out, in), bias (out,), a (rank, in), b (out, rank). Only bias, a and b may learn.
@@ -32,15 +31,15 @@ class Sum:
     scaling: float
     dtype: torch.dtype
 
-    versions: tuple[int | None, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "versions", tuple(version_of(t) for t in self.tensors if t is not None))
-
     @property
     def tensors(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """All that `x` meets."""
-        return self.weight, self.bias, self.a, self.b
+        return self[:4]
+
+    @property
+    def versions(self) -> tuple[int | None, ...]:
+        """How often each of them was changed by now."""
+        return tuple(version_of(t) for t in self.tensors if t is not None)
 
     @property
     def learns(self) -> bool:
@@ -49,70 +48,90 @@ class Sum:
 
     def is_like(self, other: Sum) -> bool:
         """Whether both can be found in the same products."""
-        mine, theirs = ((s.dtype, s.weight.device, s.learns) for s in (self, other))
-        return mine == theirs
+        alike = self.dtype == other.dtype and self.weight.device == other.weight.device
+        return alike and self.learns == other.learns
 
-    def is_still(self, other: Sum) -> bool:
-        """Whether both are of the very same numbers, and none has changed in between."""
-        same = all(a is b for a, b in zip(self.tensors, other.tensors, strict=True)) and None not in self.versions
-        return same and self.versions == other.versions and self.scaling == other.scaling and self.is_like(other)
+    def is_the_same(self, other: Sum) -> bool:
+        """Whether both are of the very same tensors."""
+        same = self.weight is other.weight and self.bias is other.bias and self.a is other.a and self.b is other.b
+        return same and self.scaling == other.scaling and self.dtype == other.dtype
 
 
 class _Sums(torch.autograd.Function):
     """The sums of several layers that take the same `x`. Shapes: x (..., in), each result (..., out)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scalings: tuple[float, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        layers: list[Any] = list(zip(*(iter(tensors),) * 4, strict=True))
-        rows, ranks = x.flatten(0, -2), [len(a) for _, _, a, _ in layers]
-        narrow = rows @ _below_each_other([a for _, _, a, _ in layers], x.dtype).t()
+    def forward(ctx: Any, x: Tensor, scalings: tuple[float, ...], *tensors: Any) -> tuple[Tensor, ...]:
+        dtype, shape, rows = x.dtype, x.shape[:-1], x.flatten(0, -2)
+        factors = tensors[2::4]
+        narrow = rows @ _below_each_other(factors, dtype).t()
         results, kept = [], []
-        for (weight, bias, a, b), scaling, part in zip(layers, scalings, torch.split(narrow, ranks, 1), strict=True):
-            weight = weight.to(x.dtype)  # a cast one is kept, as autocast keeps its own
-            start, beta = (x.new_empty(()), 0) if bias is None else (bias.to(x.dtype), 1)
-            result = x.new_empty(*x.shape[:-1], len(weight))  # no view: whoever gets it may write over it
+        for i, part in enumerate(_parts(narrow, factors)):
+            weight, bias, a, b = tensors[4 * i : 4 * i + 4]
+            weight = weight.to(dtype)  # a cast one is kept, as autocast keeps its own
+            start, beta = (x.new_empty(()), 0) if bias is None else (bias.to(dtype), 1)
+            result = x.new_empty(*shape, weight.shape[0])  # no view: whoever gets it may write over it
             line = result.flatten(0, -2)
-            torch.addmm(start, part, b.to(x.dtype).t(), beta=beta, alpha=scaling, out=line).addmm_(rows, weight.t())
+            torch.addmm(start, part, b.to(dtype).t(), beta=beta, alpha=scalings[i], out=line).addmm_(rows, weight.t())
             results.append(result)
             kept += [weight, a, b]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, narrow, *kept)
-        ctx.ranks, ctx.scalings, ctx.types = ranks, scalings, [None if t is None else t.dtype for t in tensors]
+        ctx.scalings, ctx.types = scalings, [None if t is None else t.dtype for t in tensors]
         return tuple(results)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, narrow, *kept = ctx.saved_tensors
-        parts = torch.split(narrow, ctx.ranks, 1)
-        layers = zip(gradients, parts, *(kept[i::3] for i in range(3)), ctx.scalings, strict=True)
-        # from a result that nobody used, nothing is learnt, and an optimizer makes steps of zeros
-        used = {i: (g.flatten(0, -2), *layer) for i, (g, *layer) in enumerate(layers) if g is not None}
-        of: list[Tensor | None] = [None] * len(ctx.types)
-        if not used:
-            return None, None, *of
-        none, of_x, of_narrow = x.new_empty(()), None, []
-        with torch.autocast(x.device.type, enabled=False):  # which casts some products, and not those in place
-            for i, (rows, part, _, _, b, scaling) in used.items():
-                of_narrow.append(torch.addmm(none, rows, b.to(x.dtype), beta=0, alpha=scaling))
-                of[4 * i + 1] = rows.sum(0) if ctx.needs_input_grad[4 * i + 3] else None
-                # as wide as `rows` and transposed then: the other way round, it takes half as long again
-                of[4 * i + 3] = torch.addmm(none, part.t(), rows, beta=0, alpha=scaling).t().contiguous()
-            of_all = torch.cat(of_narrow, 1)
-            of_as = torch.split(of_all.t() @ x.flatten(0, -2), [ctx.ranks[i] for i in used])
-            if ctx.needs_input_grad[0]:
-                of_x = of_all @ _below_each_other([a for _, _, _, a, _, _ in used.values()], x.dtype)
-                for rows, _, weight, _, _, _ in used.values():
-                    of_x.addmm_(rows, weight)
-                of_x = of_x.view_as(x)
-        for i, of_a in zip(used, of_as, strict=True):
-            of[4 * i + 2] = of_a
-        return of_x, None, *(t if t is None else t.to(dtype) for t, dtype in zip(of, ctx.types, strict=True))
+        kind = gradients[0].device.type if gradients[0] is not None else ""
+        if not kind or not torch.is_autocast_enabled(kind):
+            return _backward(ctx, gradients)
+        with torch.autocast(kind, enabled=False):  # which casts some products, and not those in place
+            return _backward(ctx, gradients)
 
 
-def _below_each_other(factors: list[Tensor], dtype: torch.dtype) -> Tensor:
+def _backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    x, narrow, *kept = ctx.saved_tensors
+    dtype, factors, needed = x.dtype, kept[1::3], ctx.needs_input_grad
+    of: list[Tensor | None] = [None] * len(ctx.types)
+    none, of_narrow, used = x.new_empty(()), [], []
+    for i, part in enumerate(_parts(narrow, factors)):
+        gradient = gradients[i]
+        if gradient is None:  # nobody used the result: nothing is learnt from it, and an optimizer makes steps of zeros
+            continue
+        rows, scaling = gradient.flatten(0, -2), ctx.scalings[i]
+        used.append((i, rows))
+        of_narrow.append(torch.addmm(none, rows, kept[3 * i + 2].to(dtype), beta=0, alpha=scaling))
+        of[4 * i + 1] = rows.sum(0) if needed[4 * i + 3] else None
+        # as wide as `rows` and transposed then: the other way round, it takes half as long again
+        of[4 * i + 3] = torch.addmm(none, part.t(), rows, beta=0, alpha=scaling).t().contiguous()
+    if not used:
+        return None, None, *of
+    its = [factors[i] for i, _ in used]
+    of_all = torch.cat(of_narrow, 1) if len(used) > 1 else of_narrow[0]
+    of_x = None
+    if needed[0]:
+        of_x = of_all @ _below_each_other(its, dtype)
+        for i, rows in used:
+            of_x.addmm_(rows, kept[3 * i])
+        of_x = of_x.view_as(x)
+    of_as = (of_all.t() @ x.flatten(0, -2)).t()
+    for (i, _), of_a in zip(used, _parts(of_as, its), strict=True):
+        of[4 * i + 2] = of_a.t()
+    return of_x, None, *(t if t is None else t.to(kind) for t, kind in zip(of, ctx.types, strict=True))
+
+
+def _below_each_other(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Factors A in one matrix, shape (sum of ranks, in)."""
-    return torch.cat(factors).to(dtype)
+    return (torch.cat(tuple(factors)) if len(factors) > 1 else factors[0]).to(dtype)
+
+
+def _parts(wide: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
+    """The columns of each factor A, of shape (rank, in), in a matrix that has those of all."""
+    if len(factors) == 1:
+        return [wide]
+    ends = list(accumulate(factor.shape[0] for factor in factors))
+    return [wide[:, begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 def sums(x: Tensor, layers: Sequence[Sum]) -> tuple[Tensor, ...]:
