@@ -42,9 +42,7 @@ class FusedLinear(Linear):  # type: ignore[misc] # peft's layers are untyped
         else:
             dtype = x.dtype
             one = weight.dtype == dtype and its_a.dtype == dtype and its_b.dtype == dtype
-        if (
-            not one or weight.requires_grad
-        ):  # not all products are computed in one type, or more than the factors learns
+        if not one or weight.requires_grad:  # products of several types, or more than the factors learns
             return None
         return Sum(weight, base.bias, its_a, its_b, self.scaling[name], dtype)
 
@@ -57,11 +55,10 @@ class FusedLinear(Linear):  # type: ignore[misc] # peft's layers are untyped
         if name not in self.lora_A or name in self.lora_variant or type(self.lora_dropout[name]) is not nn.Identity:
             return None
         base, a, b = self.base_layer, self.lora_A[name], self.lora_B[name]
-        if a.bias is not None or b.bias is not None:
-            return None
-        # a quantised layer multiplies in its own way
-        plain = all(type(m) is nn.Linear and not hooked(m) for m in (base, a, b))
-        return (name, base, a, b) if plain else None
+        plain = all(
+            type(m) is nn.Linear and not hooked(m) for m in (base, a, b)
+        )  # a quantised one multiplies otherwise
+        return (name, base, a, b) if plain and a.bias is None and b.bias is None else None
 
 
 def hooked(module: nn.Module) -> bool:
