@@ -55,9 +55,8 @@ class FusedLinear(Linear):  # type: ignore[misc] # peft's layers are untyped
         if name not in self.lora_A or name in self.lora_variant or type(self.lora_dropout[name]) is not nn.Identity:
             return None
         base, a, b = self.base_layer, self.lora_A[name], self.lora_B[name]
-        plain = all(
-            type(m) is nn.Linear and not hooked(m) for m in (base, a, b)
-        )  # a quantised one multiplies otherwise
+        # a quantised layer multiplies in its own way
+        plain = all(type(m) is nn.Linear and not hooked(m) for m in (base, a, b))
         return (name, base, a, b) if plain and a.bias is None and b.bias is None else None
 
 
