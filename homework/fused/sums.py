@@ -10,7 +10,6 @@ weights in the type of the products, `x` and the narrow `lora_A(x)` are kept for
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -64,9 +63,10 @@ class _Sums(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scalings: tuple[float, ...], *tensors: Any) -> tuple[Tensor, ...]:
         dtype, shape, rows = x.dtype, x.shape[:-1], x.flatten(0, -2)
         factors = tensors[2::4]
+        ranks = [a.shape[0] for a in factors]
         narrow = rows @ _below_each_other(factors, dtype).t()
         results, kept = [], []
-        for i, part in enumerate(_parts(narrow, factors)):
+        for i, part in enumerate(torch.split(narrow, ranks, 1)):
             weight, bias, a, b = tensors[4 * i : 4 * i + 4]
             weight = weight.to(dtype)  # a cast one is kept, as autocast keeps its own
             start, beta = (x.new_empty(()), 0) if bias is None else (bias.to(dtype), 1)
@@ -77,25 +77,25 @@ class _Sums(torch.autograd.Function):
             kept += [weight, a, b]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, narrow, *kept)
-        ctx.scalings, ctx.types = scalings, [None if t is None else t.dtype for t in tensors]
+        ctx.ranks, ctx.scalings, ctx.kind = ranks, scalings, x.device.type
+        ctx.types = [None if t is None else t.dtype for t in tensors]
         return tuple(results)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        kind = gradients[0].device.type if gradients[0] is not None else ""
-        if not kind or not torch.is_autocast_enabled(kind):
+        if not torch.is_autocast_enabled(ctx.kind):
             return _backward(ctx, gradients)
-        with torch.autocast(kind, enabled=False):  # which casts some products, and not those in place
+        with torch.autocast(ctx.kind, enabled=False):  # which casts some products, and not those in place
             return _backward(ctx, gradients)
 
 
 def _backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     x, narrow, *kept = ctx.saved_tensors
-    dtype, factors, needed = x.dtype, kept[1::3], ctx.needs_input_grad
+    dtype, needed = x.dtype, ctx.needs_input_grad
     of: list[Tensor | None] = [None] * len(ctx.types)
     none, of_narrow, used = x.new_empty(()), [], []
-    for i, part in enumerate(_parts(narrow, factors)):
+    for i, part in enumerate(torch.split(narrow, ctx.ranks, 1)):
         gradient = gradients[i]
         if gradient is None:  # nobody used the result: nothing is learnt from it, and an optimizer makes steps of zeros
             continue
@@ -107,31 +107,22 @@ def _backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | 
         of[4 * i + 3] = torch.addmm(none, part.t(), rows, beta=0, alpha=scaling).t().contiguous()
     if not used:
         return None, None, *of
-    its = [factors[i] for i, _ in used]
     of_all = torch.cat(of_narrow, 1) if len(used) > 1 else of_narrow[0]
     of_x = None
     if needed[0]:
-        of_x = of_all @ _below_each_other(its, dtype)
+        of_x = of_all @ _below_each_other([kept[3 * i + 1] for i, _ in used], dtype)
         for i, rows in used:
             of_x.addmm_(rows, kept[3 * i])
         of_x = of_x.view_as(x)
-    of_as = (of_all.t() @ x.flatten(0, -2)).t()
-    for (i, _), of_a in zip(used, _parts(of_as, its), strict=True):
-        of[4 * i + 2] = of_a.t()
+    of_as = torch.split(of_all.t() @ x.flatten(0, -2), [ctx.ranks[i] for i, _ in used])
+    for (i, _), of_a in zip(used, of_as, strict=True):
+        of[4 * i + 2] = of_a
     return of_x, None, *(t if t is None else t.to(kind) for t, kind in zip(of, ctx.types, strict=True))
 
 
 def _below_each_other(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Factors A in one matrix, shape (sum of ranks, in)."""
     return (torch.cat(tuple(factors)) if len(factors) > 1 else factors[0]).to(dtype)
-
-
-def _parts(wide: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
-    """The columns of each factor A, of shape (rank, in), in a matrix that has those of all."""
-    if len(factors) == 1:
-        return [wide]
-    ends = list(accumulate(factor.shape[0] for factor in factors))
-    return [wide[:, begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 def sums(x: Tensor, layers: Sequence[Sum]) -> tuple[Tensor, ...]:

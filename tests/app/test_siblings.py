@@ -247,6 +247,20 @@ def test_a_backward_pass_within_autocast_is_in_the_types_of_the_forward_pass() -
     assert torch.equal(*gradients)
 
 
+def test_a_backward_pass_within_autocast_is_so_too_where_the_first_result_is_not_used() -> None:
+    """Its gradient is the one that is missing then."""
+    gradients = []
+    for within in (False, True):
+        layers = layers_of(joined(plain()))
+        x = torch.linspace(-1, 1, 30).reshape(5, 6).requires_grad_()
+        _, *used = [layers[name](x) for name in NAMES]
+        loss = torch.cat(used, 1).square().sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=within):
+            loss.backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
 def test_there_is_no_second_derivative() -> None:
     """It is refused, and not wrong."""
     x = line(requires_grad=True)
