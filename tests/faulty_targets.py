@@ -15,6 +15,7 @@ from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
+from pytest_sftguard.engine.adapters import lora_layers
 from tests.healthy_targets import built, with_kernel
 
 STEP = 4
@@ -301,7 +302,7 @@ def layer_left_out(**arguments: Any) -> Trainer:
 def fused_layer_left_out(**arguments: Any) -> Trainer:
     """The same, where all adapted layers are of a class that computes in its own way."""
     trainer = built(arguments)
-    for layer in _adapted(trainer):
+    for layer in lora_layers(trainer.model).values():
         layer.__class__ = Fused
     return _without_queries(trainer)
 
@@ -332,14 +333,10 @@ def _without_queries(trainer: Trainer) -> Trainer:
     return trainer
 
 
-def _adapted(trainer: Trainer) -> list[Any]:
-    return [m for m in trainer.model.modules() if hasattr(m, "lora_A")]
-
-
 def products_in_float32(**arguments: Any) -> Trainer:
     """Under autocast, each layer computes in float32 and returns the type that is expected of it."""
     trainer = built(arguments)
-    for layer in _adapted(trainer):
+    for layer in lora_layers(trainer.model).values():
 
         def forward(x: torch.Tensor, inner: Any = layer.forward) -> torch.Tensor:
             if not torch.is_autocast_enabled("cpu"):

@@ -29,6 +29,7 @@ from transformers import (
     set_seed,
 )
 
+from pytest_sftguard.engine.adapters import lora_layers
 from pytest_sftguard.engine.models import tiny
 
 SMALL = {
@@ -740,8 +741,7 @@ def own_kernel(**arguments: Any) -> Trainer:
 
 def with_kernel(trainer: Trainer, share: Callable[[Any, Any, Any, Any], Any]) -> Trainer:
     """Let each LoRA layer add `share(layer, a, b, x)`, scaled, by a forward of its own."""
-    model: Any = trainer.model
-    for layer in (m for m in model.modules() if hasattr(m, "lora_A")):
+    for layer in lora_layers(trainer.model).values():
 
         def forward(x: Any, layer: Any = layer) -> Any:
             result = layer.base_layer(x)

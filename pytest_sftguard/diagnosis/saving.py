@@ -54,35 +54,40 @@ def _scaling(case: Case) -> list[Clue]:
         clues.append(decisive(f"the scaling of {start.wrong_scaling}"))
     if trip is not None and trip.rescaled:
         clues.append(decisive(f"after reloading, the scaling is another one: {trip.rescaled}"))
-    same = trip is not None and not (trip.differing or trip.missing or trip.nonfinite or trip.drawn)
-    logits = [f for f in case.failed("round_trip") if "logits of the reloaded adapter differ" in f.message]
-    base = case.record.base
-    on_its_base = trip is not None and base is not None and trip.fresh_base_digest == base.digest_before
-    if logits and same and on_its_base and base is not None and not base.changed:
+    same = _same_with_other_logits(case)
+    if same is not None:
         clues.append(sign("the reloaded adapter has the same tensors on the same base, and another effect"))
-        if not _is_little(trip):
+        if not _is_little(same):
             clues.append(hint("what is left is its configuration: lora_alpha, r, use_rslora"))
     return clues
 
 
 def _own_kernel(case: Case) -> list[Clue]:
-    trip = case.record.round_trip
-    differ = [f for f in case.failed("round_trip") if "logits of the reloaded adapter differ" in f.message]
-    if trip is None or not trip.computed_otherwise or not differ or trip.rescaled:
-        return []
-    if trip.differing or trip.missing or trip.nonfinite or trip.drawn:
+    same = _same_with_other_logits(case)
+    if same is None or not same.computed_otherwise or same.rescaled:
         return []
     clues = [
-        sign(f"{trip.computed_otherwise} compute by a class or forward of their own, and after reloading by peft's")
+        sign(f"{same.computed_otherwise} compute by a class or forward of their own, and after reloading by peft's")
     ]
-    if _is_little(trip):
+    if _is_little(same):
         clues.append(sign("the logits differ by less than 1 % of the adapter's effect: too little for another scaling"))
     return clues
 
 
-def _is_little(trip: RoundTripRecord | None) -> bool:
+def _same_with_other_logits(case: Case) -> RoundTripRecord | None:
+    """The round trip where it brought the same tensors back, onto the same base, and the logits differ."""
+    trip, base = case.record.round_trip, case.record.base
+    if trip is None or base is None or trip.differing or trip.missing or trip.nonfinite or trip.drawn:
+        return None
+    if base.changed or trip.fresh_base_digest != base.digest_before:
+        return None
+    differ = any("logits of the reloaded adapter differ" in f.message for f in case.failed("round_trip"))
+    return trip if differ else None
+
+
+def _is_little(trip: RoundTripRecord) -> bool:
     """Whether the logits of a reloaded adapter differ by so little that no other scaling can be the reason."""
-    if trip is None or trip.max_logit_change is None or trip.max_logit_effect is None:
+    if trip.max_logit_change is None or trip.max_logit_effect is None:
         return False
     return trip.max_logit_change < 0.01 * trip.max_logit_effect
 

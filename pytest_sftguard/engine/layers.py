@@ -31,8 +31,9 @@ class LayerWatch:
         """Whether a forward pass now is one of the training's, whose types count."""
         self.autocast_dtype: str | None = None
         self._returned: dict[str, set[int]] = {}
-        self._on_layers, self._on_others = self._watch_layers()
-        self._blocks = _blocks(recorder.model, self._on_layers)
+        layers = lora_layers(recorder.model)
+        self._blocks = _blocks(recorder.model, layers)
+        self._on_layers, self._on_others = self._watch_layers(layers)
         self._turns: list[list[_Hook]] = []
         self._closely: list[Any] = []
         self._standing = _put([*self._on_layers.values(), *self._on_others])
@@ -88,7 +89,7 @@ class LayerWatch:
             turns.append(self._on_others)
         return [*standing, *alone.values(), *([] if turns else self._on_others)], turns
 
-    def _watch_layers(self) -> tuple[dict[str, _Hook], list[_Hook]]:
+    def _watch_layers(self, layers: dict[str, nn.Module]) -> tuple[dict[str, _Hook], list[_Hook]]:
         """Hooks that note which layers a token passed through: an expert without one has no gradient, soundly.
 
         And of what type their products are. Where the product is a module within the layer, one hook does for both. A
@@ -98,9 +99,8 @@ class LayerWatch:
         Those of the layers by name, and those of products that belong to none.
         """
         products = {id(layer): layer for layer in product_layers(self.recorder.model)}
-        layers = lora_layers(self.recorder.model)
         fused = {name for name, layer in layers.items() if _is_fused(layer)}
-        inside = [fused.intersection(names) for _, names in _blocks(self.recorder.model, layers)]
+        inside = [fused.intersection(names) for _, names in self._blocks]
         hooks: dict[str, _Hook] = {}
         for name, layer in layers.items():
             product = products.pop(id(layer.base_layer), None)

@@ -85,10 +85,6 @@ class Layout:
         found = {i: row.view(self._shapes[i]) for i, row in zip(self.order, rows, strict=True)}
         return [found[i] for i in range(len(found))]
 
-    def ordered(self, numbers: Sequence[float]) -> list[float]:
-        """One number for each tensor, from the order of the blocks in that of the tensors."""
-        return ordered(self.order, numbers)
-
 
 def ordered(order: Sequence[int], numbers: Sequence[float]) -> list[float]:
     """One number for each tensor, from the order of a layout's blocks in that of the tensors."""

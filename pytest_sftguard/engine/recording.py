@@ -22,7 +22,7 @@ from pytest_sftguard.engine.adapters import base_digests, base_tensors, lora_lay
 from pytest_sftguard.engine.collated import Collated
 from pytest_sftguard.engine.gathering import Gathered, Numbers, finite
 from pytest_sftguard.engine.moments import Moments
-from pytest_sftguard.engine.packed import Layout, joined, l2, largest
+from pytest_sftguard.engine.packed import Layout, joined, l2, largest, ordered
 from pytest_sftguard.engine.tensors import combined, digests, dtype_name, norms, to_host
 from pytest_sftguard.records import NONE, BaseRecord, Names, OptimizerRecord, StepRecord, TensorRecord
 
@@ -46,7 +46,7 @@ class Recorder:
         self._names = list(self.parameters)
         self._moments = Moments(self.parameters)
         [start] = to_host([joined([largest(rows.clone()) for rows in self._start])])
-        self._gathered = Gathered(self._names, self._layout.ordered(start))
+        self._gathered = Gathered(self._names, ordered(self._layout.order, start))
         self._groups = updates.Groups(now)
         self._base_before = base_digests(model)
         self._layer_of = _holders(self.parameters, lora_layers(model))

@@ -102,7 +102,7 @@ def test_watching_a_training_with_fused_layers_changes_no_bit(monkeypatch: pytes
     asked = config(HOMEWORK, (8, 1))
     watched = runner.run(asked)
     assert watched.compute_dtypes == {"float32": 35}
-    monkeypatch.setattr(LayerWatch, "_watch_layers", lambda self: ({}, []))
+    monkeypatch.setattr(LayerWatch, "_watch_layers", lambda self, layers: ({}, []))
     alone = runner.run(asked)
     assert alone.compute_dtypes == {}
     assert (watched.adapter_digest, watched.losses) == (alone.adapter_digest, alone.losses)

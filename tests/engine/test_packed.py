@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pytest_sftguard.engine.moments import Moments
-from pytest_sftguard.engine.packed import Layout, joined, l2, largest, total
+from pytest_sftguard.engine.packed import Layout, joined, l2, largest, ordered, total
 from pytest_sftguard.engine.recording import Recorder
 
 SHAPES = st.sampled_from([(2, 3), (3, 2), (6,), (1,), (), (4, 4), (0, 5), (5, 1, 2)])
@@ -31,7 +31,7 @@ def tensors(draw: st.DrawFn) -> list[torch.Tensor]:
 
 def asked(layout: Layout, question: Any, *given: Any) -> list[float]:
     """What each tensor answers, in their order."""
-    return layout.ordered(joined([question(rows) for rows in layout.laid(*given)]).tolist())
+    return ordered(layout.order, joined([question(rows) for rows in layout.laid(*given)]).tolist())
 
 
 @given(of=tensors(), data=st.data())
