@@ -31,10 +31,7 @@ from .adapters import (
     non_finite,
     save_adapter,
 )
-from .allocation import keep_freed_memory
-from .answers import FOUR_DIGITS, OPEN_TAG, TWO_DIGITS, Notation, Parsed, read_answer
 from .base import digest, is_embedded, load_base, load_tokenizer, name_of
-from .data import TRAIN_FILE, VALID_FILE, DataError, PadToLongest, encode_rows, plain_prompt, prompt_of, read_rows
 from .selection import (
     ACCUMULATION_VARIABLE,
     MICRO_BATCH_VARIABLE,
@@ -52,7 +49,10 @@ from .selection import (
 )
 from .sources import NAMES as MODEL_NAMES
 from .sources import ModelError
-from .tables import with_tables
+from .speed.allocation import keep_freed_memory
+from .task.answers import FOUR_DIGITS, OPEN_TAG, TWO_DIGITS, Notation, Parsed, read_answer
+from .task.data import TRAIN_FILE, VALID_FILE, DataError, PadToLongest, encode_rows, plain_prompt, prompt_of, read_rows
+from .task.tables import with_tables
 from .validation import validate
 
 if TYPE_CHECKING:

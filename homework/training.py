@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from .data import IGNORED
-from .fused import fuse, join_siblings, rotaries, rotated, token_losses
-from .packing import Rows, base_of, can_pack, missing, packed
+from .speed.fused import fuse, join_siblings, rotaries, rotated, token_losses
+from .speed.packing import Rows, base_of, can_pack, missing, packed
+from .task.data import IGNORED
 
 _KEYS = {"input_ids", "attention_mask", "labels"}
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .answers import Parsed, is_right, read_answer
-from .data import prompt_of
+from .task.answers import Parsed, is_right, read_answer
+from .task.data import prompt_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -123,9 +123,9 @@ def fault_named(name: str) -> Fault:
 
 def attempt(name: str, target: str, device: str = "cpu") -> Attempt:
     """Train `target` with the fault `name` in it, and see what is said of it."""
+    from pytest_sftguard.engine.building.targets import resolve
     from pytest_sftguard.engine.faults import NotApplicableError
     from pytest_sftguard.engine.faults._injected import injected
-    from pytest_sftguard.engine.targets import resolve
 
     fault = fault_named(name)
     known: dict[str, Any] = {"fault": fault.id, "source": fault.source, "injects": fault.injects}
@@ -292,7 +292,7 @@ def _mechanism(a: Attempt) -> str:
 
 def markdown(detection: Detection) -> Iterator[str]:
     """A page of Markdown, line by line: the rates, and the table of all attempts."""
-    from pytest_sftguard.engine.probe import probe, versions
+    from pytest_sftguard.engine.machine.profiles import probe, versions
 
     seen = ", ".join(f"{name} {version}" for name, version in versions().items())
     yield "# Detection"
@@ -367,7 +367,7 @@ def _run_some(
 
 def _unless_lost(function: Callable[..., Attempt], arguments: tuple[Any, ...]) -> Attempt | None:
     """One attempt; None in a process that has no device for it any more."""
-    from pytest_sftguard.engine import devices
+    from pytest_sftguard.engine.surroundings import devices
 
     return function(*arguments) if devices.answers("cuda") else None
 

@@ -14,7 +14,7 @@ from pytest_sftguard.verdicts import JudgedRun, judge
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pytest_sftguard.engine.observer import Observer
+    from pytest_sftguard.engine.recording.observer import Observer
     from pytest_sftguard.records import RunRecord
     from pytest_sftguard.settings import Settings
 
@@ -53,7 +53,7 @@ class LoopTest:
 
         `waive`, `thresholds` and `invariants` are as in the marker, the rest goes to Observer.
         """
-        from pytest_sftguard.engine.observer import Observer, observe_accelerate
+        from pytest_sftguard.engine.recording.observer import Observer, observe_accelerate
 
         if self._observer is not None:
             raise RuntimeError("one test observes one training: write a second test, or parametrize this one")

@@ -146,7 +146,7 @@ def sft_observer(request: pytest.FixtureRequest) -> Iterator[LoopTest]:
 def sft_device(request: pytest.FixtureRequest) -> HardwareProfile:
     """The device that cells are trained on in this session, unless their marker names another."""
     from pytest_sftguard import settings
-    from pytest_sftguard.engine.probe import choose_device, probe
+    from pytest_sftguard.engine.machine.profiles import choose_device, probe
 
     resolved = settings.resolve(request.config)
     kind, unavailable = choose_device("cuda" if resolved.require_gpu else resolved.device)
@@ -160,11 +160,11 @@ def simulated_hardware() -> Iterator[Callable[[HardwareProfile | str], HardwareP
     """Call it with a profile, or a known device such as "T4": until the test ends, torch answers for that device.
 
     A second call takes the place of the first. Under hypothesis, use the context manager of the same name in
-    pytest_sftguard.engine.simulate.
+    pytest_sftguard.engine.machine.simulate.
     """
     from contextlib import ExitStack
 
-    from pytest_sftguard.engine import simulate
+    from pytest_sftguard.engine.machine import simulate
 
     with ExitStack() as stack:
 

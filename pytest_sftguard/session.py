@@ -100,7 +100,8 @@ class Runs:
         key = json.dumps(asdict(config), sort_keys=True, default=repr)
         if key not in self._records:
             try:
-                from pytest_sftguard.engine import runner, targets
+                from pytest_sftguard.engine import runner
+                from pytest_sftguard.engine.building import targets
             except ImportError as error:
                 raise CannotRunError(
                     f"training needs torch, transformers, accelerate and peft, and one is missing: {error}; "

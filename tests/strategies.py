@@ -12,7 +12,7 @@ from pytest_sftguard.hardware import HardwareProfile
 from pytest_sftguard.matrix import Batch, Cell
 from pytest_sftguard.precision import MODES
 from pytest_sftguard.records import RunRecord, numbers
-from tests import canned
+from tests.support import canned
 
 Path = tuple[Any, ...]
 """The way to a place in the plain form of a record: keys and positions."""

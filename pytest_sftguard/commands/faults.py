@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
             for fault in chosen:
                 print(f"{fault.id}\n    {fault.injects}\n    {fault.source}")
             return 0
-        from pytest_sftguard.engine.targets import TargetError, resolve
+        from pytest_sftguard.engine.building.targets import TargetError, resolve
     except ImportError as error:
         raise MisuseError(f"faults needs torch, transformers, accelerate and peft: {error}") from None
     except registry.NotFoundError as error:

@@ -68,8 +68,8 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Say which micro-batches fit, by rehearsing the training without its memory."""
     try:
-        from pytest_sftguard.engine import fitting
-        from pytest_sftguard.engine.targets import TargetError, resolve
+        from pytest_sftguard.engine.building.targets import TargetError, resolve
+        from pytest_sftguard.engine.memory import fitting
     except ImportError as error:
         raise MisuseError(f"fit needs torch, transformers, accelerate and peft, and one is missing: {error}") from None
     try:
@@ -116,7 +116,7 @@ def _profile(options: argparse.Namespace) -> HardwareProfile:
         return found
     if options.memory is not None and options.device == "auto":
         return hardware.HardwareProfile(kind="cuda", name="a CUDA device")
-    from pytest_sftguard.engine.probe import choose_device, probe
+    from pytest_sftguard.engine.machine.profiles import choose_device, probe
 
     kind, unavailable = choose_device(options.device)
     if unavailable:

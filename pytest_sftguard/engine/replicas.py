@@ -1,8 +1,6 @@
 """The same training in two processes on the CPU: fresh interpreters, joined by gloo, each with half of every batch.
 
-    python -m pytest_sftguard.engine.replicas CONFIG.json FOLDER
-
-is one of them; it leaves its record, or why the target cannot be had there, in FOLDER.
+Each process runs `replica.py`, which leaves its record, or why the target cannot be built there, in a folder.
 """
 
 from __future__ import annotations
@@ -16,14 +14,11 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
-from typing import Any
 
-from pytest_sftguard.engine.fingerprints import joined_texts
-from pytest_sftguard.engine.targets import TargetError
-from pytest_sftguard.matrix import Cell, RunConfig
+from pytest_sftguard.engine.tensors.fingerprints import joined_texts
+from pytest_sftguard.matrix import RunConfig
 from pytest_sftguard.records import ErrorRecord, FirstStepRecord, RunRecord, StepRecord
 
 _PROCESSES = 2
@@ -102,7 +97,7 @@ def _train_together(folder: Path) -> ErrorRecord | None:
         "PYTHONUNBUFFERED": "1",  # what one says before it is killed is all that its error can quote
         "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
     }  # fmt: skip
-    command = [sys.executable, "-m", __name__, str(folder / "config.json"), str(folder)]
+    command = [sys.executable, "-m", "pytest_sftguard.engine.replica", str(folder / "config.json"), str(folder)]
     running: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(_PROCESSES):
@@ -167,33 +162,3 @@ def _loopback() -> str:
     """Name of the loopback interface: gloo would ask the resolver for this machine's name otherwise."""
     names = [name for _, name in socket.if_nameindex()] if hasattr(socket, "if_nameindex") else []
     return next((n for n in ("lo", "lo0") if n in names), "lo")
-
-
-def main(config: str, folder: str) -> None:
-    """Train as one of the processes."""
-    import torch
-
-    from pytest_sftguard.engine import runner
-
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    torch.set_num_threads(1)
-    data: dict[str, Any] = json.loads(Path(config).read_text(encoding="utf-8"))
-    asked = RunConfig(**(data | {"cell": Cell(**data["cell"]), "looks": tuple(data["looks"])}))
-    rank = os.environ["RANK"]
-    try:
-        runner.run(asked).write(Path(folder) / f"record-{rank}.json")
-    except TargetError as error:
-        (Path(folder) / f"refused-{rank}.txt").write_text(str(error), encoding="utf-8")
-    sys.stdout.flush()
-    os._exit(0)  # the other process may be gone already, and gloo would wait for it
-
-
-def _end_with(parent: int) -> None:
-    """Leave once the process that started this one is gone."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

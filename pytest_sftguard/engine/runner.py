@@ -12,21 +12,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_sftguard.engine import adapters, devices, finiteness, float32, generation, parsing, replicas, variants
-from pytest_sftguard.engine.bases import Bases
-from pytest_sftguard.engine.building import build
-from pytest_sftguard.engine.frames import with_room
-from pytest_sftguard.engine.garbage import set_aside
-from pytest_sftguard.engine.isolation import isolated
-from pytest_sftguard.engine.memory import Forecast, free_bytes
-from pytest_sftguard.engine.probe import choose_device, probe, versions
-from pytest_sftguard.engine.probes import Probes, Scene
-from pytest_sftguard.engine.raising import raised
-from pytest_sftguard.engine.recording import Recorder
-from pytest_sftguard.engine.redrawing import Redrawn, other_factors, redrawn
-from pytest_sftguard.engine.targets import Target, TargetError, resolve
-from pytest_sftguard.engine.threads import shared_cores
-from pytest_sftguard.engine.watching import Watch
+from pytest_sftguard.engine import replicas, variants
+from pytest_sftguard.engine.adapter import adapters
+from pytest_sftguard.engine.adapter.redrawing import Redrawn, other_factors, redrawn
+from pytest_sftguard.engine.adapter.round_trip import round_trip
+from pytest_sftguard.engine.after import finiteness, generation, parsing
+from pytest_sftguard.engine.building.bases import Bases
+from pytest_sftguard.engine.building.targets import Target, TargetError, resolve
+from pytest_sftguard.engine.building.trainers import build
+from pytest_sftguard.engine.looks import Probes, Scene
+from pytest_sftguard.engine.machine.profiles import choose_device, probe, versions
+from pytest_sftguard.engine.memory.prediction import Forecast, free_bytes
+from pytest_sftguard.engine.recording.recorder import Recorder
+from pytest_sftguard.engine.recording.watching import Watch
+from pytest_sftguard.engine.surroundings import devices, float32
+from pytest_sftguard.engine.surroundings.errors import raised
+from pytest_sftguard.engine.surroundings.frames import with_room
+from pytest_sftguard.engine.surroundings.garbage import set_aside
+from pytest_sftguard.engine.surroundings.isolation import isolated
+from pytest_sftguard.engine.surroundings.threads import shared_cores
 from pytest_sftguard.hardware import HardwareProfile
 from pytest_sftguard.matrix import RunConfig
 from pytest_sftguard.precision import PrecisionMode, mode_named
@@ -228,7 +232,7 @@ class _Cell:
         scene.fresh_trainer = fresh
         self.probes.rebuilt(scene)
         probe = finiteness.probe_batch(trainer)
-        record, reloaded = adapters.round_trip(trained, saved, fresh.model, probe, self.unused)
+        record, reloaded = round_trip(trained, saved, fresh.model, probe, self.unused)
         digest, drawn = compared.without(trained, saved)
         parts = "parts of the base are drawn under each seed, and come with the adapter's file" if compared.rows else ""
         self.seen["round_trip"] = dataclasses.replace(

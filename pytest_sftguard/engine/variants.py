@@ -17,7 +17,7 @@ from pytest_sftguard.records import StepRecord
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from pytest_sftguard.engine.recording import Recorder
+    from pytest_sftguard.engine.recording.recorder import Recorder
 
 
 class InapplicableError(Exception):

@@ -22,8 +22,8 @@ TARGET = "homework.sft:build_trainer"
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_a_step_by_the_trainer_alone(cell: Cell, benchmark: Any, tmp_path: Path) -> None:
     """What the guard's own is to be compared with."""
-    from pytest_sftguard.engine.isolation import isolated
-    from tests.benchmarks.turns import alone
+    from pytest_sftguard.engine.surroundings.isolation import isolated
+    from tools.benchmarks.turns import alone
 
     with isolated():
         times = alone(RunConfig(cell=cell, target=TARGET, device="cpu", steps=STEPS), tmp_path, warm_up=WARM_UP)

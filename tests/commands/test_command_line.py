@@ -14,7 +14,7 @@ from pytest_sftguard.__main__ import main
 from pytest_sftguard.hardware import HardwareProfile
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.reports import json_files
-from tests.targets import TINY
+from tests.targets.tiny import TINY
 
 NOT_RUN = RunRecord(
     cell="fp32-b32x1", precision="fp32", per_device_train_batch_size=32, gradient_accumulation_steps=1, max_steps=8,
@@ -30,7 +30,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from pytest_sftguard.matrix import Cell, RunConfig
 
     made = {"not run": NOT_RUN}
-    for name, target in (("passed", TINY), ("failed", "tests.targets:learning_rate_zero")):
+    for name, target in (("passed", TINY), ("failed", "tests.targets.tiny:learning_rate_zero")):
         made[name] = runner.run(RunConfig(cell=Cell("fp32", 8, 1), target=target, device="cpu"))
     folders = {}
     for name, record in made.items():
@@ -189,7 +189,7 @@ def test_fit_takes_a_known_device(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     [
         (["--device", "T5000"], "--device"),
         (["--target", "no.such:target"], "error: target 'no.such:target' does not import"),
-        (["--target", "tests.targets:no_trainer", "--memory", "1GiB"], "not a transformers.Trainer"),
+        (["--target", "tests.targets.tiny:no_trainer", "--memory", "1GiB"], "not a transformers.Trainer"),
     ],
 )
 def test_misuse_of_fit_is_told(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from pytest_sftguard.engine import runner
 from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.verdicts import JudgedRun, judge
-from tests.targets import TINY
+from tests.targets.tiny import TINY
 
 
 @pytest.fixture(autouse=True)
@@ -26,10 +26,10 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def run_cell() -> Callable[..., JudgedRun]:
-    """Runs a target (a function of tests/targets.py, or the built-in one) in one cell on the CPU, and judges it."""
+    """Runs a target (of tests/targets/tiny.py, or the built-in one) in one cell on the CPU, and judges it."""
 
     def run(target: str = TINY, precision: str = "fp32", batch: tuple[int, int] = (8, 1), **config: Any) -> JudgedRun:
-        path = target if ":" in target else f"tests.targets:{target}"
+        path = target if ":" in target else f"tests.targets.tiny:{target}"
         config = {"device": "cpu", "steps": 6} | config
         record = runner.run(RunConfig(cell=Cell(precision, *batch), target=path, **config))
         return JudgedRun(record, judge(record, load_invariants()))

@@ -15,8 +15,8 @@ import torch
 
 from pytest_sftguard import detection, tiers
 from pytest_sftguard.engine import replicas, runner
-from pytest_sftguard.engine.fingerprints import fingerprint, fingerprints, joined, joined_texts
-from pytest_sftguard.engine.layers import LayerWatch
+from pytest_sftguard.engine.recording.layers import LayerWatch
+from pytest_sftguard.engine.tensors.fingerprints import fingerprint, fingerprints, joined, joined_texts
 from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.records import RunRecord
@@ -41,7 +41,7 @@ ACROSS = {i.reference: i for i in load_invariants() if getattr(i, "reference", N
 
 def config(target: str, batch: tuple[int, int] = (4, 2), precision: str = "fp32", **changes: Any) -> RunConfig:
     """A short run of a target."""
-    path = target if ":" in target else f"tests.healthy_targets:{target}"
+    path = target if ":" in target else f"tests.targets.healthy:{target}"
     given = {"steps": 6, "device": "cpu", "questions": 0} | changes
     return RunConfig(cell=Cell(precision, *batch), target=path, **given)
 

@@ -11,7 +11,7 @@ import pytest
 
 from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.verdicts import JudgedRun, judge
-from tests import healthy_targets
+from tests.targets import healthy as healthy_targets
 
 BUILDING = ("built", "with_kernel")
 TARGETS = [
@@ -64,14 +64,14 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_healthy_variant_passes(run_cell: Callable[..., JudgedRun], target: str) -> None:
     """Adapters, architectures, data and Trainers of many kinds train soundly in float32."""
-    run = run_cell(f"tests.healthy_targets:{target}")
+    run = run_cell(f"tests.targets.healthy:{target}")
     assert run.verdict.passed, run.verdict.findings
 
 
 @pytest.mark.parametrize("target", ACCUMULATED)
 def test_a_healthy_variant_passes_with_accumulation(run_cell: Callable[..., JudgedRun], target: str) -> None:
     """Steps of several micro-batches, and of fewer at the end of an epoch, are sound."""
-    run = run_cell(f"tests.healthy_targets:{target}", batch=(2, 4), steps=8)
+    run = run_cell(f"tests.targets.healthy:{target}", batch=(2, 4), steps=8)
     assert run.verdict.passed, run.verdict.findings
 
 
@@ -92,7 +92,7 @@ def test_a_healthy_variant_passes_in_low_precision(
     run_cell: Callable[..., JudgedRun], target: str, precision: str
 ) -> None:
     """What is sound in float32 is sound, by the same invariants, in the other modes."""
-    run = run_cell(f"tests.healthy_targets:{target}", precision=precision)
+    run = run_cell(f"tests.targets.healthy:{target}", precision=precision)
     waived = ("fp32_master",) if target in HALF_TRAINABLES and precision.endswith("-true") else ()
     assert judge(run.record, load_invariants(), waived=waived).passed, run.verdict.findings
 
@@ -100,11 +100,11 @@ def test_a_healthy_variant_passes_in_low_precision(
 @pytest.mark.parametrize("arguments", ARGUMENTS)
 def test_healthy_arguments_pass(run_cell: Callable[..., JudgedRun], arguments: str) -> None:
     """Optimizers, schedules, clipping and logging of all kinds are sound."""
-    run = run_cell("tests.healthy_targets:twice_the_rank", steps=7, training_arguments=ARGUMENTS[arguments])
+    run = run_cell("tests.targets.healthy:twice_the_rank", steps=7, training_arguments=ARGUMENTS[arguments])
     assert run.verdict.passed, run.verdict.findings
 
 
 def test_a_scale_that_grows_passes(run_cell: Callable[..., JudgedRun]) -> None:
     """Sixty steps under a loss scale that doubles every twelfth, and is halved where it overflows."""
-    run = run_cell("tests.healthy_targets:scale_grows", precision="fp16-mixed", steps=60)
+    run = run_cell("tests.targets.healthy:scale_grows", precision="fp16-mixed", steps=60)
     assert run.verdict.passed, run.verdict.findings

@@ -12,11 +12,11 @@ import torch
 
 from pytest_sftguard.diagnosis import diagnose
 from pytest_sftguard.engine import runner
-from pytest_sftguard.engine.targets import TargetError
+from pytest_sftguard.engine.building.targets import TargetError
 from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.verdicts import JudgedRun, Outcome
-from tests.targets import TINY
+from tests.targets.tiny import TINY
 
 ON_A_CPU = ("fp32", "bf16-mixed", "fp16-mixed", "bf16-true", "fp16-true")
 DTYPES = {"fp32": "float32", "bf16-mixed": "bfloat16", "fp16-mixed": "float16", "bf16-true": "bfloat16"}
@@ -144,9 +144,9 @@ def test_a_run_leaves_no_trace(run_cell: Callable[..., JudgedRun]) -> None:
         ("narrow", "must take model, dtype and any \\*\\*training_arguments"),
         ("without_adapter", "wrap it with peft.get_peft_model"),
         ("ignores_batch", "was asked for per_device_train_batch_size=8, and its Trainer has 4"),
-        ("missing", "module tests.targets has no missing"),
+        ("missing", "module tests.targets.tiny has no missing"),
         ("no.such.module:build", "does not import: ModuleNotFoundError"),
-        ("tests.targets:TINY", "not a function that builds a Trainer"),
+        ("tests.targets.tiny:TINY", "not a function that builds a Trainer"),
     ],
 )
 def test_a_target_that_breaks_its_contract_is_refused(

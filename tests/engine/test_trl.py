@@ -11,7 +11,7 @@ from pytest_sftguard.verdicts import JudgedRun, Outcome
 
 pytest.importorskip("trl")
 
-TARGETS = "tests.trl_targets"
+TARGETS = "tests.targets.trl"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "fp16-mixed", "bf16-true"])

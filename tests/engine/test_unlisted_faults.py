@@ -63,7 +63,7 @@ NO_EVIDENCE = {
 @pytest.mark.parametrize("target", SEEN)
 def test_an_unlisted_fault_is_seen(run_cell: Callable[..., JudgedRun], target: str) -> None:
     """The invariant that exists for the fault fails, and names the step where it happened."""
-    run = run_cell(f"tests.faulty_targets:{target}", precision=IN_PRECISION.get(target, "fp32"))
+    run = run_cell(f"tests.targets.faulty:{target}", precision=IN_PRECISION.get(target, "fp32"))
     invariant, step = SEEN[target]
     assert run.verdict.outcome is Outcome.FAILED
     assert (invariant, step) in {(f.invariant, f.step) for f in run.verdict.failures}
@@ -71,9 +71,9 @@ def test_an_unlisted_fault_is_seen(run_cell: Callable[..., JudgedRun], target: s
 
 def test_a_kernel_that_gives_other_numbers_is_named(run_cell: Callable[..., JudgedRun]) -> None:
     """And where the same sums come in another order only, nothing fails."""
-    faulty = run_cell("tests.faulty_targets:kernel_in_half_precision")
+    faulty = run_cell("tests.targets.faulty:kernel_in_half_precision")
     assert diagnose(faulty)[0].mechanism == "kernel_computes_otherwise"
-    healthy = run_cell("tests.healthy_targets:own_kernel").record.round_trip
+    healthy = run_cell("tests.targets.healthy:own_kernel").record.round_trip
     assert healthy is not None
     assert healthy.computed_otherwise.count == 14
     assert healthy.max_logit_change
@@ -84,7 +84,7 @@ def test_a_wrapper_around_the_model_computes_nothing_otherwise(
     run_cell: Callable[..., JudgedRun], precision: str
 ) -> None:
     """Accelerate leaves one with autocast on the trained model: an ordinary training is held to an ordinary limit."""
-    trip = run_cell("tests.healthy_targets:rslora", precision=precision).record.round_trip
+    trip = run_cell("tests.targets.healthy:rslora", precision=precision).record.round_trip
     assert trip is not None
     assert not trip.computed_otherwise
 
@@ -95,7 +95,7 @@ def test_another_alpha_in_the_file_is_seen_in_the_layers(
 ) -> None:
     """However small the adapter's effect is: each layer's scaling is compared as well as the logits."""
     run = run_cell(
-        "tests.faulty_targets:another_alpha_in_the_file", training_arguments={"learning_rate": learning_rate}
+        "tests.targets.faulty:another_alpha_in_the_file", training_arguments={"learning_rate": learning_rate}
     )
     assert any("14 layers have another scaling" in f.message for f in run.verdict.failures)
     assert diagnose(run)[0].mechanism == "scaling_wrong"
@@ -104,7 +104,7 @@ def test_another_alpha_in_the_file_is_seen_in_the_layers(
 @pytest.mark.parametrize("target", NO_EVIDENCE)
 def test_a_precision_that_is_not_kept_is_no_evidence(run_cell: Callable[..., JudgedRun], target: str) -> None:
     """Layers, steps or a scaler that leave the mode make the cell one that was not evaluated."""
-    verdict = run_cell(f"tests.faulty_targets:{target}", precision=NO_EVIDENCE[target]).verdict
+    verdict = run_cell(f"tests.targets.faulty:{target}", precision=NO_EVIDENCE[target]).verdict
     assert verdict.outcome is Outcome.NOT_EVALUATED
     assert {f.invariant for f in verdict.not_evaluated if f.required} == {"precision_is_real"}
 
@@ -112,4 +112,4 @@ def test_a_precision_that_is_not_kept_is_no_evidence(run_cell: Callable[..., Jud
 @pytest.mark.xfail(reason="the base is digested before and after the run; digests on every step cost as much as a step")
 def test_a_base_that_is_put_back_is_seen(run_cell: Callable[..., JudgedRun]) -> None:
     """A base weight that is wrong in the middle of the run alone."""
-    assert not run_cell("tests.faulty_targets:base_changed_and_restored").verdict.passed
+    assert not run_cell("tests.targets.faulty:base_changed_and_restored").verdict.passed

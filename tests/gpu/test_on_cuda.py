@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from pytest_sftguard.engine.building import build
-from pytest_sftguard.engine.isolation import isolated
-from pytest_sftguard.engine.memory import predict
-from pytest_sftguard.engine.probe import probe
-from pytest_sftguard.engine.recording import Recorder
+from pytest_sftguard.engine.building.targets import resolve
+from pytest_sftguard.engine.building.trainers import build
+from pytest_sftguard.engine.machine.profiles import probe
+from pytest_sftguard.engine.memory.prediction import predict
+from pytest_sftguard.engine.recording.recorder import Recorder
+from pytest_sftguard.engine.recording.watching import Watch
 from pytest_sftguard.engine.runner import run
-from pytest_sftguard.engine.targets import resolve
-from pytest_sftguard.engine.watching import Watch
+from pytest_sftguard.engine.surroundings.isolation import isolated
 from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.precision import mode_named
 from pytest_sftguard.sizes import DEFAULT_MARGIN
-from tests.benchmarks.memory_table import measured
+from tools.benchmarks.memory_table import measured
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -36,7 +36,7 @@ import pytest
 
 pytestmark = pytest.mark.gpu_stability(precision="fp32", batch=4, steps=4, device="cuda")
 
-@pytest.mark.gpu_stability(target="tests.targets:unknown_token_id")
+@pytest.mark.gpu_stability(target="tests.targets.tiny:unknown_token_id")
 def test_loses(sft_run): ...
 
 def test_comes_after(sft_run): ...

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.plugin import stub
+from tests.support import stub
 
 ONE_CELL = """
 import pytest

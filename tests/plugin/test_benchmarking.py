@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from tests import canned
+from tests.support import canned
 
 TIMED = """
 import pytest

@@ -18,7 +18,7 @@ from pytest_sftguard.records import RunRecord
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = """
 import pytest, torch
-from tests import loops
+from tests.targets import loops
 
 def train(observe, spoil=lambda model: None, lr=1e-2, **asked):
     model = loops.model()

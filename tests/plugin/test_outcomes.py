@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from tests import canned
 from tests.plugin.conftest import ONE_CELL
-from tests.plugin.stub import TargetError
+from tests.support import canned
+from tests.support.stub import TargetError
 
 
 def test_healthy_cell_passes(pytester, engine, one_cell):

@@ -8,8 +8,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from pytest_sftguard.records import RunRecord
-from tests import canned
 from tests.plugin.conftest import ONE_CELL
+from tests.support import canned
 
 HEADING = "pytest-sftguard: stability of LoRA fine-tuning"
 

@@ -9,7 +9,7 @@ import pytest
 from pytest_sftguard.detection import Attempt, Detection, beside, markdown, reports, row
 from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.verdicts import JudgedRun, judge
-from tests import canned
+from tests.support import canned
 
 CAUGHT = Attempt(
     fault="one", expected=("raw_loss_finite", "gradients_finite"), reported=("gradients_finite", "stops"),

@@ -7,8 +7,8 @@ from hypothesis import given
 
 from pytest_sftguard.hardware import HardwareProfile
 from pytest_sftguard.precision import MODES, mode_named
-from tests import canned
 from tests.strategies import devices, precisions
+from tests.support import canned
 
 MAXWELL = HardwareProfile(kind="cuda", name="GeForce GTX 970", capability="5.2")
 ROCM = HardwareProfile(kind="rocm", name="AMD Instinct MI300X")

@@ -11,7 +11,7 @@ from pytest_sftguard.loops import judged
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.registry import NotFoundError
 from pytest_sftguard.verdicts import Outcome
-from tests import canned
+from tests.support import canned
 
 LEFT_OUT = {"round_trip": None, "schedule": None, "log": (), "looks": (), "max_grad_norm": None}
 

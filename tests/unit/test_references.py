@@ -11,8 +11,7 @@ from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.session import CellTest, Runs
 from pytest_sftguard.verdicts import Finding, Invariant
-from tests import canned
-from tests.plugin import stub
+from tests.support import canned, stub
 
 CELLS = [Cell("fp32", 8, 1), Cell("fp32", 4, 2), Cell("bf16-mixed", 8, 1), Cell("bf16-mixed", 4, 2)]
 SESSION = [RunConfig(cell=cell, target="some:target", steps=4) for cell in CELLS]

@@ -13,8 +13,8 @@ from pytest_sftguard import registry
 from pytest_sftguard.bundles import references
 from pytest_sftguard.matrix import Cell, RunConfig, expand, parse_batch
 from pytest_sftguard.tiers import LOOKS, REFERENCES, TIERS, NoReferenceError, reference_config
-from tests.canned import healthy
 from tests.strategies import cells
+from tests.support.canned import healthy
 
 MATRIX = expand(["fp32", "bf16-mixed"], [parse_batch(b) for b in (2, 4, 8)])
 SESSION = [RunConfig(cell=cell, target="some:target") for cell in MATRIX]
@@ -27,7 +27,7 @@ def config(cell: Cell, **changes: object) -> RunConfig:
 
 def test_every_look_is_a_file() -> None:
     """The looks of the tiers are the files of engine/probes, so that none is forgotten."""
-    assert sorted(LOOKS) == registry.names("pytest_sftguard.engine.probes")
+    assert sorted(LOOKS) == registry.names("pytest_sftguard.engine.looks")
 
 
 def test_tiers_grow() -> None:

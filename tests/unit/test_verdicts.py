@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.records import RecordError, RunRecord
 from pytest_sftguard.verdicts import Finding, JudgedRun, Outcome, Verdict, judge
-from tests import canned
-from tests.canned import healthy, with_step, with_steps
 from tests.strategies import cells, float_paths, gaps, healthy_records, non_finite, put, remove, spelled
-from tests.unit.cases import gathered
+from tests.support import canned
+from tests.support.canned import healthy, with_step, with_steps
+from tests.support.cases import gathered
 
 ALL = load_invariants()
 

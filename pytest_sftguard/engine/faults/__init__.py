@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pytest_sftguard.engine.targets import Target, TargetError
+from pytest_sftguard.engine.building.targets import Target, TargetError
 
 if TYPE_CHECKING:
     from transformers import Trainer

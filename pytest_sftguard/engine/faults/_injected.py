@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pytest_sftguard import registry
-from pytest_sftguard.engine.targets import Target, resolve
+from pytest_sftguard.engine.building.targets import Target, resolve
 
 PATH = f"{__name__}:build_trainer"
 """Dotted path of the target that has a fault in it."""

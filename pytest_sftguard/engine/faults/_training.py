@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from pytest_sftguard.engine.isolation import isolated
+from pytest_sftguard.engine.surroundings.isolation import isolated
 
 if TYPE_CHECKING:
     from transformers import Trainer

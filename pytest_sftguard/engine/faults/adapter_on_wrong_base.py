@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from pytest_sftguard.engine.building.targets import Target
 from pytest_sftguard.engine.faults import Fault, wrapped
-from pytest_sftguard.engine.targets import Target
 
 
 class AdapterOnWrongBase(Fault):

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterator
 from typing import ClassVar
 
+from pytest_sftguard.engine.building.targets import Target
 from pytest_sftguard.engine.faults import Fault
-from pytest_sftguard.engine.targets import Target
 
 _LAST = re.compile(r"nan|inf|[-+]?[0-9]+\.?[0-9]*", re.IGNORECASE)
 

@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pytest_sftguard.engine.building.targets import Target
 from pytest_sftguard.engine.faults import Fault, NotApplicableError
 from pytest_sftguard.engine.faults._collating import IGNORED, collating
-from pytest_sftguard.engine.targets import Target
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -10,8 +10,8 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from pytest_sftguard.engine.building.targets import Target
 from pytest_sftguard.engine.faults import Fault, wrapped
-from pytest_sftguard.engine.targets import Target
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pytest_sftguard.engine.cpu_float16 import make_real
+from pytest_sftguard.engine.building.cpu_float16 import make_real
 from pytest_sftguard.engine.faults import Fault
 from pytest_sftguard.engine.faults._training import largest_scale
 

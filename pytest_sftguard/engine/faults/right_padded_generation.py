@@ -7,8 +7,8 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pytest_sftguard.engine.building.targets import Target
 from pytest_sftguard.engine.faults import Fault, wrapped
-from pytest_sftguard.engine.targets import Target
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -1,0 +1,373 @@
+"""Rows alone and in company: what the model says of a token must depend on nothing but the tokens before it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from pytest_sftguard.engine.adapter.adapters import eager
+from pytest_sftguard.engine.after import forwards
+from pytest_sftguard.engine.looks import InapplicableError, Probe, Scene
+from pytest_sftguard.records import ComparisonRecord, ContextRecord, Names
+
+_MICRO_BATCHES = 2
+_ROWS = 4
+"""Of each micro-batch: every row costs a forward pass of its own, under each attention."""
+_LEAST_WIDTH = 16
+"""Below 16 tokens sdpa on a CPU hides NaN (pytorch#141128)."""
+_OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict", "fused_lm_head")
+"""Arguments that are left out: they choose what is computed of the logits, or in which form it comes; the last one is
+TRL's, for a loss without them."""
+_SCORES = 1 << 28
+"""Scores that are kept of the rows alone, 1 GB in float32: rows beyond are not compared, but for the first."""
+_LENGTH_DEPENDENT = ("dynamic", "longrope")
+
+
+class Context(Probe):
+    """Gives rows of the training to the trained model as they were, alone, and padded on either side."""
+
+    needs = "trained"
+
+    def __init__(self) -> None:
+        self._given: list[dict[str, Any]] = []
+        self._hooks: list[Any] = []
+
+    def attach(self, scene: Scene) -> None:
+        """Remember what the model is given in training: the Trainer may leave out or change what was collated."""
+        assert scene.trainer is not None
+
+        def remember(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            if module.training and len(self._given) < _MICRO_BATCHES and torch.is_grad_enabled():
+                self._given.append(_as_given(module, args, kwargs))
+                if len(self._given) == _MICRO_BATCHES:
+                    self._detach()
+
+        if not scene.trainer.args.torch_compile:  # a hook would be compiled too
+            self._hooks.append(scene.trainer.model.register_forward_pre_hook(remember, with_kwargs=True))
+
+    def conclude(self, scene: Scene) -> dict[str, Any]:
+        """Compare, and look at the buffers of rotary frequencies and at masks."""
+        self._detach()
+        assert scene.trainer is not None
+        trained: Any = scene.trained_model
+        if not self._given and scene.watch is not None:  # a compiled model, or one that is called past its hooks
+            batches = scene.watch.batches[:_MICRO_BATCHES]
+            accepted = forwards.accepts(trained)
+            self._given = [_as_given(trained, (), {k: v for k, v in b.items() if k in accepted}) for b in batches]
+        low, count, error = _rotary(trained)
+        masks = [m for given in self._given for m in given.values() if isinstance(m, Tensor) and m.ndim == 4]
+        record = ContextRecord(
+            arithmetic="", asked=0, rotary=count, low_rotary=low, rotary_error=error, masks=len(masks),
+            blind_queries=sum(map(_blind, masks)), left_out=_incomparable(trained, self._given),
+        )  # fmt: skip
+        if record.left_out:
+            if not count:
+                raise InapplicableError(record.left_out)
+            return {"context": record}
+        with forwards.evaluating(trained):
+            record = dataclasses.replace(record, overflowed=self._overflowed(trained, scene))
+        flash = "flash" in forwards.attention_of(trained)  # has no float32
+        autocast: Any = scene.trainer.accelerator.autocast if flash else contextlib.nullcontext
+        model, arithmetic = forwards.widened(trained, scene.mode)
+        if flash:
+            arithmetic = scene.mode.compute_dtype
+        record = dataclasses.replace(record, arithmetic=arithmetic)
+        if arithmetic in ("bfloat16", "float16") and forwards.has_experts(model):
+            return {"context": dataclasses.replace(record, left_out="experts are chosen otherwise by a rounding")}
+        separators = _separators(model, scene.trainer)
+        comparisons: list[ComparisonRecord] = []
+        with forwards.evaluating(model), autocast():
+            for given in self._given:
+                comparisons += _Company(model, given, separators).compare()
+        return {"context": dataclasses.replace(record, asked=len(comparisons), comparisons=tuple(comparisons))}
+
+    def _overflowed(self, model: Any, scene: Scene) -> int:
+        assert scene.trainer is not None
+        bad = 0
+        with scene.trainer.accelerator.autocast():
+            for given in self._given:
+                company = _Company(model, given, set())
+                logits = company.forward(**given)
+                bad += sum(int(forwards.nonfinite(logits[s.row, s.places]).sum()) for s in company.segments)
+        return bad
+
+    def _detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+
+def _as_given(model: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward pass without its labels, and with the cache that it would have used spelled out."""
+    given = {k: v for k, v in kwargs.items() if k not in _OF_THE_LOSS}
+    if args and isinstance(args[0], Tensor):
+        given.setdefault("input_ids", args[0])
+    if "use_cache" in forwards.accepts(model) and "use_cache" not in given:
+        # a cache keeps transformers from telling packs by their positions; checkpointing does without one
+        without = forwards.checkpointing(model)
+        given["use_cache"] = not without and bool(getattr(forwards.inner(model).config, "use_cache", False))
+    return given
+
+
+def _incomparable(model: Any, given: list[dict[str, Any]]) -> str:
+    """Why the rows of this model have nothing to be compared with; empty where they have."""
+    config = getattr(forwards.inner(model), "config", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if not given:
+        return "no forward pass of the model was seen in training"
+    if not all(isinstance(g.get("input_ids"), Tensor) and g["input_ids"].ndim == 2 for g in given):
+        return "the model is given something else than rows of input_ids"
+    kind = type(forwards.inner(model))
+    generates = hasattr(kind, "prepare_inputs_for_generation") and "MaskedLM" not in kind.__name__
+    if not generates or getattr(config, "is_encoder_decoder", False):
+        return "the model is no causal language model: its outputs are not one for each token, from those before it"
+    if rope.get("rope_type") in _LENGTH_DEPENDENT:
+        return f"rotary frequencies of the type {rope['rope_type']} follow the length of the batch by design"
+    if any("capacity" in name for name in vars(config)):
+        return "experts of limited capacity leave out tokens by what else is in the batch, by design"
+    if any(g["position_ids"].ndim != 2 for g in given if isinstance(g.get("position_ids"), Tensor)):
+        return "positions of several dimensions are not known to restart"
+    return ""
+
+
+def _separators(model: Any, trainer: Any) -> set[int]:
+    """Ids that begin a row and nothing else, so that one in the middle of a row tells of a pack.
+
+    A chat template that writes one at every turn makes rows of several turns, and no packs.
+    """
+    config = forwards.inner(model).config
+    bos = getattr(config, "bos_token_id", None)
+    tokenizer = getattr(trainer, "processing_class", None)
+    bos = getattr(tokenizer, "bos_token_id", bos) if tokenizer is not None else bos
+    ends = [getattr(config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
+    ends += [getattr(config, "pad_token_id", None), getattr(tokenizer, "pad_token_id", None)]
+    flat = {e for end in ends for e in (end if isinstance(end, (list, tuple)) else [end])}
+    if not isinstance(bos, int) or bos in flat or _of_every_turn(tokenizer, bos):
+        return set()
+    return {bos}
+
+
+def _of_every_turn(tokenizer: Any, bos: int) -> bool:
+    if not getattr(tokenizer, "chat_template", None):
+        return False
+    turns = [{"role": r, "content": "a"} for r in ("user", "assistant", "user", "assistant")]
+    try:
+        ids = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+    except Exception:  # a template may refuse anything
+        return True
+    return list(ids).count(bos) > 1
+
+
+@dataclass
+class _Segment:
+    """Tokens of one row that belong together."""
+
+    row: int
+    places: Tensor
+    packed: bool
+
+
+class _Company:
+    """One micro-batch as it was given, and its rows apart."""
+
+    def __init__(self, model: Any, given: dict[str, Any], separators: set[int]) -> None:
+        self.model, self.given = model, given
+        self.ids: Tensor = given["input_ids"]
+        self.accepts = forwards.accepts(model)
+        self.mask = given.get("attention_mask")
+        self.positions = given.get("position_ids")
+        if self.positions is not None and len(self.positions) != len(self.ids):
+            self.positions = self.positions.expand(len(self.ids), -1)
+        self.pad = _padding(model)
+        self.segments = [s for row in range(min(_ROWS, len(self.ids))) for s in self._segments(row, separators)]
+        self.segments = _affordable(self.segments[: 2 * _ROWS], model)
+        self.reference: list[Tensor] = []
+
+    def compare(self) -> Iterator[ComparisonRecord]:
+        """As trained on, and padded on either side, under the model's own attention and under eager."""
+        with torch.no_grad():
+            self.reference = [self._alone(s) for s in self.segments]
+            own = forwards.attention_of(self.model)
+            yield from self._settings(own)
+            if own and own != "eager":
+                with eager(self.model):
+                    if forwards.attention_of(self.model) == "eager":
+                        yield self._compared("alone", "eager", [self._alone(s) for s in self.segments])
+                        yield from self._settings("eager")
+
+    def _settings(self, attention: str) -> Iterator[ComparisonRecord]:
+        logits = self.forward(**self.given)
+        rows = [logits[s.row, s.places] for s in self.segments]
+        yield self._compared("as trained on", attention, rows)
+        del logits
+        if "attention_mask" in self.accepts and not self._exotic:
+            for side in ("left", "right"):
+                yield self._compared(f"padded {side}", attention, self._padded(side))
+
+    @property
+    def _exotic(self) -> bool:
+        """Whether rows cannot be taken out of the batch, as what is said of them there is not told by row."""
+        return isinstance(self.mask, Tensor) and self.mask.ndim != 2
+
+    def _compared(self, setting: str, attention: str, rows: list[Tensor]) -> ComparisonRecord:
+        bad, largest, where = 0, 0.0, ""
+        for segment, row, alone in zip(self.segments, rows, self.reference, strict=True):
+            bad += int((forwards.nonfinite(row) | forwards.nonfinite(alone)).sum())
+            far, at = forwards.distance(row, alone).max(0)
+            if not far.item() <= largest:
+                largest, where = far.item(), f"row {segment.row}, token {segment.places[at].item()}"
+        return ComparisonRecord(
+            setting=setting, attention=attention, rows=len(rows), packed=sum(s.packed for s in self.segments),
+            nonfinite=bad, max_change=largest, where=where,
+        )  # fmt: skip
+
+    def _alone(self, segment: _Segment) -> Tensor:
+        places = segment.places
+        if self._exotic:  # its own mask says what belongs together
+            row = slice(segment.row, segment.row + 1)
+            cut = {k: v[row] if _by_row(v, self.ids) else v for k, v in self.given.items()}
+            return self.forward(**cut)[0, places]
+        more = {k: v[segment.row, places][None] for k, v in self._told_by_token()}
+        return self.forward(input_ids=self.ids[segment.row, places][None], **more, **self._switches())[0]
+
+    def _padded(self, side: str) -> list[Tensor]:
+        """The segments in one batch, padded on `side`, with at least three tokens of padding to each."""
+        width = max(_LEAST_WIDTH, max(len(s.places) for s in self.segments) + 3)
+        count = len(self.segments)
+        ids = self.ids.new_full((count, width), self.pad)
+        mask = torch.zeros_like(ids)
+        spans = []
+        for i, s in enumerate(self.segments):
+            begin = width - len(s.places) if side == "left" else 0
+            spans.append(slice(begin, begin + len(s.places)))
+            ids[i, spans[-1]] = self.ids[s.row, s.places]
+            mask[i, spans[-1]] = 1
+        more: dict[str, Tensor] = {}
+        for key, value in self._told_by_token():
+            more[key] = value.new_zeros((count, width))
+            for i, s in enumerate(self.segments):
+                more[key][i, spans[i]] = value[s.row, s.places]
+        if "position_ids" in self.accepts and "position_ids" not in more:
+            more["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
+        logits = self.forward(input_ids=ids, attention_mask=mask, **more, **self._switches())
+        return [logits[i, span] for i, span in enumerate(spans)]
+
+    def _told_by_token(self) -> list[tuple[str, Tensor]]:
+        """What was given beside the ids for each token, such as positions, or the kinds of tokens."""
+        named = [(k, v) for k, v in self.given.items() if k not in ("input_ids", "attention_mask")]
+        found = [(k, v) for k, v in named if isinstance(v, Tensor) and v.shape == self.ids.shape]
+        if self.positions is not None and "position_ids" not in dict(found):
+            found.append(("position_ids", self.positions))
+        return found
+
+    def _switches(self) -> dict[str, Any]:
+        return {k: v for k, v in self.given.items() if isinstance(v, bool)}
+
+    def forward(self, **given: Any) -> Tensor:
+        """The logits of every token."""
+        logits: Tensor = self.model(**given).logits
+        return logits
+
+    def _segments(self, row: int, separators: set[int]) -> Iterator[_Segment]:
+        places = self._attended(row)
+        if not len(places):
+            return
+        starts = [] if self._exotic else self._starts(row, places, separators)
+        bounds = [0, *starts, len(places)]
+        for begin, end in itertools.pairwise(bounds):
+            yield _Segment(row, places[begin:end], packed=bool(starts))
+
+    def _attended(self, row: int) -> Tensor:
+        """The places of a row that hold tokens, and no padding."""
+        ids = self.ids[row]
+        if isinstance(self.mask, Tensor) and self.mask.ndim == 2 and self.mask.shape == self.ids.shape:
+            return self.mask[row].nonzero()[:, 0]
+        if self.pad in _ends(self.model):
+            return torch.arange(len(ids), device=ids.device)
+        held = (ids != self.pad).nonzero()[:, 0]
+        return torch.arange(int(held[0]), int(held[-1]) + 1, device=ids.device) if len(held) else held
+
+    def _starts(self, row: int, places: Tensor, separators: set[int]) -> list[int]:
+        """Where, among `places`, another sequence begins: positions start again, or the mask counts, or by BOS."""
+        ids, count = self.ids[row, places].tolist(), len(places)
+        if self.positions is not None:
+            at = self.positions[row, places]
+            restarts = ((at[1:] - at[:-1]) != 1).nonzero()[:, 0] + 1
+            if len(restarts):
+                # one position for all, or positions that jump, are no packs
+                return [int(i) for i in restarts] if bool((at[restarts] == at[0]).all()) else []
+        if isinstance(self.mask, Tensor) and self.mask.ndim == 2 and int(self.mask[row].max()) > 1:
+            held = self.mask[row, places]
+            return [int(i) + 1 for i in (held[1:] != held[:-1]).nonzero()[:, 0]]
+        return [i for i in range(2, count - 1) if ids[i] in separators and ids[i - 1] not in separators]
+
+
+def _affordable(segments: list[_Segment], model: Any) -> list[_Segment]:
+    room = _SCORES // max(1, int(getattr(forwards.inner(model).config, "vocab_size", 0) or 1))
+    ends = itertools.accumulate(len(s.places) for s in segments)
+    return [s for i, (s, end) in enumerate(zip(segments, ends, strict=True)) if i == 0 or end <= room]
+
+
+def _by_row(value: Any, ids: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(ids)
+
+
+def _padding(model: Any) -> int:
+    pad = getattr(forwards.inner(model).config, "pad_token_id", None)
+    return pad if isinstance(pad, int) and pad >= 0 else 0
+
+
+def _ends(model: Any) -> set[Any]:
+    """Ids with which padding must not be mixed up: of the ends and the beginning; everything where none is known."""
+    config = forwards.inner(model).config
+    pad = getattr(config, "pad_token_id", None)
+    end = getattr(config, "eos_token_id", None)
+    known = {*(end if isinstance(end, (list, tuple)) else [end]), getattr(config, "bos_token_id", None)}
+    return known | ({_padding(model)} if pad is None else set())
+
+
+def _blind(mask: Tensor) -> int:
+    """How many rows of a mask of shape (rows, heads, queries, keys) let a query see no key."""
+    seen = mask if mask.dtype == torch.bool else ~torch.isneginf(mask) if mask.is_floating_point() else mask != 0
+    return int((~seen.any(-1)).sum())
+
+
+def _rotary(model: nn.Module) -> tuple[Names, int, float]:
+    """Buffers of rotary frequencies that are in half precision, how many there are, and the largest relative error."""
+    low, count, error = [], 0, 0.0
+    for name, module in model.named_modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            if not key.endswith("inv_freq"):
+                continue
+            count += 1
+            if buffer.is_floating_point() and buffer.element_size() < 4:
+                low.append(f"{name}.{key}" if name else key)
+            elif key == "inv_freq":
+                error = max(error, _error(module, buffer))
+    return Names.of(low), count, error
+
+
+def _error(module: Any, buffer: Tensor) -> float:
+    """Relative distance of frequencies from those that the architecture computes; 0 where that is not known."""
+    config, kind = getattr(module, "config", None), getattr(module, "rope_type", None)
+    compute = ROPE_INIT_FUNCTIONS.get(str(kind), getattr(module, "compute_default_rope_parameters", None))
+    if config is None or compute is None or kind in _LENGTH_DEPENDENT:
+        return 0.0
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers 5.17 takes the device, and warns of it
+            wanted = compute(config, device=buffer.device)[0].to(buffer)
+    except Exception:  # an architecture of another make
+        return 0.0
+    if wanted.shape != buffer.shape:
+        return 0.0
+    return float(((buffer - wanted).abs() / wanted.abs().clamp_min(1e-30)).max())

@@ -1,0 +1,157 @@
+"""A closer look at the forward passes of the first step: do they draw random numbers, and what does the loss average.
+
+In the first step every run of a target still has the same weights, so that it is there that runs can be compared
+exactly; what is seen here says whether they can. Nothing is drawn, changed or kept on the graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pytest_sftguard.engine.adapter.adapters import lora_layers
+from pytest_sftguard.records import FirstStepRecord
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+_TOKENS = 256
+"""Rows of logits that are widened at a time: 150 MB for a vocabulary of 150,000."""
+
+
+class FirstStep:
+    """Looks on while the loss of the first step's micro-batches is computed."""
+
+    def __init__(self, trainer: Trainer, model: nn.Module) -> None:
+        self._model = model
+        self._shifts = _shifts(model)
+        self._smoothing = float(getattr(trainer.args, "label_smoothing_factor", 0.0) or 0.0)
+        self._random = ""
+        self._counts: list[Tensor] = []
+        self._sums: list[tuple[Tensor, Tensor]] = []
+        self._labels: list[Tensor] = []
+        self._complete = True
+        self._begun = False
+
+    @contextlib.contextmanager
+    def watching(self, inputs: Any) -> Iterator[None]:
+        """Look on while the loss of `inputs` is computed."""
+        labels = inputs.get("labels") if hasattr(inputs, "get") and "shift_labels" not in inputs else None  # before pop
+        outputs: list[Any] = []
+        hooks = [self._model.register_forward_hook(lambda module, args, output: outputs.append(output))]
+        hooks += self._watch_random() if not self._begun else []
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not self._begun:
+            self._note("model")
+        self._begun = True
+        logits = _logits(outputs[0]) if len(outputs) == 1 else None
+        self._average(logits, labels)
+
+    def record(self) -> FirstStepRecord | None:
+        """What was seen; None if there was no step."""
+        if not self._begun:
+            return None
+        known = self._complete and bool(self._sums)
+        tokens: tuple[int, ...] = tuple(int(c) for c in self._counts) if known else ()
+        total: int = sum(tokens)
+        sums = [float(s) for s, _ in self._sums] if known else []
+        return FirstStepRecord(
+            random=self._random,
+            micro_tokens=tokens,
+            labels=sum(int(n) for _, n in self._sums) if known else None,
+            micro_token_losses=tuple(s / n if n else 0.0 for s, n in zip(sums, tokens, strict=True)),
+            token_loss=sum(sums) / total if total else None,
+            label_entropy=self._entropy() if total else None,
+        )
+
+    def _watch_random(self) -> list[Any]:
+        self._state = _random_state(self._model)
+        dropouts = [
+            m
+            for layer in lora_layers(self._model).values()
+            for m in getattr(layer, "lora_dropout", nn.ModuleDict()).modules()
+            if isinstance(m, nn.Dropout)
+        ]
+        hooks: list[Any] = [d.register_forward_pre_hook(lambda *a: self._note("model")) for d in dropouts]
+        return hooks + [d.register_forward_hook(lambda *a: self._note("adapter")) for d in dropouts]
+
+    def _note(self, where: str) -> None:
+        """The generators are looked at: what was drawn since the last time was drawn at `where`."""
+        if self._random == "model":
+            return
+        now = _random_state(self._model)
+        if now != self._state:
+            self._random, self._state = where, now
+
+    def _average(self, logits: Tensor | None, labels: Any) -> None:
+        known = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
+        rows = self._rows(logits.detach(), labels.to(logits.device)) if known and logits is not None else None
+        if rows is None:
+            self._complete = False
+            return
+        total = torch.zeros((), dtype=torch.float64, device=labels.device)
+        for row, marks in rows:
+            with torch.no_grad(), torch.autocast(row.device.type, enabled=False):
+                counted = (marks >= 0) & (marks < row.shape[-1])
+                self._complete &= bool((counted == (marks != -100)).all())
+                self._labels.append(marks[counted])
+                for part, wanted in zip(*(torch.split(t[counted], _TOKENS) for t in (row, marks)), strict=True):
+                    total += self._cross_entropy(part.float(), wanted).to(total.device)
+        self._counts.append((labels[:, 1:] != -100 if self._shifts else labels != -100).sum())
+        self._sums.append((total, (labels != -100).sum()))
+
+    def _rows(self, logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+        """Logits, shape (tokens, words), with the label that each of them is to predict; None where they do not fit."""
+        if logits.shape[:-1] == labels.shape:
+            pairs = list(zip(logits, labels, strict=True))
+            return [(row[:-1], marks[1:]) for row, marks in pairs] if self._shifts else pairs
+        wanted = labels[:, 1:] if self._shifts else labels
+        there = wanted[wanted != -100]
+        if logits.shape[:-1].numel() == len(there):  # computed where a label is, and nowhere else
+            return [(logits.flatten(0, -2), there)]
+        return None
+
+    def _cross_entropy(self, logits: Tensor, wanted: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits, wanted, reduction="sum", label_smoothing=self._smoothing).double()
+
+    def _entropy(self) -> float:
+        counts = torch.unique(torch.cat(self._labels), return_counts=True)[1].double()
+        shares = counts / counts.sum()
+        return float(-(shares * shares.log()).sum()) + 0.0
+
+
+def _shifts(model: Any) -> bool:
+    """Whether the model's loss predicts the following token; asked of its own function, as the Trainer may be wrong."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = getattr(inner, "loss_function", None) is ForCausalLMLoss
+    return causal and not getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
+
+
+def _logits(output: Any) -> Tensor | None:
+    logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
+    return logits if isinstance(logits, Tensor) and logits.dim() == 3 else None
+
+
+def _random_state(model: nn.Module) -> tuple[Any, ...]:
+    device = next(model.parameters()).device
+    states: list[Any] = [torch.get_rng_state().numpy().tobytes(), random.getstate()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device).numpy().tobytes())
+    try:
+        from numpy import random as numpy_random
+    except ImportError:
+        return tuple(states)
+    state: Any = numpy_random.get_state()
+    kind, keys, *rest = state
+    return (*states, kind, keys.tobytes(), *rest)

@@ -1,0 +1,190 @@
+"""Watching a Trainer: tells a Recorder what happens, from inside the training loop.
+
+Some methods of the one Trainer at hand are wrapped, none is replaced: `compute_loss` (the raw loss, before
+`logging_nan_inf_filter`), `training_step` (what the loop adds up), `accelerator.backward` (the last one of a step
+leaves complete, unclipped gradients, before a callback or clipping can touch them) and `optimizer.step`. Where a
+subclass does its own backward, gradients are looked at before clipping, or else before the optimizer's step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from pytest_sftguard.engine.recording import scales
+from pytest_sftguard.engine.recording.first_step import FirstStep
+from pytest_sftguard.engine.recording.layers import LayerWatch
+from pytest_sftguard.engine.recording.recorder import Recorder
+from pytest_sftguard.engine.recording.schedules import Schedule
+from pytest_sftguard.engine.surroundings import devices
+from pytest_sftguard.records import LogRecord
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+_BATCHES_KEPT = 32
+"""Micro-batches that are remembered for the looks after the training; a few hundred rows of integers."""
+STEP = "sftguard_step"
+"""Key of a remembered micro-batch that holds the number of its optimizer step."""
+
+
+class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its callbacks as Any
+    """Attaches a Recorder to `trainer`; `progress` is told the number of each step that is done."""
+
+    def __init__(self, trainer: Trainer, recorder: Recorder, progress: Callable[[int], None] | None = None) -> None:
+        self.trainer, self.recorder, self.progress = trainer, recorder, progress
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.schedule: Schedule | None = None
+        self._watched: Any = None
+        self._in_training_step = False
+        self.batches: list[dict[str, Any]] = []
+        self._copies: list[dict[str, Any]] = []
+        self.first_step = FirstStep(trainer, recorder.model)
+        trainer.compute_loss = self._compute_loss(trainer.compute_loss)
+        trainer.training_step = self._training_step(trainer.training_step)
+        trainer.accelerator.backward = self._backward(trainer.accelerator.backward)
+        trainer.accelerator.clip_grad_norm_ = self._before(trainer.accelerator.clip_grad_norm_)
+        trainer.add_callback(self)
+        self.micro_batches_per_epoch: int | None = None
+        self.layers = LayerWatch(recorder)
+        self.layers.looking = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The optimizer is there now, and wrapped by accelerate."""
+        self.micro_batches_per_epoch = _length(kwargs.get("train_dataloader"))
+        prepared = self.trainer.optimizer
+        self.optimizer = getattr(prepared, "optimizer", prepared)
+        if prepared is not self._watched:  # a retry after out-of-memory begins the training again
+            self._watched = prepared
+            self.schedule = Schedule(kwargs.get("lr_scheduler"))
+            prepared.step = self._optimizer_step(self._before(prepared.step))
+
+    def detach(self) -> None:
+        """Take the hooks off the model; the Trainer at hand stays wrapped."""
+        self.layers.detach()
+
+    def settle(self) -> None:
+        """The training is over, and the device answers: from now on the copies on the host need it no more."""
+        self._copies = devices.settled(self._copies)
+
+    def give_up_device(self) -> None:
+        """Go by the copies on the host from now on."""
+        self.batches = devices.rescued(self._copies)
+
+    def log(self) -> tuple[LogRecord, ...]:
+        """What the Trainer logged, line by line, without its summary."""
+        return tuple(
+            LogRecord(step=line["step"], **{k: _float(line.get(k)) for k in ("loss", "grad_norm", "learning_rate")})
+            for line in self.trainer.state.log_history
+            if "loss" in line
+        )
+
+    def _compute_loss(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def wrapped(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self._in_training_step:  # an evaluation
+                return original(model, inputs, *args, **kwargs)
+            self._keep(inputs)
+            self.layers.looking = True
+            look = contextlib.nullcontext() if self.recorder.taken else self.first_step.watching(inputs)
+            try:
+                with look:
+                    result = original(model, inputs, *args, **kwargs)
+            finally:
+                self.layers.looking = False
+            loss = result[0] if isinstance(result, tuple) else result
+            self.recorder.micro_batch(loss)
+            return result
+
+        return wrapped
+
+    def _keep(self, inputs: Any) -> None:
+        """Remember what the model is given, and the first micro-batches whole: the tensors themselves.
+
+        Of what lies on a CUDA device there are copies on the host besides, in case it is lost to an index that they
+        hold.
+        """
+        self.recorder.collated(inputs if hasattr(inputs, "get") else {})
+        if len(self.batches) < _BATCHES_KEPT and hasattr(inputs, "items"):
+            self.batches.append({**inputs, STEP: self.recorder.taken + 1})
+            self._copies.append(devices.copied(self.batches[-1]))
+
+    def _training_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self.layers.begin_micro_batch(first=self.recorder.begin_micro_batch())
+            self._in_training_step = True
+            try:
+                returned = original(*args, **kwargs)
+            finally:
+                self._in_training_step = False
+            self.recorder.micro_batch_done(returned)
+            return returned
+
+        return wrapped
+
+    def _backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if self.trainer.accelerator.sync_gradients:
+                self.recorder.before_step(self._loss_scale())
+            return result
+
+        return wrapped
+
+    def _before(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Look at the gradients before `original`, unless they were seen when they were complete."""
+
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if not self.recorder.gradients_seen:
+                self.recorder.before_step(self._loss_scale())
+            return original(*args, **kwargs)
+
+        return wrapped
+
+    def _optimizer_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            optimizer = self.optimizer
+            assert optimizer is not None  # set in on_train_begin, where this wrapper is put in place
+            groups = optimizer.param_groups
+            rate = float(groups[0]["lr"]) if groups else None
+            self.recorder.at_optimizer(self._loss_scale() if self._still_scaled() else None)
+            result = original(*args, **kwargs)
+            self.recorder.after_step(optimizer, rate, self._loss_scale())
+            if self.progress is not None:
+                self.progress(self.recorder.taken)
+            return result
+
+        return wrapped
+
+    @property
+    def scaler(self) -> Any:
+        """The loss scaler, where there is one and it is switched on: one that is off scales by 1 and skips nothing."""
+        scaler = self.trainer.accelerator.scaler
+        return scaler if scaler is not None and scaler.is_enabled() else None
+
+    def _loss_scale(self) -> torch.Tensor | None:
+        return scales.current(self.scaler)
+
+    def _still_scaled(self) -> bool:
+        return scales.still_on(self.scaler, self.optimizer)
+
+
+def _length(dataloader: Any) -> int | None:
+    try:
+        return len(dataloader)
+    except TypeError:  # a stream has none
+        return None
+
+
+def _float(value: Any) -> float | None:
+    return None if value is None else float(value)

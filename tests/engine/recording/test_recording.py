@@ -1,0 +1,98 @@
+"""What a Recorder costs: it never waits for the device but once a step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pytest_sftguard.engine.recording.recorder import Recorder
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that make the host wait for a device: reading one number, and copying to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_no_single_number() -> None:
+    """Losses, scales, gradients, updates and moments go to the host in one transfer, none of them by itself."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    recorder, scale = Recorder(model), torch.tensor(1024.0)
+    for _ in range(2):
+        recorder.begin_micro_batch()
+        loss = model(torch.ones(3, 4)).square().mean()
+        (loss * scale).backward()
+        with Waits() as waits:
+            recorder.collated({"labels": torch.ones(3, 5)})
+            recorder.micro_batch(loss)
+            recorder.micro_batch_done(loss)
+            recorder.before_step(scale)
+        optimizer.step()
+        with waits:
+            recorder.after_step(optimizer, 1e-3, scale)
+        assert waits.seen == []
+
+
+def test_gradients_are_recorded_without_their_scale() -> None:
+    """The norm is that of the unscaled gradient; the scale is kept beside it, as it was."""
+    model, scale = nn.Linear(2, 1, bias=False), torch.tensor(8.0)
+    recorder = Recorder(model)
+    (model(torch.tensor([[3.0, 4.0]])).sum() * scale).backward()
+    recorder.before_step(scale)
+    scale.mul_(0.5)
+    recorder.after_step(torch.optim.SGD(model.parameters(), lr=0.0), 0.0, scale)
+    [step] = recorder.finished()
+    assert (step.grad_norm, step.loss_scale, step.loss_scale_after) == (5.0, 8.0, 4.0)
+    assert step.effect == "skipped_by_scaler"
+
+
+def trained(*, asked: bool) -> tuple[Recorder, list[int]]:
+    """Seventy steps with two learning rates that fall, an infinite moment in one and NaN in the last."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    groups = [{"params": model[0].parameters(), "lr": 1e-2}, {"params": model[1].parameters(), "weight_decay": 0.1}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    recorder, seen = Recorder(model), []
+    for step in range(1, 71):
+        recorder.begin_micro_batch()
+        loss = model(torch.randn(3, 4)).square().mean() * (math.nan if step == 70 else 1.0)
+        optimizer.zero_grad()
+        loss.backward()
+        recorder.micro_batch(loss)
+        recorder.micro_batch_done(loss)
+        recorder.before_step()
+        recorder.at_optimizer()
+        optimizer.step()
+        if step == 60:
+            optimizer.state[model[0].weight]["exp_avg_sq"][0, 0] = math.inf
+        recorder.after_step(optimizer, optimizer.param_groups[0]["lr"])
+        if step == 60:
+            optimizer.state[model[0].weight]["exp_avg_sq"][0, 0] = 1.0
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.9
+        seen.append(len(recorder.steps) if asked else recorder.taken)
+    return recorder, seen
+
+
+def test_records_are_the_same_whenever_they_are_made() -> None:
+    """A step leaves all that its record needs: one by one, and dozens together when the training is over."""
+    (one_by_one, counted), (together, taken) = trained(asked=True), trained(asked=False)
+    assert counted == taken == list(range(1, 71))
+    alone, later = ([dataclasses.replace(s, seconds=None) for s in r.finished()] for r in (one_by_one, together))
+    assert repr(alone) == repr(later)
+    assert later[59].nonfinite_moments.first == ("0.weight:exp_avg_sq",)
+    assert [s.step for s in later if s.nonfinite_weights] == [70]
+    assert all(0.5 < (s.max_update_ratio or 0) < 10 for s in later[:5])

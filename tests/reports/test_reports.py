@@ -1,0 +1,259 @@
+"""The reports: text that says what, where, by how much, on what and what next; scalars; files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_sftguard.invariants import load_invariants
+from pytest_sftguard.matrix import Cell
+from pytest_sftguard.records import ErrorRecord, RunRecord
+from pytest_sftguard.reports import failure, json_files, junit, terminal
+from pytest_sftguard.session import failure_text, pack, unpack
+from pytest_sftguard.verdicts import JudgedRun, judge
+from tests.strategies import healthy_records, non_finite
+from tests.support import canned
+from tests.support.canned import healthy, with_step, with_steps
+
+ALL = load_invariants()
+NAN = math.nan
+RERUN = 'pytest "tests/test_gpu.py::test_it[fp32-b2x1]" --sftguard-steps=4'
+BAD = with_step(healthy(model="some/folder", log=False), 3, loss=NAN, micro_losses=(NAN,))
+UNSEEN = dataclasses.replace(healthy(not_run="no"), steps=(), log=(), seconds=None)
+
+
+def judged(record):
+    return JudgedRun(record, judge(record, ALL))
+
+
+def flat(text):
+    """The text without its line breaks, which depend on the width."""
+    return re.sub(r"\s+", " ", text)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "fp32-b2x1 FAILED: raw_loss_finite, evidence_complete",
+        "device Some CPU (1 thread), torch 2.13.0",
+        "target some.module:build_trainer with model some/folder",
+        "step 3 raw_loss_finite: loss is not finite at 1 of 4 steps (first: step 3, micro-batch 1)",
+        "[observed nan, allowed finite]",
+        f"rerun {RERUN}",
+    ],
+    ids=["what", "device", "target", "where", "how-much", "rerun"],
+)
+def test_failure_says(said):
+    """The text of a failed cell says what, where, by how much, on what, and what to run next."""
+    assert said in flat(failure.text(judged(BAD), RERUN))
+
+
+@pytest.mark.parametrize("label", ["cause", "evidence", "cure"])
+def test_failure_says_why(label):
+    """Where a mechanism is likely, the text names it, its evidence and its cure."""
+    text = failure.text(judged(with_step(healthy(), 2, supervised_tokens=0)), RERUN)
+    assert re.search(rf"^  {label} +\S", text, re.MULTILINE)
+
+
+def test_failure_findings_are_in_the_order_of_steps():
+    """What happened first stands first."""
+    record = with_step(with_step(healthy(), 4, loss=NAN), 2, grad_norm=NAN)
+    steps = re.findall(r"^  step (\d)", failure.text(judged(record), RERUN), re.MULTILINE)
+    assert steps == sorted(steps)
+
+
+def test_rerun_is_one_line():
+    """The command can be copied as it stands, however long it is."""
+    long = RERUN + " --sftguard-target=" + "x" * 200
+    assert f"  rerun     {long}" in failure.text(judged(BAD), long).splitlines()
+
+
+@pytest.mark.parametrize("own", [AssertionError("1 == 2\nassert 1 == 2"), ValueError()], ids=["lines", "empty"])
+def test_own_exception_stands_beside(own):
+    """What the test's body raised is told with its type, in one line."""
+    told = failure_text(judged(BAD), RERUN, own).splitlines()[-1]
+    assert told.startswith(f"The test's own {type(own).__name__} beside it:")
+
+
+@given(record=healthy_records(), value=non_finite(), data=st.data())
+def test_any_failure_can_be_told(record, value, data):
+    """The text of any failed cell has its name in the first line and the command in the last."""
+    step = data.draw(st.sampled_from(record.steps)).step
+    failed = with_step(record, step, **{data.draw(st.sampled_from(["loss", "max_update", "learning_rate"])): value})
+    lines = failure.text(judged(failed), RERUN).splitlines()
+    assert (record.cell in lines[0], RERUN in lines[-1]) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        pytest.param(healthy(not_run="no cuda device"), "fp32-b2x1 not evaluated: no cuda device", id="not-run"),
+        pytest.param(healthy(compute_dtypes={}), "no matrix product of an adapted layer was seen", id="no-evidence"),
+    ],
+)
+def test_not_evaluated_says_why(record, said):
+    """The reason why a cell was not evaluated is one line."""
+    assert said in failure.not_evaluated(judged(record))
+
+
+def test_not_evaluated_without_findings():
+    """A cell that nothing was held against says so."""
+    run = JudgedRun(healthy(), judge(healthy(), []))
+    assert failure.not_evaluated(run) == "fp32-b2x1 not evaluated: nothing in it could be judged"
+
+
+def table(*records):
+    """The terminal's section for `records` of one test."""
+    return terminal.lines([("test_it", judged(r), RERUN) for r in records])
+
+
+@pytest.mark.parametrize(
+    ("record", "row"),
+    [
+        pytest.param(healthy(), "fp32 2x1 ok 0.5 .. 2 1.2500 -> 1.2500 - 2.0", id="passed"),
+        pytest.param(with_steps(healthy(), grad_norm=1.0, loss=0.5), "fp32 2x1 FAILED 1 .. 1", id="failed"),
+        pytest.param(
+            with_step(healthy(log=False), 2, grad_norm=NAN), "fp32 2x1 FAILED 1.25 .. 2 and 1 not finite", id="one-nan"
+        ),
+        pytest.param(with_steps(healthy(), grad_norm=NAN), "fp32 2x1 FAILED 4 not finite", id="every-nan"),
+        pytest.param(with_step(healthy(), 4, loss=NAN), "1.2500 -> nan", id="loss-nan"),
+        pytest.param(UNSEEN, "fp32 2x1 not evaluated - - - -", id="not-evaluated"),
+        pytest.param(healthy(answers=[1.0, None]), " 1/2 ", id="answers"),
+        pytest.param(healthy(answers=[1.0, NAN]), " 1/2 ", id="answer-nan"),
+    ],
+)
+def test_terminal_row(record, row):
+    """A cell is one line: precision, batch, verdict, norms, loss, answers, seconds."""
+    assert row in flat(table(record)[1])
+
+
+def test_terminal_names_tests_where_there_are_several():
+    """The test is a column only where there are several."""
+    runs = [(name, judged(healthy()), RERUN) for name in ("test_one", "test_two")]
+    assert [line.split()[0] for line in terminal.lines(runs)[:3]] == ["test", "test_one", "test_two"]
+
+
+def test_terminal_names_each_device_once():
+    """The devices stand in one line below the table."""
+    lines = table(healthy(), healthy(seed=1), healthy(device=canned.H100, tf32=False))
+    assert "on NVIDIA H100 x2, torch 2.13.0; Some CPU (1 thread), torch 2.13.0" in lines
+
+
+def test_terminal_tells_each_failure():
+    """Below the table stands the text of each failed cell."""
+    assert "\n".join(table(healthy(), BAD)).count(" FAILED: raw_loss_finite") == 1
+
+
+def test_terminal_gathers_what_was_not_evaluated():
+    """A reason that holds for every cell is told once."""
+    told = [line for line in table(healthy(), healthy(Cell("fp32", 4, 1))) if "strict_answers" in line]
+    assert told == ["strict_answers: not evaluated -- the target offers no questions() (every cell)"]
+
+
+def test_terminal_names_the_cells_that_were_not_evaluated():
+    """A reason that holds for some cells names them."""
+    told = [line for line in table(healthy(), healthy(Cell("fp32", 4, 1), not_run="no")) if "cell_ran" in line]
+    assert told == ["cell_ran: not evaluated -- no (fp32-b4x1)"]
+
+
+@given(record=healthy_records())
+def test_terminal_shows_any_record(record):
+    """Any record has its line, with its precision first."""
+    assert table(record)[1].split()[0] == record.precision
+
+
+@given(record=healthy_records())
+def test_properties_are_scalars(record):
+    """JUnit properties are short texts of one line, under our prefix."""
+    assert all(
+        n.startswith("sftguard_") and "\n" not in v and len(v) < 100 for n, v in junit.properties(judged(record))
+    )
+
+
+@pytest.mark.parametrize(
+    ("record", "name", "value"),
+    [
+        pytest.param(healthy(), "cell", "fp32-b2x1", id="cell"),
+        pytest.param(healthy(), "verdict", "passed", id="passed"),
+        pytest.param(BAD, "verdict", "failed", id="failed"),
+        pytest.param(BAD, "failed", "evidence_complete,raw_loss_finite", id="invariants"),
+        pytest.param(healthy(not_run="no"), "verdict", "not evaluated", id="not-evaluated"),
+        pytest.param(with_step(healthy(), 1, loss=NAN), "loss_first", "nan", id="nan"),
+        pytest.param(healthy(), "grad_norm_max", "2.0", id="norm"),
+        pytest.param(with_steps(healthy(), grad_norm=NAN), "grad_norm_max", "nan", id="no-finite-norm"),
+        pytest.param(with_step(healthy(), 2, grad_norm=math.inf), "grad_norm_nonfinite", "1", id="lost-norms"),
+        pytest.param(healthy(answers=[1.0, None, NAN]), "answers_parsed", "1", id="answers"),
+    ],
+)
+def test_property(record, name, value):
+    """A property holds the number of the record."""
+    assert dict(junit.properties(judged(record)))[f"sftguard_{name}"] == value
+
+
+@pytest.mark.parametrize("name", ["seconds", "answers", "loss_first"])
+def test_property_of_what_was_not_seen(name):
+    """A number that was not seen has no property."""
+    assert f"sftguard_{name}" not in dict(junit.properties(judged(UNSEEN)))
+
+
+def test_file_holds_the_record(tmp_path):
+    """The record of a test can be read back from its file."""
+    assert RunRecord.read(json_files.write(tmp_path / "new", "t.py::test_it[a]", healthy())) == healthy()
+
+
+def test_folder_is_ignored_by_git(tmp_path):
+    """The folder keeps itself out of version control."""
+    json_files.write(tmp_path / "new", "t.py::test_it", healthy())
+    assert (tmp_path / "new" / ".gitignore").read_text() == "*\n"
+
+
+def test_own_gitignore_is_kept(tmp_path):
+    """A .gitignore that is there already is left as it is."""
+    (tmp_path / ".gitignore").write_text("mine\n")
+    json_files.write(tmp_path, "t.py::test_it", healthy())
+    assert (tmp_path / ".gitignore").read_text() == "mine\n"
+
+
+def test_file_is_replaced(tmp_path):
+    """A test has one file, of its last run."""
+    paths = {json_files.write(tmp_path, "t.py::test_it", healthy(seed=s)) for s in (1, 2)}
+    assert [RunRecord.read(p).seed for p in paths] == [2]
+
+
+@given(nodeid=st.text(min_size=1, max_size=300))
+def test_file_name_is_safe(nodeid):
+    """Whatever a test is called, its file's name is short and plain."""
+    assert re.fullmatch(r"[A-Za-z0-9._-]{1,100}", json_files._file_name(nodeid))
+
+
+@given(one=st.text(max_size=20), other=st.text(max_size=20))
+def test_file_name_is_its_own(one, other):
+    """Two tests share a file only if they are the same test."""
+    assert (json_files._file_name(one) == json_files._file_name(other)) == (one == other)
+
+
+def test_file_name_reads_like_the_test():
+    """The file of a cell is found by its eye."""
+    name = json_files._file_name("tests/gpu/test_matrix.py::test_trains[fp16-mixed-b4x2]")
+    assert name.startswith("test_matrix.py_test_trains_fp16-mixed-b4x2-")
+
+
+@given(record=healthy_records(), value=non_finite())
+def test_packed_run_travels(record, value):
+    """A judged run goes through JSON, as between xdist's processes, and its verdict comes out the same."""
+    run = judged(with_step(record, 1, loss=value, max_update=value))
+    _, unpacked, _ = unpack(json.loads(json.dumps(pack(run, "test_it", RERUN))))
+    assert repr(unpacked.verdict) == repr(run.verdict)
+
+
+def test_error_is_told():
+    """The exception that ended a run is in the text, with its place."""
+    error = ErrorRecord(stage="train", type="OutOfMemoryError", message="CUDA out of memory", where="a.py:3 in f")
+    text = failure.text(judged(healthy(error=error)), RERUN)
+    assert "the run ended in train: OutOfMemoryError: CUDA out of memory (a.py:3 in f)" in flat(text)

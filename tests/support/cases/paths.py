@@ -1,0 +1,230 @@
+"""Cases of rows in company, of one batch on two ways, of evaluation, and of decoding."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from pytest_sftguard.matrix import Cell
+from pytest_sftguard.precision import mode_named
+from pytest_sftguard.records import (
+    ComparisonRecord,
+    ContextRecord,
+    DecodingRecord,
+    DifferenceRecord,
+    EvaluationRecord,
+    GenerationRecord,
+    LookRecord,
+    Names,
+    PathRecord,
+    PathsRecord,
+    RunRecord,
+)
+from tests.support.canned import A, B, healthy, within
+
+NAN = math.nan
+NO_ROWS = "the model is given something else than rows of input_ids"
+
+
+def FIELDS(cell: Cell, names: list[str]) -> dict[str, Any]:  # noqa: N802 - one of the tables
+    """What the looks would have seen of a healthy run."""
+    mode = mode_named(cell.precision)
+    return {
+        "context": ContextRecord(
+            arithmetic="float32",
+            asked=2,
+            comparisons=(
+                ComparisonRecord(setting="as trained on", attention="sdpa", rows=4, max_change=1e-7),
+                ComparisonRecord(setting="padded left", attention="eager", rows=4, max_change=1e-7),
+            ),
+            rotary=2,
+            rotary_error=1e-7,
+        ),
+        "paths": PathsRecord(
+            arithmetic=mode.compute_dtype,
+            attention="sdpa",
+            switched=("sdpa",),
+            tensors=len(names),
+            loss=4.0,
+            asked=2,
+            paths=(
+                PathRecord(name="plain kernels", loss=4.0, max_change=1e-7, tensor=A),
+                PathRecord(name="plain loss", loss=4.0, max_change=1e-7, tensor=A),
+            ),
+        ),
+        "evaluation": EvaluationRecord(batches=2, rows=8),
+        "decoding": DecodingRecord(arithmetic="float32", prompts=4, padded=3, max_change=1e-7, repeated=True),
+    }
+
+
+def DERIVED(record: RunRecord) -> dict[str, Any]:  # noqa: N802 - one of the tables
+    """Scores of the answers, where there are any."""
+    count = len(record.answers)
+    return {"generation": GenerationRecord(prompts=count, forwards=4, scores=4 * count)} if count else {}
+
+
+def context(**changes: Any) -> RunRecord:
+    """A healthy record with `changes` in what was seen of rows in company."""
+    return within(healthy(), "context", **changes)
+
+
+def compared(**changes: Any) -> RunRecord:
+    """The same, with `changes` in the first comparison."""
+    first, *others = healthy().context.comparisons
+    return context(comparisons=(dataclasses.replace(first, **changes), *others))
+
+
+def paths(cell: Cell | None = None, **changes: Any) -> RunRecord:
+    """A healthy record with `changes` in what was seen of the ways."""
+    return within(healthy(cell) if cell else healthy(), "paths", **changes)
+
+
+def path(**changes: Any) -> RunRecord:
+    """The same, with `changes` in the first plain path."""
+    first, *others = healthy().paths.paths
+    return paths(paths=(dataclasses.replace(first, **changes), *others))
+
+
+def of_type(kind: str, change: float) -> RunRecord:
+    """A record whose first comparison was made in `kind`, and is off by `change`."""
+    return within(compared(max_change=change), "context", arithmetic=kind)
+
+
+def paths_of_type(kind: str, change: float, **changes: Any) -> RunRecord:
+    """A record whose ways were computed in `kind`, and part by `change`."""
+    return within(path(max_change=change), "paths", arithmetic=kind, **changes)
+
+
+def evaluated(**changes: Any) -> RunRecord:
+    """A healthy record with `changes` in what was seen of the evaluation."""
+    return within(healthy(), "evaluation", **changes)
+
+
+def generated(**changes: Any) -> RunRecord:
+    """A healthy record with two answers, and `changes` in what was seen of their scores."""
+    return within(healthy(answers=[1.0, 2.0]), "generation", **changes)
+
+
+def decoded(**changes: Any) -> RunRecord:
+    """A healthy record with `changes` in what was seen of decoding."""
+    return within(healthy(), "decoding", **changes)
+
+
+def parted(margin: float | None) -> tuple[DifferenceRecord, ...]:
+    """One prompt that is answered otherwise in a batch, at a place with this margin."""
+    return (DifferenceRecord(prompt="1 + 1 =", position=0, margin=margin, alone="2", batched="3"),)
+
+
+def looked(name: str, **changes: Any) -> RunRecord:
+    """A record of a run whose look `name` ended so, and left nothing."""
+    record = healthy(**{name: None})
+    looks = tuple(LookRecord(name=name, **changes) if k.name == name else k for k in record.looks)
+    return dataclasses.replace(record, looks=looks)
+
+
+FAILURES = {
+    "context_independence": {
+        "packs": (compared(max_change=1.1, packed=4), "as trained on under sdpa .* see each other"),
+        "padded": (
+            compared(setting="padded right", max_change=0.1),
+            "padded right under sdpa are not those of the same",
+        ),
+        "change-nan": (compared(max_change=NAN), "are not those of the same tokens alone"),
+        "other-arithmetic": (context(arithmetic="float8"), "are not those of the same tokens alone"),
+        "nan-logits": (compared(nonfinite=3), "logits of 3 tokens are not finite, as trained on under sdpa"),
+        "overflow": (context(overflowed=2), "logits of 2 tokens are not finite, given as trained on"),
+        "blind": (context(masks=1, blind_queries=5), "5 rows .* let a token see nothing"),
+        "rotary": (context(low_rotary=Names.of(["inv_freq"])), "kept in half precision.*: inv_freq"),
+        "rotary-rounded": (context(rotary_error=4e-3), "are not those that the architecture computes"),
+        "rotary-nan": (context(rotary_error=NAN), "are not those that the architecture computes"),
+        "rotary-where-nothing-compares": (
+            context(asked=0, comparisons=(), left_out=NO_ROWS, rotary_error=4e-3),
+            "are not those that the architecture computes",
+        ),
+        "look-broke": (looked("context", error="KeyError: x"), "the look `context` ended in KeyError: x"),
+    },
+    "path_equivalence": {
+        "other-gradient": (path(max_change=0.3), f"the gradient of {A} is not the one with plain kernels"),
+        "change-nan": (path(max_change=NAN), "is not the one with plain kernels"),
+        "other-arithmetic": (paths(arithmetic="float8"), "is not the one with plain kernels"),
+        "nan-here": (
+            paths(nonfinite=Names.of([B])),
+            f"first micro-batch are not finite under sdpa, and are with plain kernels: {B}",
+        ),
+        "nan-here-alone": (paths(nonfinite=Names.of([B]), asked=0, paths=()), "are not finite under sdpa: "),
+        "nan-there": (path(nonfinite=Names.of([B])), f"gradients with plain kernels are not finite: {B}"),
+        "one-sided": (path(one_sided=Names.of([B])), f"have a gradient on one way alone.*{B}"),
+        "other-loss": (path(loss=4.1), "the loss is 4, and 4.1 with plain kernels"),
+        "loss-nan": (paths(loss=NAN), "the loss is nan"),
+        "plain-loss-inf": (path(loss=math.inf), "and inf with plain kernels"),
+    },
+    "eval_and_decode_finite": {
+        "eval": (evaluated(nonfinite=1, first_nonfinite="batch 2"), "the loss of 1 of 2 evaluation batches"),
+        "eval-in-training": (evaluated(batches_in_training=6, nonfinite=1), "1 of 8 evaluation batches"),
+        "eval-logged": (evaluated(nonfinite_losses=Names.of(["eval_loss"])), "not finite: eval_loss"),
+        "never-finite": (evaluated(never_finite=Names.of(["eval_auc"])), "were never finite: eval_auc"),
+        "best": (evaluated(best_metric_finite=False), "the best metric, .* is not finite"),
+        "unlabelled": (evaluated(unlabelled=4), "4 of 8 evaluation rows have no supervised token"),
+        "scores": (generated(nonfinite=3, first_nonfinite=2), "3 of 8 generated tokens .* forward pass 2"),
+        "zeros": (generated(zero_ids=2, scores=0), "all 2 answers are the token id 0"),
+        "look-broke": (looked("evaluation", error="KeyError: x"), "the look `evaluation` ended in KeyError"),
+    },
+    "decode_batch_invariance": {
+        "other-answer": (decoded(differences=parted(0.2)), "1 of 4 prompts .*'2' alone, '3' in the batch"),
+        "margin-not-known": (decoded(differences=parted(None)), "1 of 4 prompts"),
+        "margin-nan": (decoded(differences=parted(NAN)), "1 of 4 prompts"),
+        "scores": (decoded(max_change=0.5), "others in a padded batch than alone"),
+        "scores-nan": (decoded(max_change=NAN), "others in a padded batch than alone"),
+        "not-repeated": (decoded(repeated=False), "do not give the same bits"),
+        "own": (decoded(own=True, max_change=None, differences=parted(0.2)), "1 of 4 prompts"),
+    },
+}
+
+NOT_EVALUATED = {
+    "context_independence": {
+        "no-comparison": (context(asked=0, comparisons=()), "0 of 0 comparisons"),
+        "one-less": (context(asked=3), "2 of 3 comparisons"),
+        "nothing-left": (looked("context"), "left nothing to judge by"),
+    },
+    "path_equivalence": {
+        "no-path": (paths(asked=0, paths=()), "0 of 0 plain paths"),
+        "one-less": (paths(asked=3), "2 of 3 plain paths"),
+        "no-gradient": (paths(tensors=0), "and 0 gradients"),
+        "nothing-left": (looked("paths"), "left nothing to judge by"),
+    },
+    "eval_and_decode_finite": {
+        "no-scores": (healthy(answers=[1.0], generation=None), "were not looked at"),
+        "no-score": (generated(scores=0), "no scores of generated tokens were seen"),
+        "no-batch": (evaluated(batches=0), "gave no batch"),
+        "nothing-left": (looked("evaluation"), "left nothing to judge by"),
+    },
+    "decode_batch_invariance": {
+        "one-prompt": (decoded(prompts=1), "1 prompts make no batch"),
+        "no-scores": (decoded(max_change=None), "scores of the answers were not compared"),
+        "nothing-left": (looked("decoding"), "left nothing to judge by"),
+    },
+}
+
+THRESHOLDS = {
+    ("context_independence", "float32_limit"): (of_type("float32", 0.5), 0.0, 0.1),
+    ("context_independence", "tf32_limit"): (of_type("tf32", 0.5), 0.0, 0.1),
+    ("context_independence", "float16_limit"): (of_type("float16", 0.5), 0.0, 0.1),
+    ("context_independence", "bfloat16_limit"): (of_type("bfloat16", 0.5), 0.0, 0.1),
+    ("context_independence", "rotary_rtol"): (context(rotary_error=0.5), 0.0, 0.1),
+    ("path_equivalence", "float32_limit"): (paths_of_type("float32", 0.5), 0.0, 0.1),
+    ("path_equivalence", "tf32_limit"): (paths_of_type("tf32", 0.5), 0.0, 0.1),
+    ("path_equivalence", "float16_limit"): (paths_of_type("float16", 0.5), 0.0, 0.1),
+    ("path_equivalence", "bfloat16_limit"): (paths_of_type("bfloat16", 0.5), 0.0, 0.1),
+    ("path_equivalence", "routed_factor"): (paths_of_type("bfloat16", 1.0, routed=True), 1.0, 0.5),
+    ("path_equivalence", "loss_share"): (path(loss=4.002), 0.0, 0.1),
+    ("eval_and_decode_finite", "max_unlabelled_fraction"): (evaluated(unlabelled=4), 0.0, 0.1),
+    ("decode_batch_invariance", "float32_margin"): (decoded(differences=parted(0.5)), 0.0, 0.1),
+    ("decode_batch_invariance", "low_margin"): (decoded(arithmetic="bfloat16", differences=parted(0.5)), 0.0, 0.1),
+    ("decode_batch_invariance", "float32_limit"): (decoded(max_change=0.5), 0.0, 0.1),
+    ("decode_batch_invariance", "low_limit"): (decoded(arithmetic="bfloat16", max_change=0.5), 0.0, 0.1),
+}
+
+OPTIONAL = {
+    "paths.switched[]": "names what the training uses, for the message alone",
+}

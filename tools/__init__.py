@@ -1,0 +1,1 @@
+"""Programs for the people who build this: benchmarks, studies and mutation runs. None of them tests anything."""

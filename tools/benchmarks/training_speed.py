@@ -1,0 +1,342 @@
+"""Measures a training step of the app beside the pipelines that people copy; writes a table of docs/performance.md.
+
+    python -m tools.benchmarks.training_speed --model smollm2-135m --write   (ten minutes on two cores)
+
+All train the same adapter on the same rows, 32 of them a step, each in a process of its own, and take turns after every
+step. `padded` pads every row to 128 tokens, checkpoints activations and computes all logits, in micro-batches of 8;
+`trl` is TRL's SFTTrainer as it comes, but that it checkpoints nothing; `app` is the app.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import random
+import resource
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from homework import sft
+from homework.base import load_base, load_tokenizer
+from homework.speed.allocation import keep_freed_memory
+from homework.task.answers import format_answer
+from homework.task.data import TRAIN_FILE, plain_prompt, read_rows
+from homework.training import hold
+from pytest_sftguard.engine.surroundings.isolation import isolated
+from tools.benchmarks import plain_pipeline
+from tools.benchmarks.pages import publish, where
+from tools.benchmarks.processes import in_fresh_process
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
+ROWS = 32
+PEAK = 2048
+"""Rows and columns of the matrices whose product is the machine's peak."""
+SAID = {
+    "padded": "padded to 128, checkpointed, all logits, 8x4",
+    "trl": "TRL's `SFTTrainer`, 8x4",
+    "app": "the app, 32x1",
+}
+
+
+def arguments(folder: Path, rows: int, steps: int, bf16: bool) -> dict[str, Any]:
+    """What all trainings are given."""
+    return {
+        "per_device_train_batch_size": rows, "gradient_accumulation_steps": ROWS // rows, "max_steps": steps,
+        "bf16": bf16, "use_cpu": True, "output_dir": str(folder), "disable_tqdm": True, "logging_steps": 1,
+        "report_to": "none", "save_strategy": "no",
+    }  # fmt: skip
+
+
+def app(model: str | None, folder: Path, steps: int, bf16: bool) -> Trainer:
+    """The app as its command trains; a process that ends with it calls keep_freed_memory too."""
+    trainer = sft.build_trainer(model=model, **arguments(folder, ROWS, steps, bf16))
+    if bf16:
+        hold(trainer.model, torch.bfloat16)
+    return trainer
+
+
+def padded(model: str | None, folder: Path, steps: int, bf16: bool) -> Trainer:
+    """The pipeline that people copy."""
+    return plain_pipeline.build_trainer(model=model, **arguments(folder, 8, steps, bf16))
+
+
+def of_trl(model: str | None, folder: Path, steps: int, bf16: bool) -> Trainer:
+    """TRL on prompts and completions, with the app's hyper-parameters."""
+    recipe = sft.recipe_for(model)
+    rows = [
+        {"prompt": plain_prompt(q), "completion": format_answer(a, recipe.notation)} for q, a in read_rows(TRAIN_FILE)
+    ]
+    return trl.SFTTrainer(
+        model=load_base(model),
+        args=trl.SFTConfig(
+            **arguments(folder, 8, steps, bf16), learning_rate=recipe.learning_rate, adam_beta2=recipe.adam_beta2,
+            optim="adamw_torch", max_grad_norm=1.0, seed=sft.SEED, gradient_checkpointing=False,
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=load_tokenizer(model),
+        peft_config=peft.LoraConfig(
+            r=recipe.rank, lora_alpha=recipe.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
+    )  # fmt: skip
+
+
+BUILDERS: dict[str, Callable[..., Trainer]] = {"padded": padded, "trl": of_trl, "app": app}
+
+
+def products(dtype: torch.dtype, seconds: float = 0.7) -> list[float]:
+    """Operations per second of large matrix products, one after the other for some time, as a step makes them."""
+    a, b = (torch.randn(PEAK, PEAK).to(dtype) for _ in range(2))
+    a @ b  # the first one makes the kernel
+    rates, ends = [], time.perf_counter() + seconds
+    while (began := time.perf_counter()) < ends:
+        a @ b
+        rates.append(2 * PEAK**3 / (time.perf_counter() - began))
+    return rates
+
+
+class Operations(TrainerCallback):
+    """Operations of each step, as torch counts those of products and attention."""
+
+    def __init__(self, counter: FlopCounterMode) -> None:
+        self.counter, self.totals = counter, [0]
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """A step is over."""
+        self.totals.append(self.counter.get_total_flops())
+
+
+def operations(model: str | None, folder: Path, steps: int) -> list[int]:
+    """Operations of each of the app's steps."""
+    trainer = app(model, folder, steps, bf16=False)
+    trainer.log = lambda *_, **__: None
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **more: 2 * a[0] * a[1] * b[1]}  # which torch does not count
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        counted = Operations(counter)
+        trainer.add_callback(counted)
+        trainer.train()
+    return [b - a for a, b in zip(counted.totals, counted.totals[1:], strict=False)]
+
+
+@dataclass
+class Seen:
+    """What one training told, step by step; the first of them are warm-up."""
+
+    seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    memory: int = 0
+    """Peak memory of its process, bytes."""
+
+
+class Turn(TrainerCallback):
+    """Waits for its turn before each step, and tells how long it took."""
+
+    def __init__(self, line: Any) -> None:
+        self.line = line
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Ready."""
+        self.line.send(None)
+        self._wait()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """The loss of the step, at the end of which the Trainer logs."""
+        if logs and "loss" in logs:
+            self.loss = float(logs["loss"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The step has taken so long."""
+        self.seconds = time.perf_counter() - self.began
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer has logged the step before this one."""
+        if hasattr(self, "seconds"):
+            self.tell()
+            self._wait()
+
+    def tell(self) -> None:
+        """Hand over."""
+        self.line.send((self.seconds, self.loss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+
+    def _wait(self) -> None:
+        self.line.recv()
+        self.began = time.perf_counter()
+
+
+def child(line: Any, way: str, model: str | None, folder: Path, steps: int) -> None:
+    """One training, in a process of its own."""
+    _quiet()
+    name, _, precision = way.partition(" ")
+    if name == "app":
+        keep_freed_memory()
+    trainer = BUILDERS[name](model, folder / way.replace(" ", "-"), steps, precision == "bf16")
+    trainer.remove_callback(PrinterCallback)
+    turn = Turn(line)
+    trainer.add_callback(turn)
+    trainer.train()
+    turn.tell()
+
+
+def measured(model: str | None, ways: list[str], folder: Path, steps: int, warm_up: int) -> dict[str, Seen]:
+    """Times of each way, and its losses."""
+    spawn = multiprocessing.get_context("spawn")
+    lines: dict[str, Any] = {}
+    for way in ways:
+        lines[way], theirs = spawn.Pipe()
+        spawn.Process(target=child, args=(theirs, way, model, folder, steps + warm_up), daemon=True).start()
+        theirs.close()
+        lines[way].recv()
+    found: dict[str, Seen] = {way: Seen() for way in ways}
+    draw = random.Random(0)
+    for step in range(1, steps + warm_up + 1):
+        for way in draw.sample(ways, len(ways)):
+            lines[way].send(None)
+            seconds, loss, found[way].memory = lines[way].recv()
+            found[way].losses.append(loss)
+            if step > warm_up:
+                found[way].seconds.append(seconds)
+            print(f"step {step} of {way}: {seconds:.2f} s, loss {loss:.5f}", flush=True)
+    return found
+
+
+@dataclass
+class Share:
+    """The app's steps beside large matrix products, in a process that has the machine to itself."""
+
+    seconds: list[float] = field(default_factory=list)
+    """Of each step."""
+    products: list[float] = field(default_factory=list)
+    """Operations per second of products around it, their median: the pace of a machine is not the same for long."""
+
+    def of_peak(self, work: list[int]) -> float:
+        """Operations of a step over those that products would have done in its time, the median of all steps."""
+        return statistics.median(w / s / p for w, s, p in zip(work, self.seconds, self.products, strict=True))
+
+
+class BetweenProducts(TrainerCallback):
+    """Times each step but the first `warm_up`, and products before and after it."""
+
+    def __init__(self, dtype: torch.dtype, warm_up: int) -> None:
+        self.dtype, self.warm_up, self.share = dtype, warm_up, Share()
+        self._before: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """The step is about to begin."""
+        self._before = self._before or products(self.dtype)
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The step is over."""
+        seconds, after = time.perf_counter() - self._began, products(self.dtype)
+        if state.global_step > self.warm_up:
+            self.share.seconds.append(seconds)
+            self.share.products.append(statistics.median(self._before + after))
+        self._before = after
+
+
+def alone(model: str | None, folder: Path, steps: int, warm_up: int, bf16: bool) -> Share:
+    """The app's training with the machine and its process to itself, as its command trains."""
+    _quiet()
+    keep_freed_memory()
+    trainer = app(model, folder, steps + warm_up, bf16)
+    trainer.remove_callback(PrinterCallback)
+    between = BetweenProducts(torch.bfloat16 if bf16 else torch.float32, warm_up)
+    trainer.add_callback(between)
+    trainer.train()
+    return between.share
+
+
+def _quiet() -> None:
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(os.cpu_count() or 1)
+
+
+def table(model: str | None, found: dict[str, Seen], work: list[int], shares: dict[str, Share]) -> str:
+    """Markdown, with a line on where and how."""
+    lines = [
+        "| | step (s) | quartiles | against the first line | loss of step 1 | peak memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    base = statistics.median(found["padded fp32"].seconds)
+    for way, seen in found.items():
+        name, _, precision = way.partition(" ")
+        low, middle, high = statistics.quantiles(seen.seconds, n=4)
+        lines.append(
+            f"| {SAID[name]}, {precision} | {middle:.2f} | {low:.2f} to {high:.2f} | {base / middle:.1f} x faster "
+            f"| {seen.losses[0]:.5f} | {seen.memory / 2**30:.1f} GiB |"
+        )
+    said = []
+    for precision in ("fp32", "bf16"):
+        theirs, ours = (found.get(f"{name} {precision}") for name in ("trl", "app"))
+        if theirs and ours:
+            ratio = statistics.median(theirs.seconds) / statistics.median(ours.seconds)
+            said.append(f"{ratio:.2f} x faster in {precision}")
+    lines += [
+        "",
+        *([f"The app's step against TRL's: {', '.join(said)}.", ""] if said else []),
+        f"{model or 'embedded model'}, {ROWS} rows a step, {len(work)} counted steps of each way"
+        f" in turns; {where()}, peft {peft.__version__}, trl {trl.__version__}.",
+        "",
+        "| the app alone | step (s) | operations / s | products / s | share |",
+        "|---|---|---|---|---|",
+    ]
+    for precision, share in shares.items():
+        second, rate = statistics.median(share.seconds), statistics.median(share.products) / 1e9
+        low, high = (end(share.products) / 1e9 for end in (min, max))
+        lines.append(
+            f"| 32x1, {precision} | {second:.2f} | {statistics.fmean(work) / second / 1e9:.0f} GFLOP"
+            f" | {rate:.0f} GFLOP, {low:.0f} to {high:.0f} | {share.of_peak(work):.0%} |"
+        )
+    lines += [
+        "",
+        f"Operations of a step as torch counts them: {statistics.fmean(work) / 1e9:.0f} GFLOP. Products: of two"
+        f" {PEAK} x {PEAK} matrices, 0.7 s long before and after each of {len(work)} steps; the share is the median.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure on this machine."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", metavar="NAME", help="as of homework.sft (default: the embedded model)")
+    parser.add_argument("--steps", type=int, default=5, metavar="N", help="counted steps of each way (default 5)")
+    parser.add_argument("--warm-up", type=int, default=1, metavar="N", help="steps before them (default 1)")
+    every = [f"{name} {precision}" for precision in ("fp32", "bf16") for name in BUILDERS]
+    parser.add_argument("--ways", nargs="+", default=every, choices=every, help="what is compared (default: all)")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
+    options = parser.parse_args()
+    _quiet()
+    ways = list(dict.fromkeys(["padded fp32", *options.ways]))
+    with isolated(), tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        work = operations(options.model, folder / "operations", options.steps + options.warm_up)[options.warm_up :]
+        found = measured(options.model, ways, folder, options.steps, options.warm_up)
+        shares = {
+            precision: in_fresh_process(
+                alone, options.model, folder / f"alone-{precision}", options.steps, options.warm_up, bf16
+            )
+            for precision, bf16 in (("fp32", False), ("bf16", True))
+        }
+    made = table(options.model, found, work, shares)
+    publish(PAGE, "training", made, write=options.write)
+
+
+if __name__ == "__main__":
+    main()

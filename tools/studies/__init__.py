@@ -1,0 +1,1 @@
+"""Long studies of the guard's verdicts, such as its rate of false alarms."""
