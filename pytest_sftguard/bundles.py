@@ -38,13 +38,13 @@ def references(record: RunRecord, others: Iterable[RunRecord]) -> dict[str, RunR
     cuts = [o for o in siblings if o.precision == record.precision and _batch(o) != _batch(record)]
     cuts = [o for o in cuts if math.prod(_batch(o)) == math.prod(_batch(record))]
     if cuts:
-        found["cut"] = max(cuts, key=_batch)
+        found["batch_split"] = max(cuts, key=_batch)
     return found
 
 
 def _asked(record: RunRecord) -> tuple[Any, ...]:
     """All that was asked for beside the cell."""
-    return record.target, record.model, record.seed, record.max_steps, record.device.kind, record.device.name
+    return record.target, record.model, record.seed, record.max_steps, record.device.device_type, record.device.name
 
 
 def _batch(record: RunRecord) -> tuple[int, int]:

@@ -292,14 +292,14 @@ def _mechanism(a: Attempt) -> str:
 
 def markdown(detection: Detection) -> Iterator[str]:
     """A page of Markdown, line by line: the rates, and the table of all attempts."""
-    from pytest_sftguard.engine.machine.profiles import probe, versions
+    from pytest_sftguard.engine.machine.profiles import device_profile, versions
 
     seen = ", ".join(f"{name} {version}" for name, version in versions().items())
     yield "# Detection"
     yield ""
     where, option = "", ""
     if detection.device != "cpu":
-        where, option = f"trained on {probe(detection.device).name}, ", f"--device {detection.device} "
+        where, option = f"trained on {device_profile(detection.device).name}, ", f"--device {detection.device} "
     yield f"What the guard made of the fault library on `{detection.target}`,"
     yield f"{where}in fresh processes of one thread each, with {seen}. Made with"
     yield f"`python -m pytest_sftguard faults {option}--json FILE --markdown PAGE`."

@@ -14,8 +14,8 @@ AMPERE = (8, 0)
 TENSOR_HALF = (5, 3)
 """First CUDA compute capability with float16 arithmetic (CUDA programming guide)."""
 
-KINDS = ("cuda", "rocm", "xpu", "mps", "cpu")
-"""Every kind of device."""
+DEVICE_TYPES = ("cuda", "rocm", "xpu", "mps", "cpu")
+"""Every type of device that is told apart."""
 
 QUERIES = (
     "is_available",
@@ -57,11 +57,11 @@ class FailedQuery:
 class HardwareProfile:
     """One device, and how many of it there are.
 
-    What a driver says is kept, absurd or not. Raises ValueError for what none can say: an unknown kind, a negative
-    size, a capability that is not two numbers.
+    What a driver reports is kept, absurd or not. Raises ValueError for what no driver reports: an unknown device type,
+    a negative size, a capability that is not two numbers.
     """
 
-    kind: str
+    device_type: str
     """`cuda`, `rocm`, `xpu`, `mps` or `cpu`."""
     name: str
     """Name that the driver gives, such as `NVIDIA H100 80GB HBM3`."""
@@ -85,8 +85,8 @@ class HardwareProfile:
     """Questions that the driver answered with an exception."""
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"unknown kind of device {self.kind!r}: choose from {', '.join(KINDS)}")
+        if self.device_type not in DEVICE_TYPES:
+            raise ValueError(f"unknown device type {self.device_type!r}: choose from {', '.join(DEVICE_TYPES)}")
         _check_whole("count", self.count, 1)
         for name, least in (
             ("threads", 1),
@@ -98,18 +98,22 @@ class HardwareProfile:
                 _check_whole(name, getattr(self, name), least)
         self._check_owned("capability", "cuda", _CAPABILITY, "two numbers such as 8.0")
         self._check_owned("architecture", "rocm", _ARCHITECTURE, "a name such as gfx942")
-        if self.emulates and self.kind in ("cuda", "rocm"):
-            raise ValueError(f"emulates is for xpu and mps: on {self.kind} it follows from capability or architecture")
+        if self.emulates and self.device_type in ("cuda", "rocm"):
+            raise ValueError(
+                f"emulates is for xpu and mps: on {self.device_type} it follows from capability or architecture"
+            )
         for dtype in self.emulates:
             if dtype not in ("bfloat16", "float16"):
                 raise ValueError(f"emulates has {dtype!r}: choose from bfloat16, float16")
 
-    def _check_owned(self, name: str, kind: str, pattern: re.Pattern[str], valid: str) -> None:
+    def _check_owned(self, name: str, device_type: str, pattern: re.Pattern[str], valid: str) -> None:
         value = getattr(self, name)
         if value is None:
             return
-        if self.kind != kind:
-            raise ValueError(f"a {self.kind} device has no {name}, which is {kind}'s, and this one has {value!r}")
+        if self.device_type != device_type:
+            raise ValueError(
+                f"a {self.device_type} device has no {name}, which is {device_type}'s, and this one has {value!r}"
+            )
         if not isinstance(value, str) or not pattern.fullmatch(value):
             raise ValueError(f"{name} {value!r} is malformed: give {valid}")
 
@@ -136,7 +140,7 @@ class HardwareProfile:
     @property
     def is_mig_slice(self) -> bool:
         """Whether this is a slice of a GPU, which the driver calls for instance `NVIDIA A100-SXM4-40GB MIG 1g.5gb`."""
-        return self.kind == "cuda" and "MIG" in self.name.split()
+        return self.device_type == "cuda" and "MIG" in self.name.split()
 
     @property
     def emulated(self) -> tuple[str, ...]:
@@ -156,7 +160,9 @@ class HardwareProfile:
         instructions for it.
         """
         capability = self.compute_capability
-        if (self.kind == "cuda" and capability is None) or (self.kind == "rocm" and self.architecture is None):
+        if (self.device_type == "cuda" and capability is None) or (
+            self.device_type == "rocm" and self.architecture is None
+        ):
             return ("float32",)
         tf32 = ("tf32",) if capability is not None and capability >= AMPERE else ()
         return ("float32", *tf32, *(d for d in ("bfloat16", "float16") if d not in self.emulated))
@@ -168,8 +174,8 @@ class HardwareProfile:
     def lacks(self, mode: PrecisionMode) -> str | None:
         """Why this device cannot train in `mode` for real; None if it can."""
         capability = self.compute_capability
-        if mode.cuda_only and self.kind != "cuda":
-            return f"{mode.name} exists on NVIDIA GPUs only, and this device is {self.kind}"
+        if mode.cuda_only and self.device_type != "cuda":
+            return f"{mode.name} exists on NVIDIA GPUs only, and this device is {self.device_type}"
         if mode.name == "tf32" and capability is not None and capability < AMPERE:
             return f"tf32 needs compute capability 8.0, and {self.name} has {self.capability}"
         if mode.compute_dtype not in self.emulated:
@@ -206,15 +212,17 @@ GIB = 1024**3
 
 
 def _cuda(name: str, gib: int, capability: str, count: int = 1) -> HardwareProfile:
-    return HardwareProfile(kind="cuda", name=name, total_memory_bytes=gib * GIB, capability=capability, count=count)
+    return HardwareProfile(
+        device_type="cuda", name=name, total_memory_bytes=gib * GIB, capability=capability, count=count
+    )
 
 
 def _rocm(name: str, gib: int, architecture: str) -> HardwareProfile:
-    return HardwareProfile(kind="rocm", name=name, total_memory_bytes=gib * GIB, architecture=architecture)
+    return HardwareProfile(device_type="rocm", name=name, total_memory_bytes=gib * GIB, architecture=architecture)
 
 
-def _other(kind: str, name: str, gib: int, *emulates: str) -> HardwareProfile:
-    return HardwareProfile(kind=kind, name=name, total_memory_bytes=gib * GIB, emulates=emulates)
+def _other(device_type: str, name: str, gib: int, *emulates: str) -> HardwareProfile:
+    return HardwareProfile(device_type=device_type, name=name, total_memory_bytes=gib * GIB, emulates=emulates)
 
 
 _MIG_A100 = "NVIDIA Multi-Instance GPU User Guide, A100 profiles"

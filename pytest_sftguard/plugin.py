@@ -146,13 +146,13 @@ def sft_observer(request: pytest.FixtureRequest) -> Iterator[LoopTest]:
 def sft_device(request: pytest.FixtureRequest) -> HardwareProfile:
     """The device that cells are trained on in this session, unless their marker names another."""
     from pytest_sftguard import settings
-    from pytest_sftguard.engine.machine.profiles import choose_device, probe
+    from pytest_sftguard.engine.machine.profiles import choose_device, device_profile
 
     resolved = settings.resolve(request.config)
-    kind, unavailable = choose_device("cuda" if resolved.require_gpu else resolved.device)
+    device_type, unavailable = choose_device("cuda" if resolved.require_gpu else resolved.device)
     if unavailable:
         pytest.skip(unavailable)
-    return probe(kind)
+    return device_profile(device_type)
 
 
 @pytest.fixture
@@ -253,8 +253,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if config.option.collectonly or hasattr(config, "workerinput") or not settings.resolve(config).require_gpu:
         return
     reporter = config.pluginmanager.getplugin("terminalreporter")
-    kinds = [p["record"]["device"]["kind"] for p in config.stash[PACKED] if p["record"]["steps"]]
-    if not any(kind in ("cuda", "rocm") for kind in kinds) and exitstatus in (0, 5):
+    device_types = [p["record"]["device"]["device_type"] for p in config.stash[PACKED] if p["record"]["steps"]]
+    if not any(d in ("cuda", "rocm") for d in device_types) and exitstatus in (0, 5):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
         if reporter is not None:
             reporter.write_line("--sftguard-require-gpu: nothing ran on a GPU", red=True)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 
 from hypothesis import strategies as st
 
-from pytest_sftguard.hardware import GIB, KINDS, KNOWN_DEVICES, QUERIES, FailedQuery, HardwareProfile
+from pytest_sftguard.hardware import DEVICE_TYPES, GIB, KNOWN_DEVICES, QUERIES, FailedQuery, HardwareProfile
 
 COMMON_THRESHOLDS = (10 * GIB, 20 * GIB, 40 * GIB)
 """Sizes at which selectors commonly change their minds."""
@@ -23,22 +23,25 @@ TENANT_SHARE = 37
 
 
 def hardware_profiles(
-    kinds: Collection[str] = KINDS,
+    device_types: Collection[str] = DEVICE_TYPES,
     *,
     mutated: bool = True,
     adversarial: bool = True,
     thresholds: Iterable[int] = COMMON_THRESHOLDS,
 ) -> st.SearchStrategy[HardwareProfile]:
-    """Devices of `kinds`: real ones; plausible mutations of them, if `mutated`; and, if `adversarial`, the worst.
+    """Devices of `device_types`: real ones, plausible mutations if `mutated`, and the worst if `adversarial`.
 
     A mutation is what a shared or ill-behaved machine shows: a driver that keeps some of the memory, a tenant who holds
     37 % of it, a driver that reports none, several devices. The worst are memories of 0 bytes and of 1 byte below, at
     and above each of `thresholds`, absurd capabilities, and queries that raise. Shrinks to the plainest known device of
-    the first kind that KNOWN_DEVICES has, and prints as code. Raises ValueError where no device is of `kinds`.
+    the first device type that KNOWN_DEVICES has, and prints as code. Raises ValueError where no device has one of
+    `device_types`.
     """
-    devices = [device.profile for device in KNOWN_DEVICES.values() if device.profile.kind in kinds]
-    if not devices or not set(kinds) <= set(KINDS):
-        raise ValueError(f"no devices of kinds {', '.join(map(repr, kinds))}: choose from {', '.join(KINDS)}")
+    devices = [device.profile for device in KNOWN_DEVICES.values() if device.profile.device_type in device_types]
+    if not devices or not set(device_types) <= set(DEVICE_TYPES):
+        raise ValueError(
+            f"no devices of type {', '.join(map(repr, device_types))}: choose from {', '.join(DEVICE_TYPES)}"
+        )
     real = st.sampled_from(devices)
     choices = [real]
     if mutated:
@@ -74,11 +77,11 @@ def _adversarial(draw: st.DrawFn, real: st.SearchStrategy[HardwareProfile], size
     profile = draw(real)
     if draw(st.booleans()):
         profile = _memory(profile, draw(st.sampled_from(sizes) | st.integers(0, 2**63 - 1)))
-    if profile.kind == "cuda" and draw(st.booleans()):
+    if profile.device_type == "cuda" and draw(st.booleans()):
         profile = dataclasses.replace(profile, capability=draw(st.sampled_from(CAPABILITIES)))
-    if profile.kind == "rocm" and draw(st.booleans()):
+    if profile.device_type == "rocm" and draw(st.booleans()):
         profile = dataclasses.replace(profile, architecture=draw(st.sampled_from(ARCHITECTURES)))
-    if profile.kind != "cpu":
+    if profile.device_type != "cpu":
         messages = st.sampled_from(("CUDA error: unknown error", "", "driver gone \N{EM DASH} 'x'"))
         failures = st.builds(FailedQuery, st.sampled_from(QUERIES), messages)
         failed = draw(st.lists(failures, max_size=2, unique_by=lambda failure: failure.query))

@@ -15,7 +15,7 @@ class Tier:
     """One row of the table."""
 
     looks: tuple[str, ...]
-    """Looks at the run itself, each a file in `engine/probes`."""
+    """Looks at the run itself, each a file in `engine/looks`."""
     references: tuple[str, ...]
     """Other runs that it is compared with, trained for the purpose where no cell of the session is one."""
     summary: str
@@ -34,13 +34,13 @@ TIERS: dict[str, Tier] = {
     ),
     "standard": Tier(
         looks=_STANDARD,
-        references=("fp32", "cut"),
+        references=("fp32", "batch_split"),
         summary="beside that, a few forward passes and short runs: padding, packing, kernels, merging, decoding, the"
         " float32 sibling, another cut of the batch",
     ),
     "thorough": Tier(
         looks=_STANDARD,
-        references=("fp32", "cut", "rerun", "resumed", "one_batch", "replicas"),
+        references=("fp32", "batch_split", "rerun", "resumed", "one_batch", "replicas"),
         summary="beside that, whole trainings: again, interrupted and resumed, on one batch, in two processes",
     ),
 }
@@ -97,7 +97,7 @@ def _cut(config: RunConfig, session: Iterable[RunConfig]) -> RunConfig:
         if divisor  # smaller micro-batches need no more memory
         else Cell(own.precision, accumulation, 1)
     )
-    return _alone(config, "cut", cell=cell, stop_after=min(2, config.steps))
+    return _alone(config, "batch_split", cell=cell, stop_after=min(2, config.steps))
 
 
 def _rerun(config: RunConfig, session: Iterable[RunConfig]) -> RunConfig:
@@ -127,7 +127,7 @@ ONE_BATCH_STEPS = 20
 
 _MADE: dict[str, Callable[[RunConfig, Iterable[RunConfig]], RunConfig]] = {
     "fp32": _fp32,
-    "cut": _cut,
+    "batch_split": _cut,
     "rerun": _rerun,
     "resumed": _resumed,
     "one_batch": _one_batch,

@@ -39,10 +39,12 @@ def cells() -> st.SearchStrategy[Cell]:
 
 
 def devices() -> st.SearchStrategy[HardwareProfile]:
-    """Devices of every kind; the NVIDIA ones have a compute capability."""
-    others = st.builds(HardwareProfile, kind=st.sampled_from(["cpu", "mps", "xpu", "rocm"]), name=st.just("other"))
+    """Devices of every type; the NVIDIA ones have a compute capability."""
+    types = st.sampled_from(["cpu", "mps", "xpu", "rocm"])
+    others = st.builds(HardwareProfile, device_type=types, name=st.just("other"))
     capabilities = st.builds("{}.{}".format, st.integers(3, 12), st.integers(0, 9))
-    return others | st.builds(HardwareProfile, kind=st.just("cuda"), name=st.just("GPU"), capability=capabilities)
+    cuda = st.builds(HardwareProfile, device_type=st.just("cuda"), name=st.just("GPU"), capability=capabilities)
+    return others | cuda
 
 
 @st.composite

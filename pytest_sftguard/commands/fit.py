@@ -115,10 +115,10 @@ def _profile(options: argparse.Namespace) -> HardwareProfile:
             raise MisuseError(f"--device: {error.args[0] if error.args else error}") from None
         return found
     if options.memory is not None and options.device == "auto":
-        return hardware.HardwareProfile(kind="cuda", name="a CUDA device")
-    from pytest_sftguard.engine.machine.profiles import choose_device, probe
+        return hardware.HardwareProfile(device_type="cuda", name="a CUDA device")
+    from pytest_sftguard.engine.machine.profiles import choose_device, device_profile
 
     kind, unavailable = choose_device(options.device)
     if unavailable:
         raise MisuseError(f"--device {options.device}: {unavailable}")
-    return probe(kind)
+    return device_profile(kind)

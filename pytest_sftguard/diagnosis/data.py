@@ -15,7 +15,7 @@ def _defects(case: Case, *kinds: str) -> list[DefectRecord]:
     audit = case.record.supervision
     if audit is None or not case.failed("supervision_audit"):
         return []
-    return [d for d in (*audit.trained_defects, *audit.dataset_defects) if d.kind in kinds]
+    return [d for d in (*audit.trained_defects, *audit.dataset_defects) if d.name in kinds]
 
 
 def _of_kinds(*kinds: str) -> Callable[[Case], list[Clue]]:
@@ -23,7 +23,7 @@ def _of_kinds(*kinds: str) -> Callable[[Case], list[Clue]]:
 
     def look(case: Case) -> list[Clue]:
         found = _defects(case, *kinds)
-        clues = [decisive(f"{d.rows} rows: {d.kind.replace('_', ' ')} ({d.example})") for d in found[:1]]
+        clues = [decisive(f"{d.rows} rows: {d.name.replace('_', ' ')} ({d.example})") for d in found[:1]]
         if (
             clues
             and "wrong_answer" in kinds
@@ -150,10 +150,10 @@ DATA: tuple[Mechanism, ...] = (
         _of_kinds("unknown_id", "unknown_label"),
     ),
     Mechanism(
-        "rows_cut",
-        "rows are cut at the maximal length, and their answers or ends with them",
+        "rows_truncated",
+        "rows are truncated at the maximal length, and their answers or ends with them",
         "raise the maximal length, or leave such rows out",
-        _of_kinds("cut"),
+        _of_kinds("truncated"),
     ),
     Mechanism(
         "wrong_labels",

@@ -20,8 +20,8 @@ from pytest_sftguard.engine.after import finiteness, generation, parsing
 from pytest_sftguard.engine.building.bases import Bases
 from pytest_sftguard.engine.building.targets import Target, TargetError, resolve
 from pytest_sftguard.engine.building.trainers import build
-from pytest_sftguard.engine.looks import Probes, Scene
-from pytest_sftguard.engine.machine.profiles import choose_device, probe, versions
+from pytest_sftguard.engine.looks import Looks, Scene
+from pytest_sftguard.engine.machine.profiles import choose_device, device_profile, versions
 from pytest_sftguard.engine.memory.prediction import Forecast, free_bytes
 from pytest_sftguard.engine.recording.recorder import Recorder
 from pytest_sftguard.engine.recording.watching import Watch
@@ -56,8 +56,8 @@ def run(config: RunConfig, progress: Callable[[int], None] | None = None) -> Run
 
 def _run(config: RunConfig, progress: Callable[[int], None] | None) -> RunRecord:
     mode = mode_named(config.cell.precision)
-    kind, unavailable = choose_device(config.device)
-    profile = HardwareProfile(kind=kind, name=kind) if unavailable else probe(kind)
+    device_type, unavailable = choose_device(config.device)
+    profile = HardwareProfile(device_type=device_type, name=device_type) if unavailable else device_profile(device_type)
     record = RunRecord(
         cell=str(config.cell),
         precision=config.cell.precision,
@@ -74,17 +74,17 @@ def _run(config: RunConfig, progress: Callable[[int], None] | None) -> RunRecord
     )
     if record.not_run is not None:
         return record
-    if not devices.answers(kind):  # a failure, and no cell to be skipped: whatever did it may have passed
+    if not devices.answers(device_type):  # a failure, and no cell to be skipped: whatever did it may have passed
         return dataclasses.replace(record, error=raised(devices.LostError(), "build"))
     target = resolve(config.target)
-    record = _foreseen(record, config, kind)
+    record = _foreseen(record, config, device_type)
     if record.not_run is not None:
         return record
     started = time.perf_counter()
     if config.variant == "replicas" and not replicas.is_one():
         return dataclasses.replace(replicas.run(config, record), seconds=time.perf_counter() - started)
-    with isolated(), set_aside(kind), tempfile.TemporaryDirectory(prefix="sftguard-") as folder:
-        seen = _Cell(config, mode, kind, target, Path(folder), progress).run()
+    with isolated(), set_aside(device_type), tempfile.TemporaryDirectory(prefix="sftguard-") as folder:
+        seen = _Cell(config, mode, device_type, target, Path(folder), progress).run()
     return dataclasses.replace(record, **seen, seconds=time.perf_counter() - started)
 
 
@@ -94,12 +94,12 @@ _forecast = Forecast()
 """One for the process, so that what one cell's rehearsal said of another is not rehearsed again."""
 
 
-def _foreseen(record: RunRecord, config: RunConfig, kind: str) -> RunRecord:
+def _foreseen(record: RunRecord, config: RunConfig, device_type: str) -> RunRecord:
     """The record with what the cell will need, and `not_run` where that does not fit."""
     margin = config.fit_margin
     if margin == "auto":
-        margin = DEFAULT_MARGIN if kind == "cuda" else "off"
-    free = free_bytes(kind) if isinstance(margin, float) else None
+        margin = DEFAULT_MARGIN if device_type == "cuda" else "off"
+    free = free_bytes(device_type) if isinstance(margin, float) else None
     if free is None or not isinstance(margin, float):
         return record
     need = _forecast.need(config, record.device, free * (1 - margin))
@@ -115,18 +115,18 @@ class _Cell:
         self,
         config: RunConfig,
         mode: PrecisionMode,
-        kind: str,
+        device_type: str,
         target: Target,
         folder: Path,
         progress: Callable[[int], None] | None,
     ) -> None:
-        self.config, self.mode, self.kind = config, mode, kind
+        self.config, self.mode, self.device_type = config, mode, device_type
         self.target, self.folder, self.progress = target, folder, progress
         self.seen: dict[str, Any] = {}
         self.unused: set[str] = set()
         self.stage = "build"
-        self.probes = Probes(config.looks)
-        self.scene = Scene(config, mode, kind, target, folder, self._build)
+        self.looks = Looks(config.looks)
+        self.scene = Scene(config, mode, device_type, target, folder, self._build)
 
     def run(self) -> dict[str, Any]:
         """All stages in order; the fields of a RunRecord that they filled."""
@@ -139,9 +139,9 @@ class _Cell:
         except Exception as error:  # whatever the code under test raises is evidence, not a crash of the guard
             _log.debug("cell %s ended in %s", self.config.cell, self.stage, exc_info=True)
             self.seen["error"] = raised(error, self.stage)
-            if self.scene.watch is not None and not devices.answers(self.kind):
+            if self.scene.watch is not None and not devices.answers(self.device_type):
                 self.scene.watch.give_up_device()
-        self.seen.update(self.probes.conclude(self.scene))
+        self.seen.update(self.looks.conclude(self.scene))
         return self.seen
 
     def _stages(self) -> None:
@@ -149,7 +149,7 @@ class _Cell:
         with scene.loads.watched():
             built = self._build("training")
         scene.trainer = trainer = variants.prepared(built, self.config)
-        self.probes.prepare(scene)
+        self.looks.prepare(scene)
         self.stage = "train"
         self._train(trainer, trainer.train)
         if self.config.variant == "resumed":
@@ -173,7 +173,7 @@ class _Cell:
             self.config, training_arguments={**self.config.training_arguments, **training_arguments}
         )
         with _bases.shared():
-            return build(self.target, config, self.mode, self.kind, self.folder / name)
+            return build(self.target, config, self.mode, self.device_type, self.folder / name)
 
     def _resume(self, checkpoint: str) -> None:
         """Train on as another process would: with a Trainer of its own, from what the first one saved."""
@@ -194,7 +194,7 @@ class _Cell:
     def _train(self, trainer: Trainer, train: Callable[[], Any]) -> None:
         self.scene.recorder = recorder = Recorder(trainer.model)
         self.scene.watch = watch = Watch(trainer, recorder, self.progress)
-        self.probes.attach(self.scene)
+        self.looks.attach(self.scene)
         try:
             train()
         finally:
@@ -208,14 +208,14 @@ class _Cell:
             weights_dtypes=adapters.weights_dtypes(recorder.model),
             autocast_dtype=watch.layers.autocast_dtype,
             loss_scaling=watch.scaler is not None,
-            tf32=float32.products_in_tf32() if self.kind == "cuda" else None,
+            tf32=float32.products_in_tf32() if self.device_type == "cuda" else None,
             max_grad_norm=trainer.args.max_grad_norm,
             log=watch.log(),
             global_step=trainer.state.global_step,
             micro_batches_per_epoch=watch.micro_batches_per_epoch,
             schedule=watch.schedule.record(self.config.steps) if watch.schedule else None,
         )
-        whole = devices.answers(self.kind)
+        whole = devices.answers(self.device_type)
         self.seen.update(recorder.fields(watch.optimizer, whole=whole))
         self.unused = recorder.unused
         if whole:
@@ -230,7 +230,7 @@ class _Cell:
         trainer.save_model(str(saved))
         fresh, compared, other_seed = self._rebuilt(trainer, trained)
         scene.fresh_trainer = fresh
-        self.probes.rebuilt(scene)
+        self.looks.rebuilt(scene)
         probe = finiteness.probe_batch(trainer)
         record, reloaded = round_trip(trained, saved, fresh.model, probe, self.unused)
         digest, drawn = compared.without(trained, saved)

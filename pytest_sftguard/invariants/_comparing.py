@@ -6,13 +6,13 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from pytest_sftguard.precision import AGREEMENT, Agreement
+from pytest_sftguard.precision import MODES, Agreement, mode_named
 from pytest_sftguard.records import RunRecord, StepRecord
 
 
 def agreement(record: RunRecord) -> Agreement:
-    """The tolerances of the record's mode; those of float32 where the mode is unknown."""
-    return AGREEMENT.get(record.precision, AGREEMENT["fp32"])
+    """The tolerances of the record's mode."""
+    return mode_named(record.precision).agreement
 
 
 def gap(one: float, other: float, floor: float = 0.0) -> float:
@@ -103,9 +103,9 @@ def closeness(record: RunRecord, reference: RunRecord, token_rtol: float, piecem
     micro-batches' means, as its own logits tell within `token_rtol`, no rounding excuses more than `piecemeal_rtol`.
     """
     allowed = agreement(record)
-    of_loss, of_norm = allowed.cut_loss_rtol, allowed.cut_grad_norm_rtol
+    of_loss, of_norm = allowed.split_loss_rtol, allowed.split_grad_norm_rtol
     if {record.tf32, reference.tf32} == {True, False}:
-        of_loss, of_norm = AGREEMENT["tf32"].fp32_loss_rtol, AGREEMENT["tf32"].fp32_grad_norm_rtol
+        of_loss, of_norm = MODES["tf32"].agreement.fp32_loss_rtol, MODES["tf32"].agreement.fp32_grad_norm_rtol
     if any(average(r, token_rtol) in PIECEMEAL for r in (record, reference)):
         of_loss = min(of_loss, piecemeal_rtol)
     return max(of_loss, 2 * resolution(record, reference)), of_norm
@@ -180,7 +180,7 @@ def both_skipped(one: StepRecord, other: StepRecord) -> bool:
 
 def exact(*records: RunRecord) -> bool:
     """Whether the runs can be held to the same bits: on a CPU, by one thread."""
-    return all(r.device.kind == "cpu" and r.device.threads == 1 for r in records)
+    return all(r.device.device_type == "cpu" and r.device.threads == 1 for r in records)
 
 
 def moved(record: RunRecord) -> dict[str, float]:

@@ -63,7 +63,7 @@ class PrecisionAgreement(Invariant):
 
     def _incomparable(self, record: RunRecord, reference: RunRecord) -> str:
         drawn = randomness(record, reference)
-        if drawn and record.device.kind != "cpu":  # on a CPU the draws are the same in all types: measured
+        if drawn and record.device.device_type != "cpu":  # on a CPU the draws are the same in all types: measured
             return "the model draws random numbers in training, which differ by type on this device"
         seen = [r.steps[0].rows for r in (record, reference)]
         return "" if None in seen else other_rows(record, reference)

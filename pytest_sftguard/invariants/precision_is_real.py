@@ -50,7 +50,7 @@ class PrecisionIsReal(Invariant):
 
     def _tf32(self, record: RunRecord, mode: PrecisionMode) -> Iterator[Finding]:
         if record.tf32 is None:
-            if mode.cuda_only or record.device.kind == "cuda":
+            if mode.cuda_only or record.device.device_type == "cuda":
                 yield self.not_evaluated("whether matrix products ran in tf32 was not seen")
         elif record.tf32 != (mode.name == "tf32"):
             state = "on" if record.tf32 else "off"

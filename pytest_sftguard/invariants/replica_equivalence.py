@@ -83,10 +83,9 @@ class ReplicaEquivalence(Invariant):
             )
 
     def _incomparable(self, record: RunRecord, reference: RunRecord) -> str:
-        if record.device.kind != reference.device.kind and (reason := self._elsewhere(record, reference)):
-            return (
-                f"the processes are on a {reference.device.kind}, and the cell is on a {record.device.kind}: {reason}"
-            )
+        if record.device.device_type != reference.device.device_type and (reason := self._elsewhere(record, reference)):
+            ours, theirs = record.device.device_type, reference.device.device_type
+            return f"the processes are on a {theirs}, and the cell is on a {ours}: {reason}"
         if reason := other_rows(record, reference):
             return reason
         if randomness(record, reference) in ("loss", "unknown"):

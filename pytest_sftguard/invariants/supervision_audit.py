@@ -16,13 +16,13 @@ _SAID = {
     "unknown_id": "rows hold token ids that the embedding does not have",
     "unknown_label": "rows hold labels that the vocabulary does not have",
     "doubled_bos": "rows begin with two BOS tokens",
-    "cut": "rows of the greatest length do not end as the others do, in an end token that is supervised",
+    "truncated": "rows of the greatest length do not end as the others do, in an end token that is supervised",
     "prompt_supervised": "rows with one of the target's questions supervise the prompt",
     "prompt_supervised_unmatched": "rows are supervised from their first token on, and the target asks questions",
     "wrong_answer": "rows with one of the target's questions do not supervise its answer",
     "endless": "rows with one of the target's questions do not supervise an end token",
 }
-_A_PART_MAY = ("unsupervised", "cut", "prompt_supervised_unmatched")
+_A_PART_MAY = ("unsupervised", "truncated", "prompt_supervised_unmatched")
 _ENOUGH = 8
 """Rows of which one may be lost: below twenty, a twentieth is no whole row."""
 
@@ -51,8 +51,8 @@ class SupervisionAudit(Invariant):
             ("of the data set", seen.dataset_rows, seen.dataset_defects),
         ):
             for defect in defects:
-                total = seen.micro_batches if defect.kind == "barren" else rows
-                allowed = self._allowed(total) if defect.kind in _A_PART_MAY else 0
+                total = seen.micro_batches if defect.name == "barren" else rows
+                allowed = self._allowed(total) if defect.name in _A_PART_MAY else 0
                 if not defect.rows <= allowed:
                     yield self._failed(defect, total, where, allowed)
 
@@ -60,7 +60,7 @@ class SupervisionAudit(Invariant):
         return max(self.max_lost_fraction * rows, 1 if rows >= _ENOUGH else 0)
 
     def _failed(self, defect: DefectRecord, total: int, where: str, allowed: float) -> Finding:
-        said = _SAID.get(defect.kind, defect.kind)
+        said = _SAID.get(defect.name, defect.name)
         example = f": {defect.example}" if defect.example else ""
         return self.failed(
             f"{defect.rows} of {total} {said}, {where}{example}",

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class DefectRecord:
-    """One kind of thing that is wrong with rows."""
+    """One defect of rows."""
 
-    kind: str
-    """What it is, such as `unsupervised`."""
+    name: str
+    """What is wrong, such as `unsupervised`."""
     rows: int
     """Rows that have it; micro-batches, where it is a matter of those."""
     step: int | None = None

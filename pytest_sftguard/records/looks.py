@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class LookRecord:
-    """One extra look of the engine, called as its file in `engine/probes`."""
+    """One extra look of the engine, called as its file in `engine/looks`."""
 
     name: str
     """Its name."""

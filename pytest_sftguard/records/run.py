@@ -17,6 +17,7 @@ from pytest_sftguard.records.encoding import RecordError, decode, encode, write_
 from pytest_sftguard.records.evaluation import EvaluationRecord
 from pytest_sftguard.records.first_step import FirstStepRecord
 from pytest_sftguard.records.looks import LookRecord
+from pytest_sftguard.records.migration import from_schema_1
 from pytest_sftguard.records.paths import PathsRecord
 from pytest_sftguard.records.replay import ReplayRecord
 from pytest_sftguard.records.results import AnswerRecord, RoundTripRecord
@@ -24,7 +25,7 @@ from pytest_sftguard.records.schedule import ScheduleRecord
 from pytest_sftguard.records.training import BaseRecord, LogRecord, OptimizerRecord, StepRecord, TensorRecord
 from pytest_sftguard.records.wiring import FoundationRecord, InitialRecord, WiringRecord
 
-SCHEMA = 1
+SCHEMA = 2
 """Number of the file format; it moves with every change of a field."""
 
 
@@ -181,6 +182,8 @@ class RunRecord:
         """Read what `to_dict` wrote; a RecordError names the first thing that does not fit."""
         if not isinstance(data, dict) or "schema" not in data:
             raise RecordError("this is no run record: it is not an object with a schema number")
+        if data["schema"] == 1:
+            data = from_schema_1(data)
         if data["schema"] != SCHEMA:
             raise RecordError(
                 f"the record has schema {data['schema']!r}, this version reads {SCHEMA}: run the cell again"

@@ -18,7 +18,7 @@ from tests.targets.tiny import TINY
 
 NOT_RUN = RunRecord(
     cell="fp32-b32x1", precision="fp32", per_device_train_batch_size=32, gradient_accumulation_steps=1, max_steps=8,
-    seed=0, target="a:b", device=HardwareProfile(kind="cuda", name="A device"),
+    seed=0, target="a:b", device=HardwareProfile(device_type="cuda", name="A device"),
     not_run="needs 23.1 GiB of 15.8 GiB free",
 )  # fmt: skip
 
@@ -117,7 +117,7 @@ def test_a_bundle_is_judged_as_its_records_are(
         ("[" * 100_000, "cannot be read as a record or a bundle"),
         ("\x00\x01", "cannot be read as a record or a bundle"),
         ("{}", "it is not an object with a schema number"),
-        ('{"schema": 7}', "the record has schema 7, this version reads 1"),
+        ('{"schema": 7}', "the record has schema 7, this version reads 2"),
         ('{"bundle": 7}', "the bundle has schema 7, this version reads 1"),
         ('{"bundle": 1, "records": []}', "the bundle is empty"),
     ],
@@ -175,7 +175,7 @@ def test_fit_fails_where_nothing_fits(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_fit_takes_a_known_device(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The profile of a device by its name says which memory, and which precisions are real there."""
-    card = HardwareProfile(kind="cuda", name="Tesla T4", total_memory_bytes=15 * 2**30, capability="7.5")
+    card = HardwareProfile(device_type="cuda", name="Tesla T4", total_memory_bytes=15 * 2**30, capability="7.5")
     monkeypatch.setattr(hardware, "device_named", {"T4": card}.__getitem__, raising=False)
     assert main(["fit", "--device", "T4", "--precision", "fp16-mixed,bf16-mixed", "--batch", "1", "--limit", "4"]) == 0
     out = capsys.readouterr().out
@@ -219,7 +219,7 @@ def test_a_cell_too_large_does_not_end_the_session(pytester: pytest.Pytester, mo
     pytester.makeconftest(
         """
         from pytest_sftguard.engine import runner
-        runner.free_bytes = lambda kind: 900_000
+        runner.free_bytes = lambda device_type: 900_000
         """
     )
     pytester.makepyfile(

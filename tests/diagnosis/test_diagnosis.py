@@ -63,10 +63,10 @@ NUMBERS = {
 }
 
 
-def defective(kind):
-    """A record in whose micro-batches the audit of the labels found something of `kind`."""
+def defective(name):
+    """A record in whose micro-batches the audit of the labels found `name`."""
     record = healthy()
-    defect = DefectRecord(kind=kind, rows=8, step=1, example="'a row'")
+    defect = DefectRecord(name=name, rows=8, step=1, example="'a row'")
     return within(record, "supervision", trained_defects=(defect,))
 
 
@@ -99,7 +99,7 @@ DATA = {
     "prompt_supervised": defective("prompt_supervised"),
     "duplicate_bos": defective("doubled_bos"),
     "token_id_out_of_range": defective("unknown_id"),
-    "rows_cut": defective("cut"),
+    "rows_truncated": defective("truncated"),
     "wrong_labels": defective("wrong_answer"),
     "nonfinite_batch": with_step(healthy(), 3, loss=NAN, micro_losses=(NAN,)),
 }
@@ -257,8 +257,8 @@ def test_any_damage_can_be_diagnosed(record, data):
     plain = copy.deepcopy(record.to_dict())
     for _ in range(3):
         path = data.draw(st.sampled_from(gaps(plain)))
-        value = data.draw(st.sampled_from(["cut", "nan", "inf", 0]))
-        if value == "cut":
+        value = data.draw(st.sampled_from(["batch_split", "nan", "inf", 0]))
+        if value == "batch_split":
             remove(plain, path)
         else:
             put(plain, path, value)

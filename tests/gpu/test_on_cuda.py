@@ -13,7 +13,7 @@ import torch
 
 from pytest_sftguard.engine.building.targets import resolve
 from pytest_sftguard.engine.building.trainers import build
-from pytest_sftguard.engine.machine.profiles import probe
+from pytest_sftguard.engine.machine.profiles import device_profile
 from pytest_sftguard.engine.memory.prediction import predict
 from pytest_sftguard.engine.recording.recorder import Recorder
 from pytest_sftguard.engine.recording.watching import Watch
@@ -78,7 +78,7 @@ def test_the_guard_waits_for_the_device_once_a_step(cell: Cell, tmp_path: Path) 
 def test_the_predicted_memory_is_what_the_device_gives(precision: str) -> None:
     """Within a tenth of the peak, and never short of it by more than the margin covers."""
     config = RunConfig(cell=Cell(precision, 32, 1), target=TARGET, device="cuda", steps=3)
-    predicted = predict(config, probe("cuda")).peak_bytes
+    predicted = predict(config, device_profile("cuda")).peak_bytes
     real = measured(config, "cuda")
     assert predicted == pytest.approx(real, rel=0.1)
     assert real * (1 - DEFAULT_MARGIN) <= predicted

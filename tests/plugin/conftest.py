@@ -48,7 +48,7 @@ def in_subprocess(pytester, pytestconfig):
     def run(*arguments, make="canned.of"):
         pytester.makeconftest(
             f"import sys\nsys.path.append({str(pytestconfig.rootpath)!r})\n"
-            f"from tests import canned\nfrom tests.plugin import stub\nstub.install({make})\n"
+            f"from tests.support import canned, stub\nstub.install({make})\n"
         )
         return pytester.runpytest_subprocess(*arguments)
 

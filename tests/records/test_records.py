@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_sftguard.records import Names, RecordError, RunRecord, StepRecord, TensorRecord, numbers
+from pytest_sftguard.records import DefectRecord, Names, RecordError, RunRecord, StepRecord, TensorRecord, numbers
 from tests.strategies import float_paths, gaps, healthy_records, non_finite, put
 from tests.support import canned
 
@@ -90,7 +91,7 @@ def _without(name):
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        pytest.param(_changed(schema=0), "schema 0, this version reads 1", id="other-schema"),
+        pytest.param(_changed(schema=0), "schema 0, this version reads 2", id="other-schema"),
         pytest.param(_changed(lossses=1), "record: unknown field lossses", id="unknown-field"),
         pytest.param(_without("cell"), "record: missing 1 required .* 'cell'", id="missing-field"),
         pytest.param(_changed(seed="0"), "record.seed: expected a value of type int, found '0'", id="text-for-int"),
@@ -274,3 +275,15 @@ def test_number_that_was_not_seen_is_nan(values):
     """The trajectories have NaN where nothing was seen, so that no sum over them can be finite."""
     record = canned.with_step(canned.healthy(), 2, loss=None, grad_norm=None)
     assert math.isnan(getattr(record, values)[1])
+
+
+def test_record_of_schema_1_is_read_under_todays_names():
+    """What was called `kind` and `cut` is the device's type, a defect's name and the batch split."""
+    defect = DefectRecord(name="truncated", rows=2)
+    record = canned.within(
+        dataclasses.replace(canned.healthy(), variant="batch_split"), "supervision", dataset_defects=(defect,)
+    )
+    old = record.to_dict() | {"schema": 1, "variant": "cut"}
+    old["device"]["kind"] = old["device"].pop("device_type")
+    old["supervision"]["dataset_defects"] = [{"kind": "cut", "rows": 2, "step": None, "example": ""}]
+    assert RunRecord.from_dict(old) == record

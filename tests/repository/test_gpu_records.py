@@ -24,6 +24,6 @@ def test_sound_cells_of_a_gpu_pass(bundle: Path) -> None:
     records = [record for _, record in collect([bundle])]
     assert {r.precision for r in records} >= {"fp32", "tf32", "bf16-mixed", "fp16-mixed"}
     for record in records:
-        assert record.device.kind == "cuda"
+        assert record.device.device_type == "cuda"
         verdict = judge(record, load_invariants(), references(record, records))
         assert verdict.outcome is Outcome.PASSED, (record.cell, verdict.failures)

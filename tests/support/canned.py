@@ -29,9 +29,9 @@ from pytest_sftguard.records import (
 )
 from pytest_sftguard.tiers import LOOKS
 
-CPU = HardwareProfile(kind="cpu", name="Some CPU", total_memory_bytes=2**34, threads=1)
-T4 = HardwareProfile(kind="cuda", name="Tesla T4", total_memory_bytes=2**34, capability="7.5")
-H100 = HardwareProfile(kind="cuda", name="NVIDIA H100", count=2, total_memory_bytes=2**36, capability="9.0")
+CPU = HardwareProfile(device_type="cpu", name="Some CPU", total_memory_bytes=2**34, threads=1)
+T4 = HardwareProfile(device_type="cuda", name="Tesla T4", total_memory_bytes=2**34, capability="7.5")
+H100 = HardwareProfile(device_type="cuda", name="NVIDIA H100", count=2, total_memory_bytes=2**36, capability="9.0")
 
 CELL = Cell("fp32", 2, 1)
 
@@ -99,7 +99,7 @@ def healthy(
         weights_dtypes={mode.weights_dtype: 2},
         autocast_dtype=mode.compute_dtype if mode.autocast else None,
         loss_scaling=mode.scaler,
-        tf32=mode.name == "tf32" if device.kind == "cuda" else None,
+        tf32=mode.name == "tf32" if device.device_type == "cuda" else None,
         optimizer=OptimizerRecord(
             name="AdamW", eps=1e-8, weight_decay=0.0, state_dtypes=("float32",), owns_trainables=True
         ),

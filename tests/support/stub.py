@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest_sftguard.engine as package
+from pytest_sftguard.engine import building
 from pytest_sftguard.matrix import RunConfig
 from pytest_sftguard.records import RunRecord
 from tests.support import canned
@@ -36,5 +37,5 @@ def install(make: Callable[[RunConfig], RunRecord] = canned.of, put: Callable[..
     """Put an Engine in the place of the real one, with `put`; nothing of torch is imported."""
     engine = Engine(make)
     put(package, "runner", SimpleNamespace(run=engine.run))
-    put(package, "targets", SimpleNamespace(TargetError=TargetError))
+    put(building, "targets", SimpleNamespace(TargetError=TargetError))
     return engine

@@ -17,7 +17,7 @@ from pytest_sftguard.reports import json_files
 
 RECORD = RunRecord(
     cell="fp32-b2x4", precision="fp32", per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=8,
-    seed=0, target="a:b", device=HardwareProfile(kind="cuda", name="A device"), not_run="needs 23.1 GiB",
+    seed=0, target="a:b", device=HardwareProfile(device_type="cuda", name="A device"), not_run="needs 23.1 GiB",
 )  # fmt: skip
 OTHER = dataclasses.replace(RECORD, cell="bf16-mixed-b8x1", precision="bf16-mixed", max_grad_norm=float("nan"))
 
@@ -59,7 +59,7 @@ def test_a_bundle_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
         (lambda d: {"bundle": 1}, "its records are no list of names and records"),
         (lambda d: d | {"records": [{"name": "one"}]}, "its records are no list of names and records"),
         (lambda d: d | {"records": []}, "the bundle is empty"),
-        (lambda d: _with_record(d, schema=99), "the record has schema 99, this version reads 1"),
+        (lambda d: _with_record(d, schema=99), "the record has schema 99, this version reads 2"),
         (lambda d: _with_record(d, seed="zero"), "record.seed: expected a value of type int, found 'zero'"),
         (lambda d: [d], "not an object with a schema number"),
     ],

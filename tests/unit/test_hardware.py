@@ -10,9 +10,9 @@ from pytest_sftguard.precision import MODES, mode_named
 from tests.strategies import devices, precisions
 from tests.support import canned
 
-MAXWELL = HardwareProfile(kind="cuda", name="GeForce GTX 970", capability="5.2")
-ROCM = HardwareProfile(kind="rocm", name="AMD Instinct MI300X")
-MPS = HardwareProfile(kind="mps", name="mps")
+MAXWELL = HardwareProfile(device_type="cuda", name="GeForce GTX 970", capability="5.2")
+ROCM = HardwareProfile(device_type="rocm", name="AMD Instinct MI300X")
+MPS = HardwareProfile(device_type="mps", name="mps")
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_cpu_lacks_only_tf32(mode):
 
 def test_minor_version_counts_as_a_number():
     """Compute capability 10.0 is above 8.0, and not below it as a text would be."""
-    assert HardwareProfile(kind="cuda", name="B200", capability="10.0").lacks(MODES["bf16-mixed"]) is None
+    assert HardwareProfile(device_type="cuda", name="B200", capability="10.0").lacks(MODES["bf16-mixed"]) is None
 
 
 @given(device=devices(), precision=precisions())

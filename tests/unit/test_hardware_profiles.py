@@ -12,8 +12,8 @@ import pytest
 from hypothesis import find, given, settings
 
 from pytest_sftguard.hardware import (
+    DEVICE_TYPES,
     GIB,
-    KINDS,
     KNOWN_DEVICES,
     QUERIES,
     FailedQuery,
@@ -26,7 +26,7 @@ from pytest_sftguard.records import RecordError, RunRecord
 from pytest_sftguard.strategies import COMMON_THRESHOLDS, TENANT_SHARE, hardware_profiles
 
 T4 = device_named("T4")
-UNKNOWN = [HardwareProfile(kind=kind, name="?") for kind in KINDS]
+UNKNOWN = [HardwareProfile(device_type=device_type, name="?") for device_type in DEVICE_TYPES]
 
 
 def exactly(message: str) -> str:
@@ -34,13 +34,13 @@ def exactly(message: str) -> str:
 
 
 def cuda(**fields: Any) -> HardwareProfile:
-    return HardwareProfile(**{"kind": "cuda", "name": "GPU"} | fields)
+    return HardwareProfile(**{"device_type": "cuda", "name": "GPU"} | fields)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kind": "gpu"}, "unknown kind of device 'gpu': choose from cuda, rocm, xpu, mps, cpu"),
+        ({"device_type": "gpu"}, "unknown device type 'gpu': choose from cuda, rocm, xpu, mps, cpu"),
         ({"total_memory_bytes": -1}, "total_memory_bytes must be at least 0, not -1"),
         ({"free_memory_bytes": -5}, "free_memory_bytes must be at least 0, not -5"),
         ({"host_memory_bytes": -1}, "host_memory_bytes must be at least 0, not -1"),
@@ -55,7 +55,7 @@ def cuda(**fields: Any) -> HardwareProfile:
         ({"capability": "-8.0"}, "capability '-8.0' is malformed: give two numbers such as 8.0"),
         ({"capability": (8, 0)}, "capability (8, 0) is malformed: give two numbers such as 8.0"),
         (
-            {"kind": "mps", "capability": "8.0"},
+            {"device_type": "mps", "capability": "8.0"},
             "a mps device has no capability, which is cuda's, and this one has '8.0'",
         ),
         (
@@ -63,7 +63,7 @@ def cuda(**fields: Any) -> HardwareProfile:
             "a cuda device has no architecture, which is rocm's, and this one has 'gfx942'",
         ),
         (
-            {"kind": "rocm", "architecture": "gfx94x"},
+            {"device_type": "rocm", "architecture": "gfx94x"},
             "architecture 'gfx94x' is malformed: give a name such as gfx942",
         ),
         (
@@ -71,10 +71,10 @@ def cuda(**fields: Any) -> HardwareProfile:
             "emulates is for xpu and mps: on cuda it follows from capability or architecture",
         ),
         (
-            {"kind": "rocm", "emulates": ("bfloat16",)},
+            {"device_type": "rocm", "emulates": ("bfloat16",)},
             "emulates is for xpu and mps: on rocm it follows from capability or architecture",
         ),
-        ({"kind": "mps", "emulates": ("bf16",)}, "emulates has 'bf16': choose from bfloat16, float16"),
+        ({"device_type": "mps", "emulates": ("bf16",)}, "emulates has 'bf16': choose from bfloat16, float16"),
     ],
 )
 def test_a_profile_that_no_device_has_is_refused(fields: dict[str, Any], message: str) -> None:
@@ -87,7 +87,7 @@ def test_the_least_and_the_absurd_are_accepted() -> None:
     """A driver may report no memory, and any capability of two numbers."""
     profile = cuda(total_memory_bytes=0, free_memory_bytes=0, host_memory_bytes=0, capability="9999.0", threads=1)
     assert profile.compute_capability == (9999, 0)
-    assert HardwareProfile(kind="xpu", name="x", emulates=("bfloat16", "float16")).native == ("float32",)
+    assert HardwareProfile(device_type="xpu", name="x", emulates=("bfloat16", "float16")).native == ("float32",)
 
 
 def test_fields_are_named() -> None:
@@ -138,7 +138,7 @@ def test_a_profile_that_was_read_tells_the_same(profile: HardwareProfile) -> Non
     ("field", "value", "message"),
     [
         ("total_memory_bytes", -1, "record.device: total_memory_bytes must be at least 0, not -1"),
-        ("kind", "abacus", "record.device: unknown kind of device 'abacus': choose from cuda, rocm, xpu, mps, cpu"),
+        ("device_type", "abacus", "record.device: unknown device type 'abacus': choose from cuda, rocm, xpu, mps, cpu"),
         ("capability", "eight", "record.device: capability 'eight' is malformed: give two numbers such as 8.0"),
     ],
 )
@@ -162,15 +162,15 @@ def test_a_corrupt_profile_is_a_record_error(field: str, value: Any, message: st
         (cuda(capability="8.0"), "float32 tf32 bfloat16 float16", ""),
         (cuda(capability="12.0"), "float32 tf32 bfloat16 float16", ""),
         (cuda(), "float32", ""),
-        (HardwareProfile(kind="rocm", name="x"), "float32", ""),
-        (HardwareProfile(kind="rocm", name="x", architecture="gfx906"), "float32 float16", "bfloat16"),
-        (HardwareProfile(kind="rocm", name="x", architecture="gfx1030"), "float32 float16", "bfloat16"),
-        (HardwareProfile(kind="rocm", name="x", architecture="gfx90a"), "float32 bfloat16 float16", ""),
-        (HardwareProfile(kind="rocm", name="x", architecture="gfx942"), "float32 bfloat16 float16", ""),
-        (HardwareProfile(kind="rocm", name="x", architecture="gfx1100"), "float32 bfloat16 float16", ""),
-        (HardwareProfile(kind="xpu", name="x"), "float32 bfloat16 float16", ""),
-        (HardwareProfile(kind="mps", name="x", emulates=("bfloat16",)), "float32 float16", "bfloat16"),
-        (HardwareProfile(kind="cpu", name="x"), "float32 bfloat16 float16", ""),
+        (HardwareProfile(device_type="rocm", name="x"), "float32", ""),
+        (HardwareProfile(device_type="rocm", name="x", architecture="gfx906"), "float32 float16", "bfloat16"),
+        (HardwareProfile(device_type="rocm", name="x", architecture="gfx1030"), "float32 float16", "bfloat16"),
+        (HardwareProfile(device_type="rocm", name="x", architecture="gfx90a"), "float32 bfloat16 float16", ""),
+        (HardwareProfile(device_type="rocm", name="x", architecture="gfx942"), "float32 bfloat16 float16", ""),
+        (HardwareProfile(device_type="rocm", name="x", architecture="gfx1100"), "float32 bfloat16 float16", ""),
+        (HardwareProfile(device_type="xpu", name="x"), "float32 bfloat16 float16", ""),
+        (HardwareProfile(device_type="mps", name="x", emulates=("bfloat16",)), "float32 float16", "bfloat16"),
+        (HardwareProfile(device_type="cpu", name="x"), "float32 bfloat16 float16", ""),
     ],
 )
 def test_native_and_emulated_types(profile: HardwareProfile, native: str, emulated: str) -> None:
@@ -212,8 +212,8 @@ def test_what_a_device_lacks(profile: HardwareProfile, mode: str, reason: str | 
     [
         (T4, "Tesla T4"),
         (cuda(count=2), "GPU x2"),
-        (HardwareProfile(kind="cpu", name="CPU", threads=1), "CPU (1 thread)"),
-        (HardwareProfile(kind="cpu", name="CPU", threads=2), "CPU (2 threads)"),
+        (HardwareProfile(device_type="cpu", name="CPU", threads=1), "CPU (1 thread)"),
+        (HardwareProfile(device_type="cpu", name="CPU", threads=2), "CPU (2 threads)"),
         (cuda(unanswered=(FailedQuery("mem_get_info", "gone"),)), "GPU [mem_get_info failed: gone]"),
         (
             cuda(unanswered=(FailedQuery("mem_get_info", "gone"), FailedQuery("device_count", "away"))),
@@ -239,26 +239,26 @@ def test_mig_slices_are_told_by_their_name() -> None:
     assert device_named("A100 MIG 1g.5gb").is_mig_slice
     assert not device_named("A100 40GB").is_mig_slice
     assert not cuda(name="NVIDIA MIGHTY").is_mig_slice
-    for kind in ("cpu", "rocm", "mps", "xpu"):
-        assert not HardwareProfile(kind=kind, name="MIG").is_mig_slice
+    for device_type in ("cpu", "rocm", "mps", "xpu"):
+        assert not HardwareProfile(device_type=device_type, name="MIG").is_mig_slice
 
 
 @pytest.mark.parametrize("known", KNOWN_DEVICES.values(), ids=KNOWN_DEVICES)
 def test_each_known_device_is_whole(known: KnownDevice) -> None:
-    """A kind, a nominal memory in whole binary gigabytes, what its precisions follow from, and a source."""
+    """A device_type, a nominal memory in whole binary gigabytes, what its precisions follow from, and a source."""
     profile = known.profile
     assert profile.total_memory_bytes
     assert profile.total_memory_bytes % GIB == 0
-    assert (profile.capability is not None) == (profile.kind == "cuda")
-    assert (profile.architecture is not None) == (profile.kind == "rocm")
+    assert (profile.capability is not None) == (profile.device_type == "cuda")
+    assert (profile.architecture is not None) == (profile.device_type == "rocm")
     assert profile.free_memory_bytes is None
     assert known.source
 
 
 def test_the_table_is_wide() -> None:
-    """At least 25 devices, of every kind, the plainest first, sizes of note among them."""
+    """At least 25 devices, of every device_type, the plainest first, sizes of note among them."""
     assert len(KNOWN_DEVICES) >= 25
-    assert {d.profile.kind for d in KNOWN_DEVICES.values()} == set(KINDS)
+    assert {d.profile.device_type for d in KNOWN_DEVICES.values()} == set(DEVICE_TYPES)
     assert next(iter(KNOWN_DEVICES)) == "CPU"
     gib = {name: (d.profile.total_memory_bytes or 0) // GIB for name, d in KNOWN_DEVICES.items()}
     assert gib["T4"] == 16
@@ -287,7 +287,7 @@ def test_a_profile_prints_as_code(profile: HardwareProfile) -> None:
 
 def test_the_code_of_a_profile_is_short() -> None:
     """Fields that have their defaults are left out."""
-    code = "HardwareProfile(kind='cuda', name='Tesla T4', total_memory_bytes=17179869184, capability='7.5')"
+    code = "HardwareProfile(device_type='cuda', name='Tesla T4', total_memory_bytes=17179869184, capability='7.5')"
     assert repr(T4) == code
 
 
@@ -295,7 +295,7 @@ def test_the_code_of_a_profile_is_short() -> None:
 def test_real_devices_alone_can_be_had(profile: HardwareProfile) -> None:
     """Without mutations every profile is in the table, and of the kinds asked for."""
     assert profile in [d.profile for d in KNOWN_DEVICES.values()]
-    assert profile.kind in ("cuda", "mps")
+    assert profile.device_type in ("cuda", "mps")
 
 
 @pytest.mark.parametrize("kinds", [(), ("gpu",), ("cuda", "tpu")])
@@ -314,12 +314,12 @@ def test_the_table_needs_no_torch() -> None:
 def test_own_thresholds_are_used() -> None:
     """A selector with other limits gives its own."""
     profiles = hardware_profiles(("cuda",), thresholds=[777])
-    assert {find(profiles, lambda p, size=size: p.total_memory_bytes == size).kind for size in (776, 777, 778)} == {
-        "cuda"
-    }
+    assert {
+        find(profiles, lambda p, size=size: p.total_memory_bytes == size).device_type for size in (776, 777, 778)
+    } == {"cuda"}
 
 
-@pytest.mark.parametrize(("kinds", "plainest"), [(KINDS, "CPU"), (("cuda",), "K80"), (("mps", "rocm"), "MI210")])
+@pytest.mark.parametrize(("kinds", "plainest"), [(DEVICE_TYPES, "CPU"), (("cuda",), "K80"), (("mps", "rocm"), "MI210")])
 def test_profiles_shrink_to_the_plainest(kinds: tuple[str, ...], plainest: str) -> None:
     """The first known device of the kinds, as it is sold."""
     assert find(hardware_profiles(kinds), lambda p: True) == device_named(plainest)
@@ -328,14 +328,14 @@ def test_profiles_shrink_to_the_plainest(kinds: tuple[str, ...], plainest: str) 
 @pytest.mark.parametrize(
     "wanted",
     [
-        lambda p: p.total_memory_bytes == 0 and p.kind == "cuda",
+        lambda p: p.total_memory_bytes == 0 and p.device_type == "cuda",
         lambda p: p.free_memory_bytes and p.free_memory_bytes == p.total_memory_bytes * (100 - TENANT_SHARE) // 100,
         lambda p: p.unanswered,
-        lambda p: p.count > 1 and p.kind == "mps",
+        lambda p: p.count > 1 and p.device_type == "mps",
         lambda p: p.capability == "99.99",
         lambda p: p.architecture == "gfx1201",
         *(
-            lambda p, size=limit + off: p.total_memory_bytes == size and p.kind == "cuda"
+            lambda p, size=limit + off: p.total_memory_bytes == size and p.device_type == "cuda"
             for limit in COMMON_THRESHOLDS
             for off in (-1, 1)
         ),

@@ -22,7 +22,7 @@ import torch
 
 from pytest_sftguard.engine.building.targets import resolve
 from pytest_sftguard.engine.building.trainers import build
-from pytest_sftguard.engine.machine.profiles import choose_device, probe
+from pytest_sftguard.engine.machine.profiles import choose_device, device_profile
 from pytest_sftguard.engine.memory.prediction import predict
 from pytest_sftguard.engine.surroundings.isolation import isolated
 from pytest_sftguard.matrix import Cell, RunConfig
@@ -51,12 +51,12 @@ class Case:
     accumulation: int = 1
     checkpointing: bool = False
 
-    def config(self, kind: str) -> RunConfig:
-        """The run on a device of `kind`."""
+    def config(self, device_type: str) -> RunConfig:
+        """The run on a device of `device_type`."""
         arguments = {"gradient_checkpointing": True} if self.checkpointing else {}
         return RunConfig(
             cell=Cell(self.precision, self.batch, self.accumulation), target=MODELS[self.model],
-            device=kind, steps=STEPS, training_arguments=arguments,
+            device=device_type, steps=STEPS, training_arguments=arguments,
         )  # fmt: skip
 
 
@@ -84,12 +84,12 @@ CASES = [
 ]
 
 
-def measured(config: RunConfig, kind: str) -> int:
+def measured(config: RunConfig, device_type: str) -> int:
     """Peak bytes that the allocator really gave out while the cell's Trainer trained."""
     with isolated(), tempfile.TemporaryDirectory() as folder:
-        trainer = build(resolve(config.target), config, mode_named(config.cell.precision), kind, Path(folder))
+        trainer = build(resolve(config.target), config, mode_named(config.cell.precision), device_type, Path(folder))
         trainer.log = lambda *_, **__: None
-        if kind == "cuda":
+        if device_type == "cuda":
             gc.collect()  # the Trainer before this one, which is held in circles
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -112,9 +112,9 @@ def allocator_peak(work) -> int:
     return peak
 
 
-def table(kind: str) -> str:
+def table(device_type: str) -> str:
     """Every case predicted and measured, as Markdown with a summary."""
-    device = probe(kind)
+    device = device_profile(device_type)
     lines = [
         "| model | tokens | precision | batch | checkpointing | predicted | measured | error |",
         "|---|---|---|---|---|---|---|---|",
@@ -122,9 +122,9 @@ def table(kind: str) -> str:
     errors = []
     for case in CASES:
         os.environ[TOKENS] = str(case.tokens)
-        config = case.config(kind)
+        config = case.config(device_type)
         predicted = predict(config, device).peak_bytes
-        real = measured(config, kind)
+        real = measured(config, device_type)
         errors.append(predicted / real - 1)
         lines.append(
             f"| {case.model} | {case.tokens} | {case.precision} | {case.batch}x{case.accumulation} "
@@ -147,10 +147,10 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the table into docs/memory.md")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    kind, _ = choose_device("auto")
-    made = table(kind)
+    device_type, _ = choose_device("auto")
+    made = table(device_type)
     if options.write:
-        put(PAGE, f"{kind} table", made)
+        put(PAGE, f"{device_type} table", made)
 
 
 if __name__ == "__main__":

@@ -29,10 +29,10 @@ def where(device: str = "cpu") -> str:
     import torch
     import transformers
 
-    from pytest_sftguard.engine.machine.profiles import probe
+    from pytest_sftguard.engine.machine.profiles import device_profile
 
-    there = "" if device == "cpu" else f"{probe(device).name}; "
+    there = "" if device == "cpu" else f"{device_profile(device).name}; "
     return (
-        f"{there}{probe('cpu').name}, {usable_cores()} cores, {torch.get_num_threads()} of them used,"
+        f"{there}{device_profile('cpu').name}, {usable_cores()} cores, {torch.get_num_threads()} of them used,"
         f" Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
     )

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
-def build(target: Target, config: RunConfig, mode: PrecisionMode, kind: str, folder: Path) -> Trainer:
-    """The Trainer of the cell of `config` on a device of `kind`; what it writes goes to `folder`.
+def build(target: Target, config: RunConfig, mode: PrecisionMode, device_type: str, folder: Path) -> Trainer:
+    """The Trainer of the cell of `config` on a device of `device_type`; what it writes goes to `folder`.
 
     Raises TargetError where the target breaks its contract, and whatever its own code raises.
     """
@@ -28,14 +28,14 @@ def build(target: Target, config: RunConfig, mode: PrecisionMode, kind: str, fol
         "per_device_train_batch_size": config.cell.per_device_train_batch_size,
         "gradient_accumulation_steps": config.cell.gradient_accumulation_steps,
         "seed": config.seed,
-        "use_cpu": kind == "cpu",
+        "use_cpu": device_type == "cpu",
         "bf16": False,
         "fp16": False,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        **({"tf32": False} if kind == "cuda" else {}),
+        **({"tf32": False} if device_type == "cuda" else {}),
         **mode.training_arguments,
         **config.training_arguments,
     }

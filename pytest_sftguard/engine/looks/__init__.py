@@ -1,6 +1,6 @@
 """Extra looks at a run, one file each: what can be seen only by more than watching the training.
 
-The file name is the name, as in `tiers.LOOKS`. A look is a subclass of `Probe`; it costs nothing where it is not asked
+The file name is the name, as in `tiers.LOOKS`. A look is a subclass of `Look`; it costs nothing where it is not asked
 for. It must leave the training as it is: the same numbers come out with and without it.
 """
 
@@ -45,8 +45,8 @@ class Scene:
     """What was asked for."""
     mode: PrecisionMode
     """Its precision mode."""
-    kind: str
-    """Kind of the device."""
+    device_type: str
+    """`cpu`, `cuda`, `mps` or `xpu`."""
     target: Target
     """The code under test."""
     folder: Path
@@ -77,7 +77,7 @@ class Scene:
     """Trainable tensors that came out otherwise where the target was built under another seed."""
 
 
-class Probe:
+class Look:
     """Base of the looks: each overrides what it needs."""
 
     needs: str = "trainer"
@@ -100,37 +100,37 @@ class Probe:
         return {}
 
 
-class Probes:
+class Looks:
     """The looks that a run was asked for. One that raises is out, and breaks neither the run nor the others."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         last = sorted(names, key=lambda name: name == "merging")  # after it there is no adapter left to look at
-        self._probes: dict[str, Probe] = {n: registry.load(n, __name__)() for n in last}
+        self._asked: dict[str, Look] = {n: registry.load(n, __name__)() for n in last}
         self._looks: dict[str, LookRecord] = {}
 
     def prepare(self, scene: Scene) -> None:
         """Let each look at the Trainer, with random generators that the training does not see."""
-        for name, probe in self._probes.items():
-            self._guarded(name, probe.prepare, scene)
+        for name, look in self._asked.items():
+            self._guarded(name, look.prepare, scene)
 
     def attach(self, scene: Scene) -> None:
         """Let each attach itself."""
-        for name, probe in self._probes.items():
-            self._guarded(name, probe.attach, scene)
+        for name, look in self._asked.items():
+            self._guarded(name, look.attach, scene)
 
     def rebuilt(self, scene: Scene) -> None:
         """Let each look at the second model."""
-        for name, probe in self._probes.items():
-            self._guarded(name, probe.rebuilt, scene)
+        for name, look in self._asked.items():
+            self._guarded(name, look.rebuilt, scene)
 
     def conclude(self, scene: Scene) -> dict[str, Any]:
         """The fields that all of them fill, `looks` among them."""
         there = {"trainer": scene.trainer is not None, "trained": scene.trained, "reloaded": scene.reloaded is not None}
         fields: dict[str, Any] = {}
-        for name, probe in self._probes.items():
-            if name not in self._looks and not there[probe.needs]:
+        for name, look in self._asked.items():
+            if name not in self._looks and not there[look.needs]:
                 self._looks[name] = LookRecord(name=name, inapplicable="the run ended before it could be looked at")
-            fields.update(self._guarded(name, probe.conclude, scene) or {})
+            fields.update(self._guarded(name, look.conclude, scene) or {})
             self._looks.setdefault(name, LookRecord(name=name))
         return fields | {"looks": tuple(self._looks.values())}
 

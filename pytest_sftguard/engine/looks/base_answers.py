@@ -10,14 +10,14 @@ import torch
 
 from pytest_sftguard.engine.adapter import adapters
 from pytest_sftguard.engine.after import generation
-from pytest_sftguard.engine.looks import InapplicableError, Probe, Scene
+from pytest_sftguard.engine.looks import InapplicableError, Look, Scene
 from pytest_sftguard.records import BaseAnswersRecord
 
 _BATCHES = 8
 """Micro-batches that the base's loss is the mean of: enough rows to even out, few passes."""
 
 
-class BaseAnswers(Probe):
+class BaseAnswers(Look):
     """Asks the reloaded model again, without its adapter."""
 
     needs = "reloaded"

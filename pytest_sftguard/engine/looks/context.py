@@ -16,7 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pytest_sftguard.engine.adapter.adapters import eager
 from pytest_sftguard.engine.after import forwards
-from pytest_sftguard.engine.looks import InapplicableError, Probe, Scene
+from pytest_sftguard.engine.looks import InapplicableError, Look, Scene
 from pytest_sftguard.records import ComparisonRecord, ContextRecord, Names
 
 _MICRO_BATCHES = 2
@@ -32,7 +32,7 @@ _SCORES = 1 << 28
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
-class Context(Probe):
+class Context(Look):
     """Gives rows of the training to the trained model as they were, alone, and padded on either side."""
 
     needs = "trained"

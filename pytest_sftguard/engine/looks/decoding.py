@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pytest_sftguard.engine.after import forwards, generation
-from pytest_sftguard.engine.looks import InapplicableError, Probe, Scene
+from pytest_sftguard.engine.looks import InapplicableError, Look, Scene
 from pytest_sftguard.records import DecodingRecord, DifferenceRecord
 
 _PROMPTS = 8
@@ -18,7 +18,7 @@ _CANDIDATES = 64
 _NEW_TOKENS = 16
 
 
-class Decoding(Probe):
+class Decoding(Look):
     """Lets the reloaded adapter answer in a batch and alone, in the guard's way or the target's own."""
 
     needs = "reloaded"

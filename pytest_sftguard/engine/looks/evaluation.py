@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from pytest_sftguard.engine.after import forwards
-from pytest_sftguard.engine.looks import InapplicableError, Probe, Scene
+from pytest_sftguard.engine.looks import InapplicableError, Look, Scene
 from pytest_sftguard.records import EvaluationRecord, Names
 
 _BATCHES = 32
@@ -19,7 +19,7 @@ _BATCHES = 32
 _IGNORED = -100
 
 
-class Evaluation(Probe):
+class Evaluation(Look):
     """Watches the evaluations of the training, and evaluates once more after it."""
 
     needs = "trained"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_sftguard.engine.adapter.adapters import eager, lora_layers
-from pytest_sftguard.engine.looks import InapplicableError, Probe, Scene
+from pytest_sftguard.engine.looks import InapplicableError, Look, Scene
 from pytest_sftguard.engine.surroundings.errors import first_line
 from pytest_sftguard.engine.tensors.reductions import digests, dtype_name
 from pytest_sftguard.records import MergeRecord, Names
@@ -27,7 +27,7 @@ _PREFIX = "base_model.model."
 _WRAPPERS = (".base_layer", ".token_adapter")
 
 
-class Merging(Probe):
+class Merging(Look):
     """Merges the reloaded model, in place: a copy would need its memory twice."""
 
     needs = "reloaded"

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from pytest_sftguard.engine.adapter.adapters import eager, trainables
 from pytest_sftguard.engine.after import forwards
-from pytest_sftguard.engine.looks import InapplicableError, Probe, Scene
+from pytest_sftguard.engine.looks import InapplicableError, Look, Scene
 from pytest_sftguard.records import Names, PathRecord, PathsRecord
 
 _LOSS_RTOL = 1e-5
@@ -31,7 +31,7 @@ class _Done(BaseException):
     """Ends the training of the look's own model; nothing catches it on the way."""
 
 
-class Paths(Probe):
+class Paths(Look):
     """Builds the target anew, begins its training, and computes loss and gradients where its first step would."""
 
     def conclude(self, scene: Scene) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pytest_sftguard.engine.looks import InapplicableError, Probe, Scene
+from pytest_sftguard.engine.looks import InapplicableError, Look, Scene
 from pytest_sftguard.engine.looks._examples import Example, Examples
 from pytest_sftguard.engine.looks._rows import Row, micro_batches, sample
 from pytest_sftguard.engine.looks.supervision import examples_of, refuse_others
@@ -20,7 +20,7 @@ _TEXT = 8
 _Prompts = Sequence[Sequence[int]]
 
 
-class Prompts(Probe):
+class Prompts(Look):
     """Compares token by token where a row holds one of the questions, and by their ends where none does."""
 
     def conclude(self, scene: Scene) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from pytest_sftguard.engine.looks import InapplicableError, Probe, Scene
+from pytest_sftguard.engine.looks import InapplicableError, Look, Scene
 from pytest_sftguard.engine.recording.recorder import Recorder
 from pytest_sftguard.engine.surroundings.errors import first_line
 from pytest_sftguard.engine.surroundings.isolation import isolated
@@ -18,7 +18,7 @@ from pytest_sftguard.engine.tensors.reductions import norms, to_host
 from pytest_sftguard.records import ReplayedStepRecord, ReplayedTensorRecord, ReplayRecord
 
 
-class Replay(Probe):
+class Replay(Look):
     """Replays each step that the optimizer takes, in float32, and compares how far the tensors went.
 
     It hooks onto `torch.optim.Optimizer.step`: there the gradients are what the step works with, after clipping and

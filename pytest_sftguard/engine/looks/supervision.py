@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from pytest_sftguard.engine.looks import InapplicableError, Probe, Scene
+from pytest_sftguard.engine.looks import InapplicableError, Look, Scene
 from pytest_sftguard.engine.looks._examples import Examples
 from pytest_sftguard.engine.looks._rows import IGNORED, MicroBatch, Row, micro_batches, sample
 from pytest_sftguard.records import DefectRecord, SupervisionRecord
@@ -18,7 +18,7 @@ _ENDS_WITHIN = 2
 """Labels at the end among which the end token must be: chat templates put a line break after it."""
 
 
-class Supervision(Probe):
+class Supervision(Look):
     """Audits the first micro-batches as they were trained on, and rows of the data set."""
 
     def __init__(self) -> None:
@@ -150,12 +150,12 @@ class _Audit:
             self._defect("unknown_id", rows, self._unknown_id),
             self._defect("unknown_label", rows, self._unknown_label),
             self._defect("doubled_bos", rows, self._doubled_bos),
-            self._defect("cut", rows, self._cut([r for _, r in rows])),
+            self._defect("truncated", rows, self._cut([r for _, r in rows])),
             *self._of_questions(rows),
         ]
         barren = [step for step, group in groups if step and len(group) > 1 and not any(map(_supervised, group))]
         if barren:
-            found.append(DefectRecord(kind="barren", rows=len(barren), step=barren[0]))
+            found.append(DefectRecord(name="barren", rows=len(barren), step=barren[0]))
         return tuple(f for f in found if f is not None)
 
     def _of_questions(self, rows: Sequence[tuple[int | None, Row]]) -> list[DefectRecord | None]:
@@ -186,13 +186,13 @@ class _Audit:
         ]
 
     def _defect(
-        self, kind: str, rows: Sequence[tuple[int | None, Row]], bad: Callable[[Row], bool]
+        self, name: str, rows: Sequence[tuple[int | None, Row]], bad: Callable[[Row], bool]
     ) -> DefectRecord | None:
         hit = [(step, row) for step, row in rows if bad(row)]
         if not hit:
             return None
         step, row = hit[0]
-        return DefectRecord(kind=kind, rows=len(hit), step=step, example=self._shown(row))
+        return DefectRecord(name=name, rows=len(hit), step=step, example=self._shown(row))
 
     def _shown(self, row: Row) -> str:
         labels = row.labels or ()

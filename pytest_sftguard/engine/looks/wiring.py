@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from pytest_sftguard.engine.adapter import attachment, foundation, initial
-from pytest_sftguard.engine.looks import InapplicableError, Probe, Scene
+from pytest_sftguard.engine.looks import InapplicableError, Look, Scene
 from pytest_sftguard.engine.looks._rows import attended_ids, micro_batches
 from pytest_sftguard.records import FoundationRecord, InitialRecord, Names, WiringRecord
 
 
-class Wiring(Probe):
+class Wiring(Look):
     """Reads what is there before the training, and asks the model that was built for reloading."""
 
     def __init__(self) -> None:

@@ -17,7 +17,7 @@ _PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safet
 
 
 def choose_device(asked: str) -> tuple[str, str | None]:
-    """The kind of device that `asked` means here, and why it cannot be had (None if it can).
+    """The device type that `asked` means here, and why it cannot be had (None if it can).
 
     `auto` is CUDA (or ROCm) where torch finds it, and else the CPU; other accelerators are used where they are named.
     A driver that fails at the question is no reason to train on the CPU instead.
@@ -30,11 +30,14 @@ def choose_device(asked: str) -> tuple[str, str | None]:
     }
     if asked != "auto" and asked not in available:
         raise ValueError(f"unknown device {asked!r}: choose from auto, {', '.join(available)}")
-    kind = "cuda" if asked == "auto" else asked
+    device_type = "cuda" if asked == "auto" else asked
     try:
-        there = available[kind]()
+        there = available[device_type]()
     except Exception as error:  # whatever a broken driver raises
-        return kind, f"torch {torch.__version__} cannot tell whether there is a {kind} device: {_words(error)}"
+        return (
+            device_type,
+            f"torch {torch.__version__} cannot tell whether there is a {device_type} device: {_words(error)}",
+        )
     if asked == "auto":
         return ("cuda" if there else "cpu"), None
     if not there:
@@ -42,33 +45,33 @@ def choose_device(asked: str) -> tuple[str, str | None]:
     return asked, None
 
 
-def probe(kind: str) -> HardwareProfile:
-    """The profile of the first device of `kind` (`cuda`, `mps`, `xpu` or `cpu`), which must be there.
+def device_profile(device_type: str) -> HardwareProfile:
+    """The profile of the first device of `device_type` (`cuda`, `mps`, `xpu` or `cpu`), which must be there.
 
     A question that raises leaves its fields None, and is told in the profile's `unanswered`.
     """
     asking = _Asking()
     host = _host_memory()
-    if kind == "cpu":
+    if device_type == "cpu":
         return HardwareProfile(
-            kind="cpu", name=_cpu_name(), total_memory_bytes=host, threads=torch.get_num_threads(),
+            device_type="cpu", name=_cpu_name(), total_memory_bytes=host, threads=torch.get_num_threads(),
             free_memory_bytes=available_host_memory(), host_memory_bytes=host,
         )  # fmt: skip
-    if kind == "mps":
+    if device_type == "mps":
         return _probe_mps(asking, host)
-    module: Any = {"cuda": torch.cuda, "xpu": torch.xpu}[kind]
-    rocm = kind == "cuda" and torch.version.hip is not None
+    module: Any = {"cuda": torch.cuda, "xpu": torch.xpu}[device_type]
+    rocm = device_type == "cuda" and torch.version.hip is not None
     count = asking.ask("device_count", module.device_count)
     properties = asking.ask("get_device_properties", lambda: module.get_device_properties(0))
     free = asking.ask("mem_get_info", lambda: int(module.mem_get_info(0)[0]))
     return HardwareProfile(
-        kind="rocm" if rocm else kind,
-        name=kind if properties is None else properties.name,
+        device_type="rocm" if rocm else device_type,
+        name=device_type if properties is None else properties.name,
         count=max(1, count or 1),
         total_memory_bytes=None if properties is None else properties.total_memory,
-        capability=_capability(properties) if kind == "cuda" and not rocm else None,
+        capability=_capability(properties) if device_type == "cuda" and not rocm else None,
         architecture=_architecture(properties) if rocm else None,
-        emulates=_emulated_by_xpu(properties) if kind == "xpu" else (),
+        emulates=_emulated_by_xpu(properties) if device_type == "xpu" else (),
         free_memory_bytes=free,
         host_memory_bytes=host,
         unanswered=tuple(asking.failed),
@@ -99,7 +102,7 @@ def _probe_mps(asking: _Asking, host: int | None) -> HardwareProfile:
     get_name = getattr(torch.backends.mps, "get_name", None)  # from torch 2.9 on
     name = get_name() if get_name else platform.processor() or "mps"
     return HardwareProfile(
-        kind="mps", name=name, total_memory_bytes=total, free_memory_bytes=free, host_memory_bytes=host,
+        device_type="mps", name=name, total_memory_bytes=total, free_memory_bytes=free, host_memory_bytes=host,
         emulates=("bfloat16",) if name.startswith(("Apple M1", "Apple M2")) else (),
         unanswered=tuple(asking.failed),
     )  # fmt: skip

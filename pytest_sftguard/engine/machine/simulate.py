@@ -104,18 +104,18 @@ class _Machine:
         self.profile = profile
         self.current = 0
         told = profile.failure_of("get_device_properties") is None
-        if profile.kind != "cpu" and told and profile.total_memory_bytes is None:
+        if profile.device_type != "cpu" and told and profile.total_memory_bytes is None:
             raise ValueError(f"{profile.name} cannot be simulated: its profile has no total_memory_bytes")
-        if profile.kind == "cuda" and told and profile.capability is None:
+        if profile.device_type == "cuda" and told and profile.capability is None:
             raise ValueError(f"{profile.name} cannot be simulated: its profile has no capability")
 
     def answers(self) -> Iterator[tuple[Any, str, Any]]:
         """Every attribute to replace: its owner, its name, its value for now."""
-        kind, nothing = self.profile.kind, _Machine.__new__(_Machine)
-        nothing.profile, nothing.current = HardwareProfile(kind="cpu", name=self.profile.name), 0
-        cuda = self if kind in ("cuda", "rocm") else nothing
-        xpu = self if kind == "xpu" else nothing
-        mps = self if kind == "mps" else nothing
+        device_type, nothing = self.profile.device_type, _Machine.__new__(_Machine)
+        nothing.profile, nothing.current = HardwareProfile(device_type="cpu", name=self.profile.name), 0
+        cuda = self if device_type in ("cuda", "rocm") else nothing
+        xpu = self if device_type == "xpu" else nothing
+        mps = self if device_type == "mps" else nothing
         yield from cuda._module(torch.cuda)
         yield torch.cuda, "_check_bf16_tensor_supported", lambda device: True
         yield torch.backends.cuda, "is_built", lambda: cuda is self
@@ -123,14 +123,14 @@ class _Machine:
         yield from mps._metal()
         for name, owner in (("cuda", "cuda"), ("hip", "rocm"), ("rocm", "rocm"), ("xpu", "xpu")):
             version = {"cuda": CUDA_VERSION, "rocm": HIP_VERSION, "xpu": XPU_VERSION}[owner]
-            yield torch.version, name, version if kind == owner else None
+            yield torch.version, name, version if device_type == owner else None
         yield from self._accelerator()
         if "torch._subclasses.fake_tensor" in sys.modules:  # it would allocate on the device to wake it up
             yield sys.modules["torch._subclasses.fake_tensor"], "init_gpu_context", lambda device=None: None
 
     def _module(self, module: Any) -> Iterator[tuple[Any, str, Any]]:
         """`torch.cuda` or `torch.xpu`."""
-        there = self.profile.kind != "cpu"
+        there = self.profile.device_type != "cpu"
         queries: dict[str, Callable[..., Any]] = {
             "is_available": lambda: there,
             "device_count": lambda: self.profile.count if there else 0,
@@ -154,7 +154,7 @@ class _Machine:
         yield module, "get_arch_list", self._architectures
 
     def _metal(self) -> Iterator[tuple[Any, str, Any]]:
-        there = self.profile.kind == "mps"
+        there = self.profile.device_type == "mps"
         yield torch.backends.mps, "is_available", self._failing("is_available", lambda: there)
         yield torch.backends.mps, "is_built", lambda: there
         yield torch.backends.mps, "is_macos_or_newer", lambda major, minor: there and (major, minor) <= MACOS
@@ -168,9 +168,9 @@ class _Machine:
 
     def _accelerator(self) -> Iterator[tuple[Any, str, Any]]:
         """What `torch.accelerator` asks below its own functions."""
-        kind = "cuda" if self.profile.kind == "rocm" else self.profile.kind
-        device = None if kind == "cpu" else torch.device(kind)
-        module: Any = {"cuda": torch.cuda, "xpu": torch.xpu}.get(kind)
+        device_type = "cuda" if self.profile.device_type == "rocm" else self.profile.device_type
+        device = None if device_type == "cpu" else torch.device(device_type)
+        module: Any = {"cuda": torch.cuda, "xpu": torch.xpu}.get(device_type)
         yield torch._C, "_accelerator_getAccelerator", lambda: device
         yield torch._C, "_get_accelerator", lambda check=None: device or torch.device("cpu")
         yield torch._C, "_accelerator_getDeviceIndex", lambda: self._current_device()
@@ -182,7 +182,7 @@ class _Machine:
 
     def _failing(self, query: str, answer: Callable[..., Any]) -> Callable[..., Any]:
         failure = self.profile.failure_of(query)
-        if failure is None or self.profile.kind == "cpu":
+        if failure is None or self.profile.device_type == "cpu":
             return answer
 
         def fail(*args: Any, **kwargs: Any) -> Any:
@@ -191,7 +191,7 @@ class _Machine:
         return fail
 
     def _index(self, device: Any, module: Any = None) -> int:
-        if self.profile.kind == "cpu":
+        if self.profile.device_type == "cpu":
             raise _refusal(self.profile, "a query")
         index = self.current if module is None else module._utils._get_device_index(device, optional=True)
         if not 0 <= index < self.profile.count:
@@ -201,7 +201,7 @@ class _Machine:
     def _properties(self, device: Any, module: Any) -> _Properties:
         self._index(device, module)
         profile = self.profile
-        if profile.kind == "xpu":
+        if profile.device_type == "xpu":
             return _Properties(
                 name=profile.name, total_memory=profile.total_memory_bytes, type="gpu", has_fp16=True,
                 has_bfloat16_conversions="bfloat16" not in profile.emulated,
@@ -248,7 +248,7 @@ class _Machine:
 
 
 def _refusal(profile: HardwareProfile, what: str) -> SimulatedDeviceError:
-    if profile.kind == "cpu":
+    if profile.device_type == "cpu":
         there = f"the machine is simulated (simulated_hardware: {profile.name}) and has no such device"
     else:
         there = f"{profile.name} is simulated (simulated_hardware): it answers questions and computes nothing"

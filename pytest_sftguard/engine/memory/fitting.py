@@ -74,7 +74,7 @@ class Answer:
 def free(profile: HardwareProfile, *, here: bool) -> int | None:
     """Bytes that a training can have on the device: what is free if it is `here`, else what the profile says."""
     if here:
-        return free_bytes("cuda" if profile.kind == "rocm" else profile.kind)
+        return free_bytes("cuda" if profile.device_type == "rocm" else profile.device_type)
     stated = profile.free_memory_bytes
     return profile.total_memory_bytes if stated is None else stated
 

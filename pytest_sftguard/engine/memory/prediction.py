@@ -100,7 +100,7 @@ class Rehearsal:
 
     def __init__(self, trainer: Trainer, device: HardwareProfile) -> None:
         self.trainer, self.device = trainer, device
-        self.rounding = 1 if device.kind == "cpu" else CUDA_ROUNDING
+        self.rounding = 1 if device.device_type == "cpu" else CUDA_ROUNDING
         self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
         self._dataset: Any = trainer.train_dataset
         self._made = trainer.optimizer
@@ -146,7 +146,7 @@ class Rehearsal:
 
     def _attention(self) -> contextlib.AbstractContextManager[Any]:
         """Attention as the device computes it; where its compute capability is not known, as a recent one does."""
-        if self.device.kind != "cuda":
+        if self.device.device_type != "cuda":
             return contextlib.nullcontext()
         return as_on_cuda(self.device.compute_capability or AMPERE)
 
@@ -222,7 +222,7 @@ class Forecast:
         b/a times that at a rows, which may have been rehearsed already; and accumulation never takes any away.
         """
         cell = config.cell
-        key = f"{device.kind} {dataclasses.replace(config, cell=Cell(cell.precision, 1, 1))!r}"
+        key = f"{device.device_type} {dataclasses.replace(config, cell=Cell(cell.precision, 1, 1))!r}"
         if key in self._rehearsed:
             known, need = self._rehearsed[key]
             more = cell.per_device_train_batch_size / known.per_device_train_batch_size
@@ -240,19 +240,19 @@ class Forecast:
 
 def _overhead_bytes(device: HardwareProfile) -> int:
     """What the device's libraries take from the allocator for themselves, whatever is trained."""
-    if device.kind not in ("cuda", "rocm"):
+    if device.device_type not in ("cuda", "rocm"):
         return 0
     capability = device.compute_capability
     return 2 * (CUBLAS_WORKSPACE_HOPPER if capability is not None and capability >= (9, 0) else CUBLAS_WORKSPACE)
 
 
-def free_bytes(kind: str) -> int | None:
-    """Memory that a training can still have on this machine's device of `kind`; None where it cannot be read."""
-    if kind == "cuda":
+def free_bytes(device_type: str) -> int | None:
+    """Memory that a training can still have on this machine's device of `device_type`; None where it cannot be read."""
+    if device_type == "cuda":
         free, _ = torch.cuda.mem_get_info()
         cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return int(free + cached)
-    if kind != "cpu":
+    if device_type != "cpu":
         return None
     sizes = [size for size in (available_host_memory(), _control_group()) if size is not None]
     return min(sizes, default=None)

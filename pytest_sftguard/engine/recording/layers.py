@@ -136,13 +136,13 @@ class LayerWatch:
                 self.recorder.used_layers.update(names)
             if not self.looking or not isinstance(output, torch.Tensor):
                 return
-            kind = output.device.type
-            what = (output.dtype, torch.is_autocast_enabled(kind))
+            device_type = output.device.type
+            what = (output.dtype, torch.is_autocast_enabled(device_type))
             if what not in seen:
                 seen.add(what)
                 self._returned.setdefault(dtype_name(output.dtype), set()).add(id(module))
                 if what[1]:
-                    self.autocast_dtype = dtype_name(torch.get_autocast_dtype(kind))
+                    self.autocast_dtype = dtype_name(torch.get_autocast_dtype(device_type))
 
         return note
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pytest_sftguard.engine.adapter import adapters, redrawing
 from pytest_sftguard.engine.adapter.round_trip import round_trip
 from pytest_sftguard.engine.after import finiteness
-from pytest_sftguard.engine.machine.profiles import probe, versions
+from pytest_sftguard.engine.machine.profiles import device_profile, versions
 from pytest_sftguard.engine.recording import scales
 from pytest_sftguard.engine.recording.layers import LayerWatch
 from pytest_sftguard.engine.recording.recorder import Recorder
@@ -167,13 +167,13 @@ class Observer:
 
     def _recorded(self) -> RunRecord:
         recorder = self.recorder
-        kind = next(iter(recorder.model.parameters())).device.type
-        seen = recorder.fields(self.optimizer, whole=devices.answers(kind))
+        device_type = next(iter(recorder.model.parameters())).device.type
+        seen = recorder.fields(self.optimizer, whole=devices.answers(device_type))
         trip = self._round_trip()
         steps = seen["steps"]
         rows = next((v.shape[0] for v in self._first_inputs.values() if v.dim()), 1)
         accumulation = self._accumulation or max((len(s.micro_losses) for s in steps), default=1) or 1
-        tf32 = float32.products_in_tf32() if kind == "cuda" else None
+        tf32 = float32.products_in_tf32() if device_type == "cuda" else None
         weights = adapters.weights_dtypes(recorder.model)
         precision = self._precision or self._seen_precision(weights, tf32)
         return RunRecord(
@@ -184,7 +184,7 @@ class Observer:
             max_steps=self._asked_steps or max(1, len(steps)),
             seed=self._seed,
             target=self._name,
-            device=probe(kind),
+            device=device_profile(device_type),
             versions=versions(),
             observed=True,
             error=self._error,

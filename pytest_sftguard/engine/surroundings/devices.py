@@ -32,10 +32,10 @@ def lost() -> str | None:
     return _lost
 
 
-def answers(kind: str) -> bool:
-    """Whether the device of `kind` still computes; waits until it has done what it was given."""
+def answers(device_type: str) -> bool:
+    """Whether the device of `device_type` still computes; waits until it has done what it was given."""
     global _lost
-    if kind != "cuda" or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if device_type != "cuda" or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return True
     if _lost is not None:
         return False

@@ -18,7 +18,7 @@ import transformers.integrations.sdpa_attention  # a module that asks for the de
 from hypothesis import given, settings
 from transformers.utils import import_utils
 
-from pytest_sftguard.engine.machine.profiles import choose_device, probe
+from pytest_sftguard.engine.machine.profiles import choose_device, device_profile
 from pytest_sftguard.engine.machine.simulate import SimulatedDeviceError, SimulatedQueryError, simulated_hardware
 from pytest_sftguard.hardware import GIB, KNOWN_DEVICES, FailedQuery, HardwareProfile, device_named
 from pytest_sftguard.strategies import hardware_profiles
@@ -36,7 +36,7 @@ def snapshot() -> dict[tuple[str, str], object]:
 
 
 def cuda(**fields: Any) -> HardwareProfile:
-    plain = {"kind": "cuda", "name": "GPU", "total_memory_bytes": 16 * GIB, "capability": "8.0"}
+    plain = {"device_type": "cuda", "name": "GPU", "total_memory_bytes": 16 * GIB, "capability": "8.0"}
     return HardwareProfile(**plain | fields)
 
 
@@ -97,27 +97,27 @@ REAL = answers()
 def test_one_kind_of_device_is_there(name: str) -> None:
     """torch, transformers and accelerate agree on which it is, and on how many."""
     with simulated_hardware(name) as profile:
-        kind, said = profile.kind, answers()
-    on_cuda = kind in ("cuda", "rocm")
+        device_type, said = profile.device_type, answers()
+    on_cuda = device_type in ("cuda", "rocm")
     assert said["cuda"] == (on_cuda, profile.count if on_cuda else 0)
-    assert said["xpu"] == (kind == "xpu", int(kind == "xpu"))
-    assert said["mps"] == (kind == "mps", kind == "mps", int(kind == "mps"))
-    type_ = "cuda" if on_cuda else kind
+    assert said["xpu"] == (device_type == "xpu", int(device_type == "xpu"))
+    assert said["mps"] == (device_type == "mps", device_type == "mps", int(device_type == "mps"))
+    type_ = "cuda" if on_cuda else device_type
     assert said["accelerator"][:3] == (
-        (True, torch.device(type_), profile.count) if kind != "cpu" else (False, None, 0)
+        (True, torch.device(type_), profile.count) if device_type != "cpu" else (False, None, 0)
     )
-    assert [bool(version) for version in said["versions"]] == [kind == k for k in ("cuda", "rocm", "xpu")]
-    assert said["transformers"][:3] == (on_cuda, kind == "xpu", kind == "mps")
-    assert said["transformers"][5:] == (kind == "cuda", kind == "rocm")
-    assert said["accelerate"][:3] == (on_cuda, kind == "xpu", kind == "mps")
+    assert [bool(version) for version in said["versions"]] == [device_type == k for k in ("cuda", "rocm", "xpu")]
+    assert said["transformers"][:3] == (on_cuda, device_type == "xpu", device_type == "mps")
+    assert said["transformers"][5:] == (device_type == "cuda", device_type == "rocm")
+    assert said["accelerate"][:3] == (on_cuda, device_type == "xpu", device_type == "mps")
     assert said["imported"]  # which names there are differs between versions
     for name, value in said["imported"].items():
-        assert value == (name == f"_is_torch_{kind}_available"), name
+        assert value == (name == f"_is_torch_{device_type}_available"), name
     assert said["state"] == type_
     assert answers() == REAL
 
 
-@pytest.mark.parametrize("name", [n for n, d in KNOWN_DEVICES.items() if d.profile.kind in ("cuda", "rocm")])
+@pytest.mark.parametrize("name", [n for n, d in KNOWN_DEVICES.items() if d.profile.device_type in ("cuda", "rocm")])
 def test_what_torch_cuda_says(name: str) -> None:
     """Name, capability, memory, and bfloat16 with and without emulation."""
     with simulated_hardware(name) as profile:
@@ -128,7 +128,7 @@ def test_what_torch_cuda_says(name: str) -> None:
         assert torch.accelerator.get_memory_info() == (profile.total_memory_bytes,) * 2
         assert torch.cuda.current_device() == 0
         assert torch.cuda.is_bf16_supported()
-        if profile.kind == "cuda":
+        if profile.device_type == "cuda":
             assert torch.cuda.get_device_capability(0) == profile.compute_capability
             assert torch.cuda.is_bf16_supported(including_emulation=False) == ("bfloat16" in profile.native)
             assert torch.cuda.is_tf32_supported() == ("tf32" in profile.native)
@@ -144,7 +144,7 @@ def test_what_torch_xpu_and_mps_say() -> None:
         assert torch.xpu.is_bf16_supported(including_emulation=False)
         assert torch.xpu.mem_get_info()[1] == profile.total_memory_bytes
         assert torch.xpu.get_device_capability()["total_memory"] == profile.total_memory_bytes
-    with simulated_hardware(HardwareProfile(kind="xpu", name="x", total_memory_bytes=1, emulates=("bfloat16",))):
+    with simulated_hardware(HardwareProfile(device_type="xpu", name="x", total_memory_bytes=1, emulates=("bfloat16",))):
         assert torch.xpu.is_bf16_supported()
         assert not torch.xpu.is_bf16_supported(including_emulation=False)
     with simulated_hardware("M1") as profile:
@@ -250,8 +250,8 @@ def test_it_leaves_nothing_behind_whatever_the_profile(profile: HardwareProfile)
 def test_a_profile_that_leaves_something_open_is_refused_and_leaves_nothing() -> None:
     """A driver would tell the memory and the capability."""
     for profile, missing in (
-        (HardwareProfile(kind="cuda", name="x", total_memory_bytes=1), "capability"),
-        (HardwareProfile(kind="mps", name="x"), "total_memory_bytes"),
+        (HardwareProfile(device_type="cuda", name="x", total_memory_bytes=1), "capability"),
+        (HardwareProfile(device_type="mps", name="x"), "total_memory_bytes"),
     ):
         with nothing_left(), pytest.raises(ValueError, match=missing), simulated_hardware(profile):
             pass
@@ -324,14 +324,14 @@ def test_a_query_can_fail(query: str, ask: Callable[[], Any]) -> None:
         ask()
 
 
-@pytest.mark.parametrize("name", [n for n, d in KNOWN_DEVICES.items() if d.profile.kind != "cpu"])
+@pytest.mark.parametrize("name", [n for n, d in KNOWN_DEVICES.items() if d.profile.device_type != "cpu"])
 def test_probing_a_simulated_device_gives_its_profile(name: str) -> None:
     """The probe and the simulation speak of the same things."""
     with simulated_hardware(name) as profile:
-        seen = probe("cuda" if profile.kind == "rocm" else profile.kind)
+        seen = device_profile("cuda" if profile.device_type == "rocm" else profile.device_type)
     free = profile.total_memory_bytes
-    count = 1 if profile.kind == "mps" else profile.count
-    host = probe("cpu").total_memory_bytes
+    count = 1 if profile.device_type == "mps" else profile.count
+    host = device_profile("cpu").total_memory_bytes
     assert seen == dataclasses.replace(profile, free_memory_bytes=free, host_memory_bytes=host, count=count)
 
 
@@ -340,10 +340,10 @@ def test_probing_a_simulated_device_gives_its_profile(name: str) -> None:
 def test_the_probe_survives_any_driver(profile: HardwareProfile) -> None:
     """What was not answered is None, and the profile says which query failed, and how."""
     with simulated_hardware(profile):
-        seen = probe("cuda" if profile.kind == "rocm" else profile.kind)
+        seen = device_profile("cuda" if profile.device_type == "rocm" else profile.device_type)
     asked = ("device_count", "get_device_properties", "mem_get_info")
     expected = {f.query: f.message for f in profile.unanswered if f.query in asked}
-    if profile.kind == "mps":
+    if profile.device_type == "mps":
         expected = {query: words for query, words in expected.items() if query == "mem_get_info"}
     assert {f.query for f in seen.unanswered} == set(expected)
     for failure in seen.unanswered:
@@ -357,7 +357,7 @@ def test_the_probe_survives_any_driver(profile: HardwareProfile) -> None:
 
 def test_the_probe_reads_this_machine() -> None:
     """Memory of the host, total and free, and the threads."""
-    profile = probe("cpu")
+    profile = device_profile("cpu")
     assert profile.host_memory_bytes == profile.total_memory_bytes
     assert profile.threads == torch.get_num_threads()
     if sys.platform == "linux":
@@ -367,8 +367,8 @@ def test_the_probe_reads_this_machine() -> None:
 def test_a_driver_that_cannot_tell_is_no_reason_for_the_cpu() -> None:
     """`auto` does not quietly become the CPU when the question for CUDA raises."""
     with simulated_hardware(cuda(unanswered=(FailedQuery("is_available", "driver gone"),))):
-        kind, unavailable = choose_device("auto")
-    assert kind == "cuda"
+        device_type, unavailable = choose_device("auto")
+    assert device_type == "cuda"
     assert unavailable is not None
     assert "driver gone" in unavailable
     with simulated_hardware("T4"):

@@ -23,8 +23,8 @@ from tools.benchmarks.memory_targets import TOKENS
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 
-CPU = HardwareProfile(kind="cpu", name="a CPU")
-CUDA = HardwareProfile(kind="cuda", name="a GPU", capability="8.0")
+CPU = HardwareProfile(device_type="cpu", name="a CPU")
+CUDA = HardwareProfile(device_type="cuda", name="a GPU", capability="8.0")
 SMALL = "tools.benchmarks.memory_targets:small"
 
 
@@ -165,7 +165,7 @@ def test_a_storage_is_counted_once_and_until_its_end() -> None:
 def test_a_cell_that_does_not_fit_is_not_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its record says need and have, and that nothing was trained."""
     monkeypatch.setattr(runner, "_forecast", Forecast())
-    monkeypatch.setattr(runner, "free_bytes", lambda kind: 20 * 2**20)
+    monkeypatch.setattr(runner, "free_bytes", lambda device_type: 20 * 2**20)
     record = runner.run(config(batch=64, fit_margin=0.1))
     assert record.steps == ()
     assert record.predicted_memory_bytes > 100 * 2**20
@@ -200,7 +200,7 @@ def test_what_plainly_fits_is_not_rehearsed_again(monkeypatch: pytest.MonkeyPatc
     forecast = Forecast()
     need = forecast.need(config(target=TINY), CPU, 0)
     asked: list[RunConfig] = []
-    monkeypatch.setattr(memory, "predict", lambda config, kind: asked.append(config) or _Needs(1))
+    monkeypatch.setattr(memory, "predict", lambda config, device_type: asked.append(config) or _Needs(1))
     twice = dataclasses.replace(config(target=TINY), cell=Cell("fp32", 8, 1))
     assert forecast.need(twice, CPU, 2 * need) is None
     assert asked == []

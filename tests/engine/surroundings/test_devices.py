@@ -78,7 +78,7 @@ def test_generators_that_cannot_be_put_back_on_a_sound_device_raise(monkeypatch:
 
 def test_a_run_without_a_device_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """It says what the device was lost to. A skip would be green where the test that lost it expects an error."""
-    monkeypatch.setattr(runner.devices, "answers", lambda kind: False)
+    monkeypatch.setattr(runner.devices, "answers", lambda device_type: False)
     monkeypatch.setattr(devices, "_lost", ASSERT)
     record = runner.run(RunConfig(cell=Cell("fp32", 2, 1), target=TINY, device="cpu", steps=2))
     assert record.error is not None
@@ -90,8 +90,8 @@ def test_a_run_that_loses_its_device_keeps_what_is_on_the_host(monkeypatch: pyte
     """Its steps and its error; of the weights there is nothing to tell, and no look at them ends the session."""
     calls: list[str] = []
 
-    def answers(kind: str) -> bool:
-        calls.append(kind)
+    def answers(device_type: str) -> bool:
+        calls.append(device_type)
         return len(calls) == 1  # before the run, and not after its training
 
     monkeypatch.setattr(runner.devices, "answers", answers)
@@ -109,8 +109,8 @@ def test_a_run_that_loses_its_device_to_an_answer_tells_so(monkeypatch: pytest.M
     """What the training was stays in the record, and looks that go by its batches have them on the host."""
     asked: list[str] = []
 
-    def answers(kind: str) -> bool:
-        asked.append(kind)
+    def answers(device_type: str) -> bool:
+        asked.append(device_type)
         return len(asked) < 3  # before the run, and after its training
 
     def fail(*_: object) -> None:

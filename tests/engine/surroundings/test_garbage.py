@@ -54,12 +54,12 @@ def test_a_device_whose_memory_is_scarce_is_freed_first() -> None:
         assert seen() is None
 
 
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_nothing_stays_set_aside_after_an_exception(kind: str) -> None:
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_nothing_stays_set_aside_after_an_exception(device_type: str) -> None:
     """The process goes on as it was."""
 
     def fail() -> None:
-        with set_aside(kind):
+        with set_aside(device_type):
             assert gc.get_freeze_count()
             raise RuntimeError
 

@@ -64,8 +64,8 @@ def _tensor(**changes: Any) -> RunRecord:
     return with_tensor(healthy(), B, **changes)
 
 
-def _defect(kind: str, rows: int, step: int | None = 3) -> DefectRecord:
-    return DefectRecord(kind=kind, rows=rows, step=step, example="ids [1, 2]")
+def _defect(name: str, rows: int, step: int | None = 3) -> DefectRecord:
+    return DefectRecord(name=name, rows=rows, step=step, example="ids [1, 2]")
 
 
 def _probe(**changes: Any) -> RunRecord:
@@ -139,7 +139,7 @@ FAILURES: dict[str, dict[str, Any]] = {
                 "endless": "an end token",
             }.items()
         },
-        "cut": (_with("supervision", trained_defects=(_defect("cut", 2),)), "greatest length"),
+        "truncated": (_with("supervision", trained_defects=(_defect("truncated", 2),)), "greatest length"),
         "plain": (
             _with("supervision", trained_defects=(_defect("prompt_supervised_unmatched", 16),)), "from their first",
         ),
