@@ -15,6 +15,7 @@ from pytest_sftguard import registry, tiers
 from pytest_sftguard.diagnosis import diagnose
 from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.matrix import Cell, RunConfig
+from pytest_sftguard.rendering import message
 from pytest_sftguard.session import CannotRunError, CellTest, Runs
 from pytest_sftguard.verdicts import Finding, JudgedRun
 
@@ -183,10 +184,10 @@ def seen(run: JudgedRun, tensor: str) -> dict[str, Any]:
         "precision": record.precision,
         "reported": tuple(dict.fromkeys(f.invariant for f in found)),
         "seen_at": min(steps, default=None),
-        "pointed": bool(tensor) and any(tensor in f.message for f in found),
+        "pointed": bool(tensor) and any(tensor in message(f) for f in found),
         "named": tuple(d.mechanism for d in diagnose(run)),
         "seconds": sum(r.seconds or 0.0 for r in (record, *run.references.values())),
-        "message": f"{found[0].invariant}: {found[0].message}" if found else "",
+        "message": f"{found[0].invariant}: {message(found[0])}" if found else "",
     }
 
 

@@ -13,7 +13,7 @@ from pytest_sftguard import registry, tiers
 from pytest_sftguard.invariants import usable_invariants, with_thresholds
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.reports import failure, json_files
-from pytest_sftguard.verdicts import Checks, Finding, JudgedRun, Outcome, Verdict, judge
+from pytest_sftguard.verdicts import Checks, Finding, JudgedRun, Verdict, judge
 
 if TYPE_CHECKING:
     from pytest_sftguard.matrix import RunConfig
@@ -128,24 +128,13 @@ def writing(folder: Path) -> Iterator[None]:
 
 def pack(run: JudgedRun, name: str, rerun: str) -> dict[str, Any]:
     """A judged run as plain types, to travel with pytest's report between processes."""
-    findings = [{**asdict(f), "outcome": f.outcome.name} for f in run.verdict.findings]
-    for f in findings:
-        f["observed"] = None if f["observed"] is None else str(f["observed"])
+    findings = [f.to_dict() for f in run.verdict.findings]
     return {"record": run.record.to_dict(), "findings": findings, "name": name, "rerun": rerun}
 
 
 def unpack(data: dict[str, Any]) -> tuple[str, JudgedRun, str]:
     """The test's name, its judged run and its rerun command, from what `pack` made."""
-    findings = tuple(
-        Finding(
-            **{
-                **f,
-                "outcome": Outcome[f["outcome"]],
-                "observed": None if f["observed"] is None else float(f["observed"]),
-            }
-        )
-        for f in data["findings"]
-    )
+    findings = tuple(map(Finding.from_dict, data["findings"]))
     return data["name"], JudgedRun(RunRecord.from_dict(data["record"]), Verdict(findings)), data["rerun"]
 
 

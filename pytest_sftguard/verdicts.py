@@ -11,7 +11,8 @@ from types import NoneType
 from typing import Any, ClassVar, Protocol, cast
 
 from pytest_sftguard.benchmarking import hand_over
-from pytest_sftguard.records import RunRecord
+from pytest_sftguard.records import Names, RunRecord
+from pytest_sftguard.records.encoding import encode
 
 
 class Outcome(enum.Enum):
@@ -22,6 +23,38 @@ class Outcome(enum.Enum):
     NOT_EVALUATED = "not evaluated"
 
 
+class Reason(enum.Enum):
+    """Why an invariant says what it says: one member for each thing that it can say.
+
+    The name is the reason's code. The value is the sentence that `rendering` makes of the finding's evidence.
+    """
+
+    @property
+    def code(self) -> str:
+        """The reason in reports and JSON, such as `no_step`."""
+        return self.name.lower()
+
+    @property
+    def invariant(self) -> str:
+        """The invariant whose reason this is: the enum stands in the invariant's file."""
+        return type(self).__module__.rpartition(".")[2]
+
+
+class General(Reason):
+    """Reasons that any invariant may have."""
+
+    NO_STEP = "no optimizer step was seen"
+    NOT_ASKED = "not asked for: the look or reference `{name}`"
+    INAPPLICABLE = "{why}"
+    LOOK_BROKE = "the look `{name}` ended in {error}"
+    LOOK_EMPTY = "the look `{name}` left nothing to judge by"
+    REFERENCE_NOT_RUN = "the {name} reference was not run: {why}"
+    REFERENCE_BROKE = "the {name} reference {cell} ended in {error}"
+    CELL_NOT_RUN = "{not_run}"
+    BROKEN = "the invariant itself is broken: {error}"
+    UNUSABLE = "the invariant cannot be used: {why}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Finding:
     """What one invariant says of one record."""
@@ -30,8 +63,12 @@ class Finding:
     """Name of the invariant, a statement that should be true."""
     outcome: Outcome
     """Whether it holds."""
+    reason: str = ""
+    """Code of the reason; empty where the invariant gives its message alone."""
     message: str = ""
-    """What was seen, in one line."""
+    """What was seen, as a sentence whose `{fields}` are the evidence. Only `rendering` reads it."""
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    """What was seen, by name: numbers, texts, `Names` of tensors."""
     step: int | None = None
     """Optimizer step at which it was seen first, from 1."""
     observed: float | None = None
@@ -40,6 +77,31 @@ class Finding:
     """What is allowed."""
     required: bool = True
     """Whether the cell cannot pass while this is not evaluated."""
+    waived: bool = False
+    """Whether the user has accepted it: it failed, and counts as not evaluated."""
+
+    def because(self, *reasons: Reason) -> bool:
+        """Whether one of `reasons`, members of the invariant's own enum or of `General`, is why it says so."""
+        return any(self.reason == r.code and self.message == r.value for r in reasons)
+
+    def mentions(self, text: str) -> bool:
+        """Whether the evidence names something, such as a tensor, whose name holds `text`."""
+        named = [n for v in self.evidence.values() for n in (v.first if isinstance(v, Names) else [v])]
+        return any(isinstance(n, str) and text in n for n in named)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types; `from_dict` takes it back."""
+        values = {f.name: encode(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return values | {"outcome": self.outcome.name}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Finding:
+        """Read what `to_dict` wrote."""
+        evidence = {
+            k: Names(v["count"], tuple(v["first"])) if isinstance(v, dict) else v for k, v in data["evidence"].items()
+        }
+        observed = None if data["observed"] is None else float(data["observed"])
+        return cls(**{**data, "outcome": Outcome[data["outcome"]], "evidence": evidence, "observed": observed})
 
     @property
     def doubts(self) -> bool:
@@ -76,48 +138,48 @@ class Invariant:
         return invariant_name(self)
 
     def failed(
-        self, message: str, *, step: int | None = None, observed: float | None = None, limit: float | str | None = None
+        self,
+        reason: Reason | str,
+        *,
+        step: int | None = None,
+        observed: float | None = None,
+        limit: float | str | None = None,
+        **evidence: Any,
     ) -> Finding:
-        """A finding that the statement is false."""
-        return Finding(
-            invariant=self.name, outcome=Outcome.FAILED, message=message,
-            step=step, observed=observed, limit=limit, required=self.required,
-        )  # fmt: skip
+        """A finding that the statement is false, for `reason`, with the evidence that its sentence names."""
+        numbers = {"step": step, "observed": observed, "limit": limit, "required": self.required}
+        return self._finding(Outcome.FAILED, reason, evidence, **numbers)
 
-    def not_evaluated(self, message: str, *, required: bool | None = None) -> Finding:
+    def not_evaluated(self, reason: Reason | str, *, required: bool | None = None, **evidence: Any) -> Finding:
         """A finding that the record holds nothing to decide by."""
         needed = self.required if required is None else required
-        return Finding(invariant=self.name, outcome=Outcome.NOT_EVALUATED, message=message, required=needed)
+        return self._finding(Outcome.NOT_EVALUATED, reason, evidence, required=needed)
+
+    def _finding(self, outcome: Outcome, reason: Reason | str, evidence: dict[str, Any], **fields: Any) -> Finding:
+        code, message = (reason.code, str(reason.value)) if isinstance(reason, Reason) else ("", reason)
+        return Finding(invariant=self.name, outcome=outcome, reason=code, message=message, evidence=evidence, **fields)
 
     def not_looked(self, record: RunRecord, name: str) -> Finding:
         """The finding where the extra look `name` left nothing to decide by: not asked for, inapplicable, or broken."""
         look = record.look(name)
         if look is None:
-            return self.not_evaluated(f"{UNASKED} `{name}`", required=False)
+            return self.not_evaluated(General.NOT_ASKED, name=name, required=False)
         if look.inapplicable:
-            return self.not_evaluated(look.inapplicable, required=False)
+            return self.not_evaluated(General.INAPPLICABLE, why=look.inapplicable, required=False)
         if look.error:
-            return self.failed(f"the look `{name}` ended in {look.error}")
-        return self.not_evaluated(f"the look `{name}` left nothing to judge by", required=True)
+            return self.failed(General.LOOK_BROKE, name=name, error=look.error)
+        return self.not_evaluated(General.LOOK_EMPTY, name=name, required=True)
 
     def not_compared(self, reference: RunRecord | None) -> Finding | None:
         """The finding where there is no other run to compare with, or where it did not come to its end; else None."""
+        name = self.reference
         if reference is None:
-            return self.not_evaluated(f"{UNASKED} `{self.reference}`", required=False)
+            return self.not_evaluated(General.NOT_ASKED, name=name, required=False)
         if reference.not_run is not None:
-            return self.not_evaluated(
-                f"its {self.reference} reference was not run: {reference.not_run}", required=False
-            )
+            return self.not_evaluated(General.REFERENCE_NOT_RUN, name=name, why=reference.not_run, required=False)
         if reference.error is not None:
-            error = reference.error
-            return self.failed(
-                f"its {self.reference} reference {reference.cell} ended in {error.type}: {error.message}"
-            )
+            return self.failed(General.REFERENCE_BROKE, name=name, cell=reference.cell, error=str(reference.error))
         return None
-
-
-UNASKED = "not asked for: the look or reference"
-"""How the message begins of what was not evaluated because a higher tier would look at it."""
 
 
 def invariant_name(invariant: object) -> str:
@@ -157,7 +219,7 @@ class Verdict:
         return tuple(f for f in self.findings if f.outcome is Outcome.NOT_EVALUATED)
 
     def of(self, invariant: str) -> tuple[Finding, ...]:
-        """The findings of the invariant called so."""
+        """Findings of the invariant with this name."""
         return tuple(f for f in self.findings if f.invariant == invariant)
 
 
@@ -169,21 +231,24 @@ def judge(
 ) -> Verdict:
     """Hold `record` against `invariants`, and against the one of `references` that an invariant compares with.
 
-    What an invariant named in `waived` would have failed is *not evaluated* instead, in so many words.
+    A finding of an invariant named in `waived` that would have failed is *not evaluated* instead, and marked as waived.
 
-    An invariant that raises, or yields something that is no finding, has failed itself: that is reported as a
-    failure under its name, and the others are judged all the same.
+    An invariant that raises, or yields something that is no finding, fails under its own name. The others are judged
+    all the same.
     """
     if record.not_run is not None:
-        return Verdict((Finding(invariant="cell_ran", outcome=Outcome.NOT_EVALUATED, message=record.not_run),))
+        return Verdict((_general("cell_ran", Outcome.NOT_EVALUATED, General.CELL_NOT_RUN, not_run=record.not_run),))
     found = [f for invariant in invariants for f in _findings(invariant, record, references or {})]
     names = set(waived)
     return Verdict(tuple(_waived(f) if f.invariant in names and f.outcome is Outcome.FAILED else f for f in found))
 
 
 def _waived(finding: Finding) -> Finding:
-    message = f"waived by the user: {finding.message}"
-    return dataclasses.replace(finding, outcome=Outcome.NOT_EVALUATED, message=message, required=False)
+    return dataclasses.replace(finding, outcome=Outcome.NOT_EVALUATED, waived=True, required=False)
+
+
+def _general(invariant: str, outcome: Outcome, reason: General, **evidence: Any) -> Finding:
+    return Finding(invariant=invariant, outcome=outcome, reason=reason.code, message=reason.value, evidence=evidence)
 
 
 def _findings(invariant: Checks, record: RunRecord, references: Mapping[str, RunRecord]) -> list[Finding]:
@@ -196,9 +261,9 @@ def _findings(invariant: Checks, record: RunRecord, references: Mapping[str, Run
             found.append(finding)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # an outsider's may raise anything, pytest's Skipped too; the rest is judged
-        broken = f"the invariant itself is broken: {type(error).__name__}: {error}"
-        return [*found, Finding(invariant=name, outcome=Outcome.FAILED, message=broken)]
+    # an outsider's invariant may raise anything, pytest's Skipped too; the others are judged all the same
+    except BaseException as error:
+        return [*found, _general(name, Outcome.FAILED, General.BROKEN, error=f"{type(error).__name__}: {error}")]
     left_out = record.observed and any(getattr(record, field) is None for field in getattr(invariant, "asks_for", ()))
     if left_out:
         found = [f if f.outcome is Outcome.FAILED else dataclasses.replace(f, required=False) for f in found]
@@ -210,9 +275,15 @@ def _hold_to_types(finding: Any) -> None:
     if not isinstance(finding, Finding):
         raise TypeError(f"it yielded {finding!r}, which is no Finding")
     wanted: dict[str, type | tuple[type, ...]] = {
-        "invariant": str, "outcome": Outcome, "message": str, "step": (int, NoneType),
-        "observed": (int, float, NoneType), "limit": (int, float, str, NoneType),
-    }  # fmt: skip
+        "invariant": str,
+        "outcome": Outcome,
+        "reason": str,
+        "message": str,
+        "evidence": Mapping,
+        "step": (int, NoneType),
+        "observed": (int, float, NoneType),
+        "limit": (int, float, str, NoneType),
+    }
     for name, types in wanted.items():
         if not isinstance(getattr(finding, name), types):
             raise TypeError(f"it yielded a Finding with {name}={getattr(finding, name)!r}")

@@ -4,39 +4,40 @@ from __future__ import annotations
 
 from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, sign
 from pytest_sftguard.diagnosis.mechanism import Mechanism
+from pytest_sftguard.rendering import message
 
 
 def _cut(case: Case) -> list[Clue]:
-    found = [f for f in case.failed("batch_split_equivalence") if "where nothing predicts" not in f.message]
+    found = [f for f in case.failed("batch_split_equivalence") if "where nothing predicts" not in message(f)]
     if not found:
         return []
-    clues = [sign(found[0].message), sign("the rows of the step are the same, and the weights are")]
+    clues = [sign(message(found[0])), sign("the rows of the step are the same, and the weights are")]
     if case.lost is not None:
         clues.append(against("the loss is not finite, whatever the cut"))
     return clues
 
 
 def _unshifted(case: Case) -> list[Clue]:
-    found = [f for f in case.failed("batch_split_equivalence") if "where nothing predicts" in f.message]
-    return [decisive(found[0].message), decisive("every cut of the batch has it alike")] if found else []
+    found = [f for f in case.failed("batch_split_equivalence") if "where nothing predicts" in message(f)]
+    return [decisive(message(found[0])), decisive("every cut of the batch has it alike")] if found else []
 
 
 def _replicas(case: Case) -> list[Clue]:
     found = case.failed("replica_equivalence")
-    return [decisive(found[0].message)] if found else []
+    return [decisive(message(found[0]))] if found else []
 
 
 def _resumed(case: Case) -> list[Clue]:
     found = case.failed("resume_equivalence")
     if not found:
         return []
-    scale = any("scale" in f.message for f in found)
-    return [] if scale else [decisive(found[0].message)]
+    scale = any("scale" in message(f) for f in found)
+    return [] if scale else [decisive(message(found[0]))]
 
 
 def _resumed_scale(case: Case) -> list[Clue]:
-    found = [f for f in case.failed("resume_equivalence") if "scale" in f.message]
-    return [decisive(found[0].message)] if found else []
+    found = [f for f in case.failed("resume_equivalence") if "scale" in message(f)]
+    return [decisive(message(found[0]))] if found else []
 
 
 def _retried(case: Case) -> list[Clue]:
@@ -51,7 +52,7 @@ def _retried(case: Case) -> list[Clue]:
 
 def _not_repeatable(case: Case) -> list[Clue]:
     found = case.failed("rerun_bit_equal")
-    return [sign(found[0].message)] if found else []
+    return [sign(message(found[0]))] if found else []
 
 
 ACROSS: tuple[Mechanism, ...] = (

@@ -7,30 +7,30 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from pytest_sftguard.records import RunRecord, StepRecord
-from pytest_sftguard.verdicts import Finding, Outcome, Verdict
+from pytest_sftguard.verdicts import Finding, Outcome, Reason, Verdict
 
 
 @dataclass(frozen=True)
 class Clue:
     """One thing that speaks for a mechanism, or against it."""
 
-    text: str
-    """What was seen, in one line."""
+    text: str | Finding
+    """What was seen: a sentence, or the finding that says it."""
     weight: int
     """How much it says; negative where it speaks against."""
 
 
-def decisive(text: str) -> Clue:
+def decisive(text: str | Finding) -> Clue:
     """A clue that no other mechanism explains."""
     return Clue(text, 9)
 
 
-def sign(text: str) -> Clue:
+def sign(text: str | Finding) -> Clue:
     """A clue that few other mechanisms explain."""
     return Clue(text, 3)
 
 
-def hint(text: str) -> Clue:
+def hint(text: str | Finding) -> Clue:
     """A clue that agrees with the mechanism, and with others."""
     return Clue(text, 1)
 
@@ -51,9 +51,11 @@ class Case:
     references: Mapping[str, RunRecord]
     """The other runs that it was compared with."""
 
-    def failed(self, invariant: str) -> list[Finding]:
-        """The findings of `invariant` that failed."""
-        return [f for f in self.verdict.of(invariant) if f.outcome is Outcome.FAILED]
+    def failed(self, what: str | Reason) -> list[Finding]:
+        """Failed findings of the invariant with the name `what`, or those with the reason `what`."""
+        name = what if isinstance(what, str) else what.invariant
+        found = [f for f in self.verdict.of(name) if f.outcome is Outcome.FAILED]
+        return found if isinstance(what, str) else [f for f in found if f.because(what)]
 
     def doubted(self, invariant: str) -> list[Finding]:
         """The findings of `invariant` that failed, or that could not be decided and had to be."""

@@ -6,6 +6,8 @@ import math
 
 from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, hint, sign
 from pytest_sftguard.diagnosis.mechanism import Mechanism
+from pytest_sftguard.invariants import effective_steps
+from pytest_sftguard.rendering import message
 
 
 def _no_learning_rate(case: Case) -> list[Clue]:
@@ -28,10 +30,10 @@ def _too_high(case: Case) -> list[Clue]:
         clues.append(sign(f"the raw loss rose from {finite[0]:.3g} to {max(finite):.3g}"))
     one_batch = case.failed("one_batch_overfit")
     if one_batch:
-        clues.append(sign(f"on one batch over and over: {one_batch[0].message}"))
+        clues.append(sign(f"on one batch over and over: {message(one_batch[0])}"))
     answers = case.failed("answers_beat_base")
-    if answers and any("alike" in f.message or "same" in f.message for f in answers):
-        clues.append(sign(answers[0].message))
+    if answers and any("alike" in message(f) or "same" in message(f) for f in answers):
+        clues.append(sign(message(answers[0])))
     if clues and case.trainables_are("float16"):
         clues.append(against("the adapter is float16, which has its own way to infinity"))
     if clues and case.failed("supervision_audit"):
@@ -42,8 +44,8 @@ def _too_high(case: Case) -> list[Clue]:
 def _schedule(case: Case) -> tuple[bool, list[str]]:
     found = case.failed("lr_trace")
     skipped = any(s.scale_fell for s in case.record.steps)
-    rate_zero = [f for f in found if "learning rate is 0" in f.message]
-    return skipped, [f.message for f in found if f not in rate_zero]
+    rate_zero = [f for f in found if "learning rate is 0" in message(f)]
+    return skipped, [message(f) for f in found if f not in rate_zero]
 
 
 def _too_fast(case: Case) -> list[Clue]:
@@ -125,28 +127,26 @@ def _nan_adapter(case: Case) -> list[Clue]:
 
 
 def _laundered(case: Case) -> list[Clue]:
-    found = [f for f in case.failed("log_honest") if f.message.startswith("laundered")]
+    found = [f for f in case.failed("log_honest") if message(f).startswith("laundered")]
     if not found:
         return []
     struck = case.first(lambda s: not s.gradients_finite or not all(map(math.isfinite, s.micro_losses)))
     if case.poisoned is not None or struck is None or struck.effect != "applied":
-        return [sign(found[0].message)]
-    return [decisive(found[0].message), sign("the weights stayed finite, so that nothing else shows it")]
+        return [sign(message(found[0]))]
+    return [decisive(message(found[0])), sign("the weights stayed finite, so that nothing else shows it")]
 
 
 def _changed_from_outside(case: Case) -> list[Clue]:
-    found = [f for f in case.failed("effective_steps") if "something else than the optimizer" in f.message]
-    return [decisive(found[0].message)] if found else []
+    return [decisive(f) for f in case.failed(effective_steps.Reason.CHANGED_BETWEEN)[:1]]
 
 
 def _stale(case: Case) -> list[Clue]:
-    found = [f for f in case.failed("effective_steps") if "gradients of an earlier one" in f.message]
-    return [decisive(found[0].message)] if found else []
+    return [decisive(f) for f in case.failed(effective_steps.Reason.STALE_GRADIENTS)[:1]]
 
 
 def _gradients_altered(case: Case) -> list[Clue]:
     found = case.failed("norm_honest")
-    return [sign(found[0].message)] if found else []
+    return [sign(message(found[0]))] if found else []
 
 
 COURSE: tuple[Mechanism, ...] = (

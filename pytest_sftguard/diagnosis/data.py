@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, hint, sign
 from pytest_sftguard.diagnosis.mechanism import Mechanism
 from pytest_sftguard.records import DefectRecord
+from pytest_sftguard.rendering import message
 
 
 def _defects(case: Case, *kinds: str) -> list[DefectRecord]:
@@ -60,7 +61,7 @@ def _prompt_form(case: Case) -> list[Clue]:
     found = case.failed("prompt_is_prefix")
     if seen is None or not found or _defects(case, "doubled_bos"):
         return []
-    return [decisive(found[0].message)]
+    return [decisive(message(found[0]))]
 
 
 def _evaluation(case: Case) -> list[Clue]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, hint, sign
 from pytest_sftguard.diagnosis.mechanism import Mechanism
+from pytest_sftguard.rendering import message
 
 
 def _right_padding(case: Case) -> list[Clue]:
@@ -12,7 +13,7 @@ def _right_padding(case: Case) -> list[Clue]:
     if seen is None or not found:
         return []
     return [
-        decisive(found[0].message),
+        decisive(message(found[0])),
         *([hint(f"{seen.padded} prompts are shorter than the longest, and padded")] if seen.padded else []),
     ]
 
@@ -45,7 +46,7 @@ def _gradient_wrong(case: Case) -> list[Clue]:
     doubts = (
         [against("trainables are half precision, and so are their gradients")] if case.failed("fp32_master") else []
     )
-    return [decisive(found[0].message), *doubts * 3]
+    return [decisive(message(found[0])), *doubts * 3]
 
 
 def _kernel_nan(case: Case) -> list[Clue]:
@@ -70,12 +71,12 @@ def _rotary(case: Case) -> list[Clue]:
 def _context(case: Case) -> list[Clue]:
     """What depends on its neighbours for no reason that is known."""
     found = case.failed("context_independence")
-    return [sign(found[0].message)] if found and case.poisoned is None else []
+    return [sign(message(found[0]))] if found and case.poisoned is None else []
 
 
 def _not_learned(case: Case) -> list[Clue]:
     found = case.failed("answers_beat_base")
-    return [hint(found[0].message)] if found else []
+    return [hint(message(found[0]))] if found else []
 
 
 INFERENCE: tuple[Mechanism, ...] = (

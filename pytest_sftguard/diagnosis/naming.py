@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pytest_sftguard.diagnosis.case import Case, Clue
 from pytest_sftguard.diagnosis.mechanism import Mechanism
 from pytest_sftguard.diagnosis.mechanisms import MECHANISMS
-from pytest_sftguard.verdicts import JudgedRun, Outcome
+from pytest_sftguard.verdicts import Finding, JudgedRun, Outcome
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class Diagnosis:
     """Name of the mechanism, an entry of the table."""
     summary: str
     """What happens, in one sentence."""
-    evidence: tuple[str, ...]
-    """What speaks for it."""
-    against: tuple[str, ...]
+    evidence: tuple[str | Finding, ...]
+    """What speaks for it: sentences, and findings that `rendering` makes sentences of."""
+    against: tuple[str | Finding, ...]
     """What speaks against it."""
     cure: str
     """The change that removes it."""

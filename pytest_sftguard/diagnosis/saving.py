@@ -5,6 +5,7 @@ from __future__ import annotations
 from pytest_sftguard.diagnosis.case import Case, Clue, decisive, hint, sign
 from pytest_sftguard.diagnosis.mechanism import Mechanism
 from pytest_sftguard.records import RoundTripRecord
+from pytest_sftguard.rendering import message
 
 
 def _keys_dropped(case: Case) -> list[Clue]:
@@ -81,7 +82,7 @@ def _same_with_other_logits(case: Case) -> RoundTripRecord | None:
         return None
     if base.changed or trip.fresh_base_digest != base.digest_before:
         return None
-    differ = any("logits of the reloaded adapter differ" in f.message for f in case.failed("round_trip"))
+    differ = any("logits of the reloaded adapter differ" in message(f) for f in case.failed("round_trip"))
     return trip if differ else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pytest_sftguard.diagnosis.case import Case, Clue, decisive, hint, sign
 from pytest_sftguard.diagnosis.mechanism import Mechanism
 from pytest_sftguard.precision import MODES
+from pytest_sftguard.rendering import message
 
 
 def _not_in_optimizer(case: Case) -> list[Clue]:
@@ -14,7 +15,7 @@ def _not_in_optimizer(case: Case) -> list[Clue]:
         clues.append(sign("the parameters of the optimizer are not the trainable parameters of the model"))
     found = case.failed("optimizer_owns_trainables")
     if found and case.record.adapter:
-        clues.append(decisive(found[0].message))
+        clues.append(decisive(message(found[0])))
     rates = [s for s in case.record.steps if s.learning_rate]
     if case.no_effect and rates and all(s.gradients_finite and s.grad_norm for s in case.record.steps):
         clues.append(sign("gradients and learning rate are there, and no step changed a parameter"))
@@ -69,7 +70,7 @@ def _drawn_at_random(case: Case) -> list[Clue]:
     start = case.record.initial
     if not found or start is None or not (start.nonzero_b or start.zero_a):
         return []
-    return [decisive(found[0].message)]
+    return [decisive(message(found[0]))]
 
 
 def _nan_base(case: Case) -> list[Clue]:
@@ -109,7 +110,7 @@ def _checkpoint_type(case: Case) -> list[Clue]:
 
 def _precision(case: Case) -> list[Clue]:
     found = case.doubted("precision_is_real")
-    return [sign(found[0].message)] if found and case.record.error is None else []
+    return [sign(message(found[0]))] if found and case.record.error is None else []
 
 
 WIRING: tuple[Mechanism, ...] = (

@@ -8,8 +8,32 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pytest_sftguard import verdicts
 from pytest_sftguard.records import RunRecord
-from pytest_sftguard.verdicts import Finding, Invariant
+from pytest_sftguard.verdicts import Finding, General, Invariant
+
+
+class Reason(verdicts.Reason):
+    """Why a step counts for nothing."""
+
+    UNMOVED = (
+        "{observed} of {steps} steps changed no parameter (first: step {step}, learning rate {learning_rate}, grad_norm"
+        " {grad_norm})"
+    )
+    UNKNOWN = "what step {step} did was not seen"
+    SKIPPED_EARLY = "the loss scaler skipped {observed} of the first {steps} steps"
+    SKIPPED_LATE = "the loss scaler skipped {observed} of the ten steps from step {start}"
+    SKIPPED_ALL = "the loss scaler skipped every step"
+    LOSS_SCALE = "the loss scale is {observed:g} at step {step}"
+    CHANGED_BETWEEN = (
+        "something other than the optimizer changed the adapter by {observed:.3g} after step {step}, which itself"
+        " changed it by {update:.3g}"
+    )
+    STALE_GRADIENTS = (
+        "{steps_stale} of {steps} steps began with gradients of an earlier step (first: step {step}, {tensors}):"
+        " nothing cleared them"
+    )
+    UNSUPERVISED = "{steps_empty} of {steps} steps had no supervised token (first: step {step})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +59,7 @@ class EffectiveSteps(Invariant):
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Classify every step, and count."""
         if not record.steps or all(s.effect == "unknown" for s in record.steps):
-            yield self.not_evaluated("no optimizer step was seen")
+            yield self.not_evaluated(General.NO_STEP)
             return
         yield from self._unmoved(record)
         yield from self._skipped(record)
@@ -48,14 +72,12 @@ class EffectiveSteps(Invariant):
         warm_up = self._warm_up(record)
         idle = [s for s in record.steps if s.effect == "no_effect" and s.step not in warm_up]
         if idle:
-            yield self.failed(
-                f"{len(idle)} of {len(record.steps)} steps changed no parameter (first: step {idle[0].step}, "
-                f"learning rate {idle[0].learning_rate}, grad_norm {idle[0].grad_norm})",
-                step=idle[0].step, observed=len(idle), limit=0,
-            )  # fmt: skip
+            first = idle[0]
+            seen = {"steps": len(record.steps), "learning_rate": first.learning_rate, "grad_norm": first.grad_norm}
+            yield self.failed(Reason.UNMOVED, step=first.step, observed=len(idle), limit=0, **seen)
         unknown = [s for s in record.steps if s.effect == "unknown"]
         if unknown:
-            yield self.failed(f"what step {unknown[0].step} did was not seen", step=unknown[0].step)
+            yield self.failed(Reason.UNKNOWN, step=unknown[0].step)
 
     def _warm_up(self, record: RunRecord) -> set[int]:
         """The idle steps at the start; steps that the scaler skipped do not count, as the schedule waits for them."""
@@ -66,56 +88,47 @@ class EffectiveSteps(Invariant):
         skipped = [s.step for s in record.steps if s.effect == "skipped_by_scaler"]
         early = [n for n in skipped if n <= 10]
         if not len(early) <= self.max_skipped_early:
-            yield self.failed(
-                f"the loss scaler skipped {len(early)} of the first {min(10, len(record.steps))} steps",
-                step=early[self.max_skipped_early], observed=len(early), limit=self.max_skipped_early,
-            )  # fmt: skip
+            step, steps = early[self.max_skipped_early], min(10, len(record.steps))
+            limit = self.max_skipped_early
+            yield self.failed(Reason.SKIPPED_EARLY, step=step, observed=len(early), limit=limit, steps=steps)
         for start in (n for n in skipped if n > 10):
             window = [n for n in skipped if start <= n < start + 10]
             if not len(window) <= self.max_skipped_late:
-                yield self.failed(
-                    f"the loss scaler skipped {len(window)} of the ten steps from step {start}",
-                    step=window[self.max_skipped_late], observed=len(window), limit=self.max_skipped_late,
-                )  # fmt: skip
+                step, limit = window[self.max_skipped_late], self.max_skipped_late
+                yield self.failed(Reason.SKIPPED_LATE, step=step, observed=len(window), limit=limit, start=start)
                 return
         if len(skipped) == len(record.steps):
-            yield self.failed("the loss scaler skipped every step", step=skipped[0], observed=len(skipped), limit=0)
+            yield self.failed(Reason.SKIPPED_ALL, step=skipped[0], observed=len(skipped), limit=0)
 
     def _scale(self, record: RunRecord) -> Iterator[Finding]:
         for s in record.steps:
             for scale in (s.loss_scale, s.loss_scale_after):
                 if scale is not None and not (math.isfinite(scale) and scale >= self.min_loss_scale):
-                    yield self.failed(
-                        f"the loss scale is {scale:g} at step {s.step}",
-                        step=s.step, observed=scale, limit=self.min_loss_scale,
-                    )  # fmt: skip
+                    yield self.failed(Reason.LOSS_SCALE, step=s.step, observed=scale, limit=self.min_loss_scale)
                     return
 
     def _undone(self, record: RunRecord) -> Iterator[Finding]:
         for s, following in itertools.pairwise(record.steps):
             if s.effect != "applied" or s.max_update is None or following.max_change_before is None:
                 continue
-            if not following.max_change_before <= self.max_undone * s.max_update:
+            change, limit = following.max_change_before, self.max_undone * s.max_update
+            if not change <= limit:
                 yield self.failed(
-                    f"something else than the optimizer changed the adapter after step {s.step}, by"
-                    f" {following.max_change_before:.3g}, where the step itself changed it by {s.max_update:.3g}",
-                    step=s.step, observed=following.max_change_before, limit=self.max_undone * s.max_update,
-                )  # fmt: skip
+                    Reason.CHANGED_BETWEEN, step=s.step, observed=change, limit=limit, update=s.max_update
+                )
                 return
 
     def _stale(self, record: RunRecord) -> Iterator[Finding]:
         stale = [s for s in record.steps if s.stale_gradients]
         if stale:
-            yield self.failed(
-                f"{len(stale)} of {len(record.steps)} steps began with gradients of an earlier one (first: step"
-                f" {stale[0].step}, {stale[0].stale_gradients}): nothing cleared them",
-                step=stale[0].step, observed=stale[0].stale_gradients.count, limit=0,
-            )  # fmt: skip
+            first = stale[0]
+            seen = {"steps": len(record.steps), "steps_stale": len(stale), "tensors": first.stale_gradients}
+            observed = first.stale_gradients.count
+            yield self.failed(Reason.STALE_GRADIENTS, step=first.step, observed=observed, limit=0, **seen)
 
     def _unsupervised(self, record: RunRecord) -> Iterator[Finding]:
         empty = [s.step for s in record.steps if s.supervised_tokens == 0]
         if empty:
-            yield self.failed(
-                f"{len(empty)} of {len(record.steps)} steps had no supervised token (first: step {empty[0]})",
-                step=empty[0], observed=0, limit="at least 1 label that is not -100",
-            )  # fmt: skip
+            seen = {"steps": len(record.steps), "steps_empty": len(empty)}
+            limit = "at least 1 label that is not -100"
+            yield self.failed(Reason.UNSUPERVISED, step=empty[0], observed=0, limit=limit, **seen)

@@ -42,6 +42,9 @@ class ErrorRecord:
     where: str = ""
     """File, line and function that raised it."""
 
+    def __str__(self) -> str:
+        return f"{self.type}: {self.message}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:

@@ -6,6 +6,7 @@ import math
 import textwrap
 
 from pytest_sftguard.diagnosis import diagnose
+from pytest_sftguard.rendering import message, told
 from pytest_sftguard.verdicts import Finding, JudgedRun
 
 _WIDTH = 116
@@ -27,7 +28,7 @@ def text(run: JudgedRun, rerun: str) -> str:
 
 def not_evaluated(run: JudgedRun) -> str:
     """Why the cell was not evaluated, in one line."""
-    reasons = [f.message for f in run.verdict.not_evaluated if f.required] or ["nothing in it could be judged"]
+    reasons = [message(f) for f in run.verdict.not_evaluated if f.required] or ["nothing in it could be judged"]
     return f"{run.record.cell} not evaluated: {'; '.join(reasons)}"
 
 
@@ -43,7 +44,7 @@ def _described(finding: Finding) -> str:
         numbers.append(f"observed {finding.observed:.6g}")
     if finding.limit is not None:
         numbers.append(f"allowed {finding.limit if isinstance(finding.limit, str) else format(finding.limit, '.6g')}")
-    return f"{finding.invariant}: {finding.message}" + (f" [{', '.join(numbers)}]" if numbers else "")
+    return f"{finding.invariant}: {message(finding)}" + (f" [{', '.join(numbers)}]" if numbers else "")
 
 
 def _cause(run: JudgedRun) -> list[str]:
@@ -52,8 +53,8 @@ def _cause(run: JudgedRun) -> list[str]:
         return []
     first, *others = found
     lines = [_row("cause", f"{first.mechanism}: {first.summary}")]
-    lines += [_row("evidence", e) for e in first.evidence]
-    lines += [_row("against", a) for a in first.against]
+    lines += [_row("evidence", told(e)) for e in first.evidence]
+    lines += [_row("against", told(a)) for a in first.against]
     lines.append(_row("cure", first.cure))
     if others:
         lines.append(_row("or else", ", ".join(d.mechanism for d in others)))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from pytest_sftguard.rendering import message
 from pytest_sftguard.reports import failure
-from pytest_sftguard.verdicts import UNASKED, JudgedRun, Outcome
+from pytest_sftguard.verdicts import General, JudgedRun, Outcome
 
 _WORDS = {Outcome.PASSED: "ok", Outcome.FAILED: "FAILED", Outcome.NOT_EVALUATED: "not evaluated"}
 _HEADINGS = ("precision", "batch", "verdict", "grad_norm", "raw loss", "answers", "seconds")
@@ -39,10 +40,10 @@ def _open_questions(runs: Sequence[tuple[str, JudgedRun, str]]) -> list[str]:
     unasked: dict[str, None] = {}
     for run in (run for _, run, _ in runs if run.record.error is None):
         for finding in run.verdict.not_evaluated:
-            if finding.message.startswith(UNASKED):
+            if finding.because(General.NOT_ASKED):
                 unasked[finding.invariant] = None
             else:
-                reason = f"{finding.invariant}: not evaluated -- {finding.message}"
+                reason = f"{finding.invariant}: not evaluated -- {message(finding)}"
                 reasons.setdefault(reason, []).append(run.record.cell)
     made = [f"{reason} ({_cells(cells, len(runs))})" for reason, cells in reasons.items()]
     return [*made, f"left to a higher --sftguard-tier: {', '.join(unasked)}"] if unasked else made

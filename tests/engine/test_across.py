@@ -20,6 +20,7 @@ from pytest_sftguard.engine.tensors.fingerprints import fingerprint, fingerprint
 from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.records import RunRecord
+from pytest_sftguard.rendering import message
 from pytest_sftguard.session import CellTest, Runs
 from pytest_sftguard.verdicts import JudgedRun, Outcome
 
@@ -58,7 +59,7 @@ def compared(asked: RunConfig, *kinds: str) -> JudgedRun:
 
 def failed(run: JudgedRun) -> list[str]:
     """The messages of what failed."""
-    return [f"{f.invariant}: {f.message}" for f in detection.reports(run)]
+    return [f"{f.invariant}: {message(f)}" for f in detection.reports(run)]
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -160,7 +161,7 @@ def test_a_rate_that_cannot_learn_fails_on_one_batch(arguments: dict[str, Any], 
     """At learning rate 0 the loss of one batch never changes, at one too high it does not fall."""
     asked = config(SUMS, (8, 1), training_arguments=arguments)
     found = list(ACROSS["one_batch"].check(runner.run(asked), reference(asked, "one_batch")))
-    assert any(f.outcome is Outcome.FAILED and re.search(said, f.message) for f in found), found
+    assert any(f.outcome is Outcome.FAILED and re.search(said, message(f)) for f in found), found
 
 
 @pytest.mark.parametrize("rate", [1e-6, 1e-5, 1e-2])
@@ -311,6 +312,7 @@ class TestFingerprints:
 
 
 MINE = """
+from pytest_sftguard.rendering import message
 from pytest_sftguard.engine.models import tiny
 
 def build_trainer(**arguments):

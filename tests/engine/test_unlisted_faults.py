@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from pytest_sftguard.diagnosis import diagnose
+from pytest_sftguard.rendering import message
 from pytest_sftguard.verdicts import JudgedRun, Outcome
 
 SEEN: dict[str, tuple[str, int | None]] = {
@@ -97,7 +98,7 @@ def test_another_alpha_in_the_file_is_seen_in_the_layers(
     run = run_cell(
         "tests.targets.faulty:another_alpha_in_the_file", training_arguments={"learning_rate": learning_rate}
     )
-    assert any("14 layers have another scaling" in f.message for f in run.verdict.failures)
+    assert any("14 layers have another scaling" in message(f) for f in run.verdict.failures)
     assert diagnose(run)[0].mechanism == "scaling_wrong"
 
 

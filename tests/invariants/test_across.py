@@ -13,6 +13,7 @@ from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.invariants._comparing import gap, resolution
 from pytest_sftguard.matrix import Cell
 from pytest_sftguard.records import RunRecord
+from pytest_sftguard.rendering import message
 from pytest_sftguard.verdicts import Outcome, judge
 from tests.strategies import non_finite
 from tests.support.canned import H100, A, healthy, with_step, with_tensor, within
@@ -233,7 +234,7 @@ def test_what_cannot_be_compared(kind: str, record: RunRecord, reference: RunRec
     """Where two runs say nothing of each other, that is said, and it holds up no cell."""
     (finding, *_) = judge(record, [INVARIANTS[kind]], {kind: reference}).findings
     assert (finding.outcome, finding.required) == (Outcome.NOT_EVALUATED, False)
-    assert said in finding.message
+    assert said in message(finding)
 
 
 @given(one=st.floats(1e-6, 1e6), other=st.floats(1e-6, 1e6))

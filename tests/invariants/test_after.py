@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.records import Learning
+from pytest_sftguard.rendering import message
 from pytest_sftguard.verdicts import Outcome
 from tests.support.canned import with_step
 from tests.support.cases.after import MAY_BE_MISSING, SOUND, learned
@@ -29,7 +30,7 @@ def test_training_that_claims_nothing_holds_up_no_cell(name, record, said):
     """A run that is too short, or has not learned yet, is not evaluated, and is not required to be."""
     (finding,) = BUILT_IN[name].check(record)
     assert (finding.outcome, finding.required) == (Outcome.NOT_EVALUATED, False)
-    assert said in finding.message
+    assert said in message(finding)
 
 
 @given(losses=st.lists(st.floats(1e-6, 10), min_size=4, max_size=4))

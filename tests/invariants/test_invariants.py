@@ -14,6 +14,7 @@ from pytest_sftguard import registry
 from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.matrix import Cell
 from pytest_sftguard.records import AnswerRecord, ErrorRecord, Names
+from pytest_sftguard.rendering import message
 from pytest_sftguard.verdicts import Outcome
 from tests.strategies import healthy_records, non_finite
 from tests.support import canned
@@ -32,7 +33,7 @@ def findings(name, record, reference=None, **thresholds):
 
 def failures(name, record, reference=None, **thresholds):
     """The messages of its findings that failed."""
-    return [f.message for f in findings(name, record, reference, **thresholds) if f.outcome is Outcome.FAILED]
+    return [message(f) for f in findings(name, record, reference, **thresholds) if f.outcome is Outcome.FAILED]
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -318,7 +319,7 @@ def test_invariant_is_not_evaluated(name, case):
     """An invariant that saw nothing to decide by says so, in a way that keeps the cell from passing."""
     record, said, *reference = case
     found = findings(name, record, *reference)
-    said_so = [f.message for f in found if f.outcome is Outcome.NOT_EVALUATED and f.required]
+    said_so = [message(f) for f in found if f.outcome is Outcome.NOT_EVALUATED and f.required]
     assert any(said in message for message in said_so), found
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.records import RunRecord
+from pytest_sftguard.rendering import message
 from pytest_sftguard.session import CellTest, Runs
 from pytest_sftguard.verdicts import Finding, Invariant
 from tests.support import canned, stub
@@ -113,7 +114,7 @@ class _Compares(Invariant):
 def test_an_invariant_gets_its_reference(engine: stub.Engine, references: tuple[str, ...], given: str) -> None:
     """An invariant is given the run of the kind that it names, and None where there is none."""
     run = Runs().compared(asked(HALF, *references), [_Compares()], session=[HALF])
-    assert [f.message for f in run.verdict.findings] == [given]
+    assert [message(f) for f in run.verdict.findings] == [given]
 
 
 def test_progress_is_that_of_the_cell(engine: stub.Engine) -> None:

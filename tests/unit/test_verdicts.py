@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.records import RecordError, RunRecord
+from pytest_sftguard.rendering import message
 from pytest_sftguard.verdicts import Finding, JudgedRun, Outcome, Verdict, judge
 from tests.strategies import cells, float_paths, gaps, healthy_records, non_finite, put, remove, spelled
 from tests.support import canned
@@ -250,7 +251,7 @@ def test_broken_invariant_fails_itself(invariant, said):
     """An invariant that is broken is a failure under its own name, with the reason."""
     (failed,) = judge(healthy(), [invariant]).findings
     assert failed.outcome is Outcome.FAILED
-    assert re.search(f"the invariant itself is broken: .*{said}", failed.message), failed.message
+    assert re.search(f"the invariant itself is broken: .*{said}", message(failed)), message(failed)
 
 
 @pytest.mark.parametrize("invariant", [b[0] for b in BROKEN.values()], ids=BROKEN)

@@ -13,6 +13,7 @@ from pytest_sftguard.engine.after import parsing
 from pytest_sftguard.engine.building.targets import Target
 from pytest_sftguard.engine.faults._injected import injected
 from pytest_sftguard.engine.models import sums, tiny
+from pytest_sftguard.rendering import message
 from pytest_sftguard.verdicts import JudgedRun, Outcome
 
 SUMS = "pytest_sftguard.engine.models.sums:build_trainer"
@@ -51,7 +52,7 @@ def test_fault_is_reported(run_cell: Run, name: str) -> None:
     reporting = [f for f in run.verdict.failures if f.invariant in REPORTED[name]]
     assert {f.invariant for f in reporting} == REPORTED[name]
     assert REPORTED[name] or run.verdict.passed, run.verdict.findings
-    assert any(fault.tensor in f.message for f in reporting) or not fault.tensor
+    assert any(fault.tensor in message(f) for f in reporting) or not fault.tensor
 
 
 def test_faults_leave_nothing_behind(run_cell: Run) -> None:
@@ -113,7 +114,7 @@ def test_a_tied_embedding_must_not_be_merged(run_cell: Run) -> None:
     """LoRA on a tied embedding trains soundly, and merging it rewrites the head."""
     run = run_cell("tests.targets.healthy:tied_adapted_embedding", looks=LOOKS)
     assert failed(run) == {"merge_equivalence"}
-    assert "lm_head.weight" in run.verdict.failures[0].message
+    assert "lm_head.weight" in message(run.verdict.failures[0])
 
 
 def test_what_cannot_be_merged_says_why(run_cell: Run) -> None:

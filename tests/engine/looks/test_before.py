@@ -16,6 +16,7 @@ from pytest_sftguard.engine import faults
 from pytest_sftguard.engine.faults._injected import injected
 from pytest_sftguard.engine.models import sums, tiny
 from pytest_sftguard.records import RunRecord
+from pytest_sftguard.rendering import message
 from pytest_sftguard.verdicts import JudgedRun
 from tests.targets import healthy as healthy_targets
 
@@ -60,7 +61,7 @@ def test_a_fault_is_seen(run_cell: Callable[..., JudgedRun], name: str) -> None:
     found = [f for f in run.verdict.failures if f.invariant in FAULTS[name]]
     assert {f.invariant for f in found} == set(FAULTS[name])
     assert made.step is None or made.step in {f.step for f in found}
-    assert any(made.tensor in f.message for f in found)
+    assert any(made.tensor in message(f) for f in found)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +242,7 @@ def test_an_unlisted_fault_is_seen(run_cell: Callable[..., JudgedRun], target: s
 
     run = run_cell(f"{__name__}:{target}", looks=LOOKS)
     invariant, said = UNLISTED[target]
-    messages = [f.message for f in run.verdict.failures if f.invariant == invariant]
+    messages = [message(f) for f in run.verdict.failures if f.invariant == invariant]
     assert any(re.search(said, m) for m in messages), run.verdict.failures
 
 

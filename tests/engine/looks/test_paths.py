@@ -16,6 +16,7 @@ from pytest_sftguard.engine.after import forwards
 from pytest_sftguard.engine.building.targets import TargetError
 from pytest_sftguard.engine.faults import _injected
 from pytest_sftguard.engine.looks import paths
+from pytest_sftguard.rendering import message
 from pytest_sftguard.verdicts import JudgedRun, Outcome
 from tests.targets import answering as answering_targets
 from tests.targets import healthy as healthy_targets
@@ -58,7 +59,7 @@ def test_a_fault_is_seen_by_its_invariant(run_cell: Callable[..., JudgedRun], na
     """The invariant that exists for the fault fails, and says what it saw."""
     invariant, pattern = SEEN[name]
     run = run_fault(run_cell, name)
-    messages = [f.message for f in run.verdict.failures if f.invariant == invariant]
+    messages = [message(f) for f in run.verdict.failures if f.invariant == invariant]
     assert any(re.search(pattern, m) for m in messages), run.verdict.failures
     assert invariant in registry.load(name, faults.__name__).reported_by
 

@@ -14,6 +14,7 @@ from torch import nn
 from pytest_sftguard.engine.recording.observer import Observer
 from pytest_sftguard.loops import judged
 from pytest_sftguard.records import RunRecord
+from pytest_sftguard.rendering import message
 from pytest_sftguard.verdicts import JudgedRun, Outcome
 from tests.targets import loops
 
@@ -189,7 +190,7 @@ def test_an_exception_of_saving_is_told() -> None:
         for f in run(loops.bare(loops.model(), fresh=loops.model, save=broken)).verdict.failures
         if f.invariant == "evidence_complete"
     ]
-    assert "round_trip: OSError: the disk is full" in finding.message
+    assert "round_trip: OSError: the disk is full" in message(finding)
 
 
 def test_an_exception_of_the_loop_is_told_and_passed_on() -> None:
