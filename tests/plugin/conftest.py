@@ -24,7 +24,8 @@ def _no_settings(monkeypatch, pytester):
     """No setting of this machine, and none of this repository's ini file, gets into a test."""
     for name in [n for n in os.environ if n.startswith("SFTGUARD_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:hypothesispytest -p no:benchmark -p no:anyio")  # slow to import
+    # plugins that are slow to import
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:hypothesispytest -p no:benchmark -p no:anyio")
     monkeypatch.delitem(sys.modules, "test_it", raising=False)
     pytester.makeini("[pytest]\n")
 
@@ -48,7 +49,7 @@ def in_subprocess(pytester, pytestconfig):
     def run(*arguments, make="canned.of"):
         pytester.makeconftest(
             f"import sys\nsys.path.append({str(pytestconfig.rootpath)!r})\n"
-            f"from tests import canned\nfrom tests.plugin import stub\nstub.install({make})\n"
+            f"from tests.support import canned, stub\nstub.install({make})\n"
         )
         return pytester.runpytest_subprocess(*arguments)
 
