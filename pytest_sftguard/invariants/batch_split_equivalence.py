@@ -51,7 +51,7 @@ class BatchSplitEquivalence(Invariant):
     divided: they differ from it by what the cut moves them, 0.02 for very uneven rows."""
 
     code: ClassVar[str] = "C1"
-    reference: ClassVar[str] = "cut"
+    reference: ClassVar[str] = "batch_split"
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Look at what the loss is divided by, then compare the first step of the two cuts."""

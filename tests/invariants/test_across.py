@@ -35,7 +35,7 @@ from tests.support.cases.across import (
 
 INVARIANTS = {getattr(i, "reference", None): i for i in load_invariants() if getattr(i, "reference", None)}
 PAIRS = {
-    "cut": (run(), run((4, 2))),
+    "batch_split": (run(), run((4, 2))),
     "fp32": (half(), run()),
     "rerun": (run(), run(variant="rerun")),
     "resumed": (run(), run(variant="resumed")),
@@ -43,7 +43,7 @@ PAIRS = {
     "replicas": (run(), replicas()),
 }
 READ = {
-    "cut": ("loss", "grad_norm"),
+    "batch_split": ("loss", "grad_norm"),
     "fp32": ("loss", "grad_norm"),
     "rerun": ("loss", "grad_norm", "learning_rate"),
     "resumed": ("loss", "grad_norm", "learning_rate", "max_update"),
@@ -73,7 +73,7 @@ def test_runs_that_agree_pass(kind: str) -> None:
 def test_two_cuts_in_bfloat16_are_as_far_apart_as_from_float32(precision: str, said: Outcome) -> None:
     """0.3 % of the loss, as a model of 30 layers rounds it, where each is the mean over its own labels."""
     record = first(stepped(run((4, 2), precision), loss=4.012), token_loss=4.012)
-    assert outcome("cut", record, run(precision=precision)) is said
+    assert outcome("batch_split", record, run(precision=precision)) is said
 
 
 @pytest.mark.parametrize(
@@ -137,9 +137,9 @@ def with_gradients(record: RunRecord, *norms: float | None, whole: float = 2.0) 
         ("fp32", (1.0, 1.0, None), 1.42, Outcome.PASSED),  # another invariant's business
         ("fp32", (1.01, 1.2, 1.2, 1.01), 2.0, Outcome.FAILED),  # half of four
         ("fp32", (1.01, 1.01, 1.01, 1.2), 2.0, Outcome.PASSED),
-        ("cut", (1.0, 1.0, 1e-9, 3e-9), 2.0, Outcome.FAILED),
-        ("cut", (1.0, 1.0, 1.00005), 2.0001, Outcome.PASSED),
-        ("cut", (1.001, 1.001, 1.0), 2.0, Outcome.FAILED),
+        ("batch_split", (1.0, 1.0, 1e-9, 3e-9), 2.0, Outcome.FAILED),
+        ("batch_split", (1.0, 1.0, 1.00005), 2.0001, Outcome.PASSED),
+        ("batch_split", (1.001, 1.001, 1.0), 2.0, Outcome.FAILED),
         ("replicas", (1.001, 1.001, 1.0), 2.0, Outcome.FAILED),
     ],
 )
@@ -154,9 +154,9 @@ def test_gradients_are_compared_tensor_by_tensor(
 
 def test_gradients_that_cancel_are_noise() -> None:
     """A key's bias gets sums of what softmax makes zero: their rounding differs in every cut."""
-    record, reference = PAIRS["cut"]
+    record, reference = PAIRS["batch_split"]
     noise = with_gradients(record, 1.0, 3e-9, 1e-9), with_gradients(reference, 1.0, 1e-9, 2e-9)
-    assert outcome("cut", *noise) is Outcome.PASSED
+    assert outcome("batch_split", *noise) is Outcome.PASSED
 
 
 def test_a_lower_learning_rate_is_no_excuse() -> None:
@@ -180,15 +180,17 @@ def test_any_other_bit_fails(kind: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("kind", "record", "reference"),
     [
-        pytest.param("cut", stepped(run(), loss=4.00001), run((4, 2)), id="last-digits"),
-        pytest.param("cut", drawing(stepped(run(), grad_norm=3.0), "adapter"), run((4, 2)), id="adapter-dropout"),
+        pytest.param("batch_split", stepped(run(), loss=4.00001), run((4, 2)), id="last-digits"),
+        pytest.param(
+            "batch_split", drawing(stepped(run(), grad_norm=3.0), "adapter"), run((4, 2)), id="adapter-dropout"
+        ),
         pytest.param("rerun", threaded(stepped(run(), loss=4.00001)), threaded(run()), id="threads"),
         pytest.param("resumed", threaded(run()), with_step(threaded(run()), 4, loss=2.02), id="drift"),
         pytest.param("one_batch", run(), one_batch(*[x * 0.9 for x in FALLING], entropy=0.5), id="falls"),
         pytest.param("one_batch", run(), one_batch(4.0, 3.9999, 3.9998, 3.9997), id="falls-little"),
         pytest.param("one_batch", run(), one_batch(4.0, 4.0, *[3.9] * 6), id="warms-up"),
         pytest.param("fp32", moving(half(), 1.2), run(), id="moved-alike"),
-        pytest.param("cut", stepped(run(tf32=True), loss=4.004), run((4, 2), tf32=False), id="tf32-in-one"),
+        pytest.param("batch_split", stepped(run(tf32=True), loss=4.004), run((4, 2), tf32=False), id="tf32-in-one"),
         pytest.param("replicas", run(device=H100), replicas(), id="other-device"),
     ],
 )
@@ -199,12 +201,12 @@ def test_what_may_differ(kind: str, record: RunRecord, reference: RunRecord) -> 
 
 EVEN = first(run((4, 2)), micro_tokens=(12, 12))
 OPEN = {
-    "other-rows": ("cut", run(), stepped(run((4, 2)), rows="7ea"), "saw other rows"),
-    "rows-unknown": ("cut", stepped(run(), rows=None), run((4, 2)), "is not known"),
-    "dropout": ("cut", drawing(run(), "model"), drawing(run((4, 2)), "model"), "draws random numbers"),
-    "even-rows": ("cut", run(), EVEN, "as many labels"),
-    "auxiliary": ("cut", *AUXILIARY, "its author alone"),
-    "other-cut-is-wrong": ("cut", run(), stepped(run((2, 4)), loss=4.1), "that cut is wrong"),
+    "other-rows": ("batch_split", run(), stepped(run((4, 2)), rows="7ea"), "saw other rows"),
+    "rows-unknown": ("batch_split", stepped(run(), rows=None), run((4, 2)), "is not known"),
+    "dropout": ("batch_split", drawing(run(), "model"), drawing(run((4, 2)), "model"), "draws random numbers"),
+    "even-rows": ("batch_split", run(), EVEN, "as many labels"),
+    "auxiliary": ("batch_split", *AUXILIARY, "its author alone"),
+    "other-cut-is-wrong": ("batch_split", run(), stepped(run((2, 4)), loss=4.1), "that cut is wrong"),
     "float32-itself": ("fp32", run(), run(), "is the float32 one itself"),
     "bf16-rounds-it-away": (
         "one_batch", half(), one_batch(*[4.0] * 8, precision="bf16-mixed"), "rounds away what the adapter changed",

@@ -45,14 +45,14 @@ def kinds(run: object) -> dict[str, tuple[str, str]]:
 def test_siblings_of_the_session_are_references(engine: stub.Engine) -> None:
     """Cells that the session trains anyway are compared with, whatever the tier asks for."""
     run = Runs().compared(asked(HALF), [], session=SESSION)
-    assert kinds(run) == {"fp32": ("fp32-b8x1", ""), "cut": ("bf16-mixed-b4x2", "")}
+    assert kinds(run) == {"fp32": ("fp32-b8x1", ""), "batch_split": ("bf16-mixed-b4x2", "")}
 
 
 def test_no_cell_is_trained_twice(engine: stub.Engine) -> None:
     """A session of four cells trains four, though each is a reference for others."""
     runs = Runs()
     for config in SESSION:
-        runs.compared(asked(config, "fp32", "cut"), [], session=SESSION)
+        runs.compared(asked(config, "fp32", "batch_split"), [], session=SESSION)
     assert sorted(engine.ran) == sorted(map(str, CELLS))
 
 
@@ -83,7 +83,7 @@ def test_a_reference_is_shared(engine: stub.Engine) -> None:
     ("config", "kind"),
     [
         (PLAIN, "fp32"),
-        (dataclasses.replace(PLAIN, cell=Cell("fp32", 1, 1)), "cut"),
+        (dataclasses.replace(PLAIN, cell=Cell("fp32", 1, 1)), "batch_split"),
         (dataclasses.replace(PLAIN, steps=1), "resumed"),
     ],
 )

@@ -42,8 +42,8 @@ def test_tiers_grow() -> None:
     ("cell", "kind", "reference"),
     [
         (Cell("bf16-mixed", 2, 4), "fp32", Cell("fp32", 2, 4)),
-        (Cell("bf16-mixed", 2, 4), "cut", Cell("bf16-mixed", 8, 1)),
-        (Cell("bf16-mixed", 8, 1), "cut", Cell("bf16-mixed", 4, 2)),
+        (Cell("bf16-mixed", 2, 4), "batch_split", Cell("bf16-mixed", 8, 1)),
+        (Cell("bf16-mixed", 8, 1), "batch_split", Cell("bf16-mixed", 4, 2)),
     ],
 )
 def test_sibling_of_the_session_is_taken(cell: Cell, kind: str, reference: Cell) -> None:
@@ -78,7 +78,7 @@ def test_reference_is_like_its_cell(cell: Cell, kind: str, steps: int) -> None:
     ("cell", "kind", "steps"),
     [
         (Cell("fp32", 8, 1), "fp32", 8),
-        (Cell("fp32", 1, 1), "cut", 8),
+        (Cell("fp32", 1, 1), "batch_split", 8),
         (Cell("fp32", 8, 1), "resumed", 1),
         (Cell("fp32", 3, 1), "replicas", 8),
     ],
@@ -91,7 +91,11 @@ def test_cell_without_a_reference(cell: Cell, kind: str, steps: int) -> None:
 
 def test_records_of_a_bundle_are_references_for_each_other() -> None:
     """Siblings are found among records from elsewhere, too."""
-    plain, half, cut = healthy(Cell("fp32", 8, 1)), healthy(Cell("bf16-mixed", 8, 1)), healthy(Cell("bf16-mixed", 2, 4))
+    plain, half, split = (
+        healthy(Cell("fp32", 8, 1)),
+        healthy(Cell("bf16-mixed", 8, 1)),
+        healthy(Cell("bf16-mixed", 2, 4)),
+    )
     other = dataclasses.replace(plain, seed=1)
-    assert references(half, [other, plain, half, cut]) == {"fp32": plain, "cut": cut}
-    assert references(plain, [other, plain, half, cut]) == {}
+    assert references(half, [other, plain, half, split]) == {"fp32": plain, "batch_split": split}
+    assert references(plain, [other, plain, half, split]) == {}

@@ -157,7 +157,7 @@ FAILURES = {
         ),
         "reference-broke": (
             run(),
-            "its cut reference fp32-b4x2 ended in RuntimeError: out of mem",
+            "its batch_split reference fp32-b4x2 ended in RuntimeError: out of mem",
             run((4, 2), error=ERROR),
         ),
     },
