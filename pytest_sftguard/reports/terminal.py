@@ -12,8 +12,8 @@ _WORDS = {Outcome.PASSED: "ok", Outcome.FAILED: "FAILED", Outcome.NOT_EVALUATED:
 _HEADINGS = ("precision", "batch", "verdict", "grad_norm", "raw loss", "answers", "seconds")
 
 
-def lines(runs: Sequence[tuple[str, JudgedRun, str]]) -> list[str]:
-    """The section's lines for (test name, judged run, rerun command) of every cell, in order."""
+def section(runs: Sequence[tuple[str, JudgedRun, str]]) -> list[str]:
+    """The lines for every cell, in order."""
     rows = [_HEADINGS, *(_row(run) for _, run, _ in runs)]
     if len({name for name, _, _ in runs}) > 1:
         rows = [("test", *rows[0]), *((name, *row) for (name, _, _), row in zip(runs, rows[1:], strict=True))]
@@ -24,7 +24,7 @@ def lines(runs: Sequence[tuple[str, JudgedRun, str]]) -> list[str]:
     for _, run, rerun in runs:
         if run.verdict.failures:
             made.append("")
-            made += failure.text(run, rerun).splitlines()
+            made += failure.message(run, rerun).splitlines()
     for text in dict.fromkeys(_open_questions(runs)):
         made.append(text)
     return made
