@@ -273,7 +273,7 @@ def test_rest_is_judged_beside_a_broken_outsider(pytester, engine, one_cell):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("absent:It", "it: the invariant cannot be used: 'absent:It' does not import: ModuleNotFoundError"),
+        ("absent:It", "it: the invariant cannot be used: 'absent:It' cannot be imported: ModuleNotFoundError"),
         ("json:loads", "loads: the invariant cannot be used: 'json:loads' is no invariant: it has no check"),
         ("loss_falls", "loss_falls: the invariant cannot be used: unknown name 'loss_falls': choose from"),
     ],
