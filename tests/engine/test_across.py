@@ -25,7 +25,7 @@ from pytest_sftguard.verdicts import JudgedRun, Outcome
 
 SUMS = "pytest_sftguard.engine.models.sums:build_trainer"
 HOMEWORK = "homework.sft:build_trainer"
-ALONE = ("rerun", "resumed", "one_batch", "cut", "fp32")
+ALONE = ("rerun", "resumed", "one_batch", "batch_split", "fp32")
 FAULTS = (
     "accumulation_mean_of_means",
     "normaliser_counts_unshifted_labels",
@@ -111,7 +111,7 @@ def test_watching_a_training_with_fused_layers_changes_no_bit(monkeypatch: pytes
 @pytest.mark.parametrize("target", ["own_loss", "bert_classifier"])
 def test_a_loss_that_is_added_up_fails(target: str) -> None:
     """Losses that know nothing of num_items_in_batch are added up over micro-batches by transformers 5.23."""
-    run = compared(config(target), "cut")
+    run = compared(config(target), "batch_split")
     assert any("batch_split_equivalence" in message for message in failed(run))
 
 
