@@ -25,20 +25,20 @@ def collect(paths: Iterable[Path]) -> list[tuple[str, RunRecord]]:
 
 
 def references(record: RunRecord, others: Iterable[RunRecord]) -> dict[str, RunRecord]:
-    """Those of `others` that `record` can be compared with, by the kind of reference that they are for it.
+    """Those of `others` that `record` can be compared with, by the name of the reference that they are for it.
 
-    The float32 sibling differs in nothing but precision; the cut is the one of the same precision and effective batch
-    with the largest micro-batch.
+    `fp32` differs in nothing but precision; `batch_split` has the same precision and effective batch, and of such
+    records the largest micro-batch.
     """
     siblings = [o for o in others if o is not record and not o.variant and _asked(o) == _asked(record)]
     found = {}
     plain = [o for o in siblings if o.precision == "fp32" and _batch(o) == _batch(record)]
     if plain and record.precision != "fp32":
         found["fp32"] = plain[0]
-    cuts = [o for o in siblings if o.precision == record.precision and _batch(o) != _batch(record)]
-    cuts = [o for o in cuts if math.prod(_batch(o)) == math.prod(_batch(record))]
-    if cuts:
-        found["batch_split"] = max(cuts, key=_batch)
+    splits = [o for o in siblings if o.precision == record.precision and _batch(o) != _batch(record)]
+    splits = [o for o in splits if math.prod(_batch(o)) == math.prod(_batch(record))]
+    if splits:
+        found["batch_split"] = max(splits, key=_batch)
     return found
 
 

@@ -16,7 +16,7 @@ from pytest_sftguard.diagnosis import diagnose
 from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.rendering import message
-from pytest_sftguard.session import CannotRunError, CellTest, Runs
+from pytest_sftguard.session import CannotRunError, Runs
 from pytest_sftguard.verdicts import Finding, JudgedRun
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _judged(fault: Fault, path: str, device: str) -> JudgedRun:
         training_arguments=dict(fault.arguments), looks=looks,
     )  # fmt: skip
     try:
-        return Runs().compared(CellTest(config=config, references=references), load_invariants())
+        return Runs().compared(config, load_invariants(), references)
     except CannotRunError as error:
         from pytest_sftguard.engine.faults import NotApplicableError
 

@@ -1,26 +1,25 @@
-"""One pytest session's runs: each cell is trained once, judged, written down, and handed on to the reports."""
+"""The runs of a pytest session: each cell is trained once, judged, and handed to the reports."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_sftguard import registry, tiers
+from pytest_sftguard import registry, reports, tiers
 from pytest_sftguard.invariants import usable_invariants, with_thresholds
 from pytest_sftguard.records import RunRecord
-from pytest_sftguard.reports import failure, json_files
 from pytest_sftguard.verdicts import Checks, Finding, JudgedRun, Verdict, judge
 
 if TYPE_CHECKING:
     from pytest_sftguard.matrix import RunConfig
+    from pytest_sftguard.settings import Settings
 
 
 class CannotRunError(Exception):
-    """A cell cannot be run for a reason that the user can mend; the message says which, in a line or two."""
+    """A run or its reports are impossible for a reason that the user can remove; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -29,25 +28,17 @@ class CellTest:
 
     config: RunConfig
     """The cell, and how to run it."""
-    invariants: tuple[str, ...] = ()
-    """Dotted paths of invariants beside the built-in ones."""
-    strict: bool = False
-    """Whether the test fails where the cell is not evaluated."""
-    thresholds: dict[str, Any] = field(default_factory=dict)
-    """Thresholds by `invariant.field`, in the place of their defaults."""
-    references: tuple[str, ...] = ()
-    """Kinds of runs to compare with, beside the session's own cells."""
-    waived: tuple[str, ...] = ()
-    """Invariants that the user knows not to hold."""
-    folder: Path = Path(".sftguard")
-    """Where the record goes."""
+    settings: Settings
+    """How to judge it."""
+    folder: Path
+    """Where the reports write."""
 
     def __str__(self) -> str:
         return str(self.config.cell)
 
 
 class Runs:
-    """The runs of a session. Two tests that ask for the same run share it: a run is a pure function of its config."""
+    """The runs of a session. Tests that ask for the same run share it, as a run depends on its config alone."""
 
     def __init__(self) -> None:
         self._records: dict[str, RunRecord] = {}
@@ -59,42 +50,44 @@ class Runs:
         progress: Callable[[int], None] | None = None,
         session: Sequence[RunConfig] = (),
     ) -> JudgedRun:
-        """Train the cell (or take it from an earlier test), judge it, and write its record.
+        """Train the cell (or take it from an earlier test), judge it, and let the reports write.
 
         It is compared with its siblings among `session`, the runs of all tests, and with the references that `test`
         asks for.
 
         Raises CannotRunError for a target, threshold, device or folder that cannot be used.
         """
-        try:
-            invariants = with_thresholds(usable_invariants(test.invariants), test.thresholds)
-        except registry.NotFoundError as error:
-            raise CannotRunError(str(error)) from None
-        with writing(test.folder):
-            json_files.prepare(test.folder)  # before the training, which a full disk would make useless
-        run = self.compared(test, invariants, progress, session)
-        with writing(test.folder):
-            json_files.write(test.folder, nodeid, run.record)
+        invariants = invariants_of(test.settings)
+        # before the training, which a full disk would make useless
+        report("prepare", test.folder)
+        asked = test.settings.references
+        run = self.compared(test.config, invariants, asked, test.settings.waive, progress, session)
+        report("write", test.folder, nodeid, run)
         return run
 
     def compared(
         self,
-        test: CellTest,
+        config: RunConfig,
         invariants: Sequence[Checks],
+        references: Collection[str] = (),
+        waived: Iterable[str] = (),
         progress: Callable[[int], None] | None = None,
         session: Sequence[RunConfig] = (),
     ) -> JudgedRun:
-        """The run of `test`, judged beside its references; a reference that there cannot be is left out."""
-        record = self._record(test.config, progress)
-        references = {}
-        for kind in tiers.REFERENCES if record.not_run is None else ():
+        """The run of `config`, judged beside those of its references that are in `session` or in `references`.
+
+        A reference that the cell cannot have is left out.
+        """
+        record = self._record(config, progress)
+        found = {}
+        for name in tiers.REFERENCES if record.not_run is None else ():
             try:
-                config = tiers.reference_config(test.config, kind, session)
+                other = tiers.reference_config(config, name, session)
             except tiers.NoReferenceError:
                 continue
-            if not config.variant or kind in test.references:
-                references[kind] = self._record(config, None)
-        return JudgedRun(record, judge(record, invariants, references, test.waived), references)
+            if not other.variant or name in references:
+                found[name] = self._record(other, None)
+        return JudgedRun(record, judge(record, invariants, found, waived), found)
 
     def _record(self, config: RunConfig, progress: Callable[[int], None] | None) -> RunRecord:
         key = json.dumps(asdict(config), sort_keys=True, default=repr)
@@ -114,14 +107,21 @@ class Runs:
         return self._records[key]
 
 
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn an OSError into a CannotRunError that names `folder` and the option."""
+def invariants_of(settings: Settings) -> list[Checks]:
+    """The invariants that a test with `settings` is held to. CannotRunError for a threshold that does not exist."""
     try:
-        yield
+        return with_thresholds(usable_invariants(settings.invariants), settings.thresholds)
+    except registry.NotFoundError as error:
+        raise CannotRunError(str(error)) from None
+
+
+def report(hook: reports.Hook, folder: Path, *arguments: Any) -> None:
+    """Let all reports `prepare` or `write` below `folder`. Raises CannotRunError where that is impossible."""
+    try:
+        reports.call(hook, folder, *arguments)
     except OSError as error:
         raise CannotRunError(
-            f"the record cannot be written below {folder}: {error.strerror or error}; "
+            f"reports cannot be written below {folder}: {error.strerror or error}; "
             "name another folder with --sftguard-dir"
         ) from error
 
@@ -138,9 +138,9 @@ def unpack(data: dict[str, Any]) -> tuple[str, JudgedRun, str]:
     return data["name"], JudgedRun(RunRecord.from_dict(data["record"]), Verdict(findings)), data["rerun"]
 
 
-def failure_text(run: JudgedRun, rerun: str, own: BaseException | None) -> str:
-    """The text of a failed cell, and of the test's own exception where it raised one too."""
-    text = failure.text(run, rerun)
+def message(run: JudgedRun, rerun: str = "", own: BaseException | None = None) -> str:
+    """What the reports say of a run that did not pass, and of the test's own exception where it raised one too."""
+    text = "\n\n".join(reports.call("message", run, rerun))
     if own is not None:
         lines = str(own).splitlines() or [""]
         text += f"\n\nThe test's own {type(own).__name__} beside it: {lines[0]}"

@@ -22,6 +22,11 @@ def load_invariants(extra: Iterable[str] = ()) -> list[Checks]:
     return [*built_in, *map(_outsider, extra)]
 
 
+def told_last() -> set[str]:
+    """Names of the built-in invariants whose findings stand after those of the others at the same step."""
+    return {invariant_name(i) for i in load_invariants() if getattr(i, "told_last", False)}
+
+
 def usable_invariants(extra: Iterable[str] = ()) -> list[Checks]:
     """The same for a session of tests: a path that cannot be used is an invariant that fails beside the others."""
     found = load_invariants()

@@ -19,6 +19,8 @@ class EvidenceComplete(Invariant):
     """As many steps as asked for, as many as the Trainer counted, each with all its numbers, all of them finite."""
 
     code: ClassVar[str] = "B12"
+    told_last: ClassVar[bool] = True
+    """Other invariants say more of the same step."""
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Count first, then look for gaps."""

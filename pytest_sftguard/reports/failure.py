@@ -1,4 +1,4 @@
-"""The text of a failed cell: what, where, by how much, on what, why, and what to run next."""
+"""The message of a failed cell: what, where, by how much, on what, why, and what to run next."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ import math
 import textwrap
 
 from pytest_sftguard.diagnosis import diagnose
-from pytest_sftguard.rendering import message, told
+from pytest_sftguard.invariants import told_last
+from pytest_sftguard.rendering import told
 from pytest_sftguard.verdicts import Finding, JudgedRun
 
 _WIDTH = 116
 
 
-def text(run: JudgedRun, rerun: str) -> str:
-    """All failed findings of `run` in the order of their steps, the probable mechanism, the command to repeat it."""
-    record, failures = run.record, sorted(run.verdict.failures, key=_when)
+def message(run: JudgedRun, rerun: str) -> str:
+    """All failed findings of `run` in the order of their steps, the probable mechanism, the command to repeat it.
+
+    Of a run without failures: why it was not evaluated.
+    """
+    if not run.verdict.failures:
+        return _not_evaluated(run)
+    record, last = run.record, told_last()
+    failures = sorted(run.verdict.failures, key=lambda f: (math.inf if f.step is None else f.step, f.invariant in last))
     invariants = dict.fromkeys(f.invariant for f in failures)
     lines = [
         f"{record.cell} FAILED: {', '.join(invariants)}",
@@ -22,19 +29,15 @@ def text(run: JudgedRun, rerun: str) -> str:
         _row("target", record.target + (f" with model {record.model}" if record.model else "")),
     ]
     lines += [_row("" if f.step is None else f"step {f.step}", _described(f)) for f in failures]
-    again = [_row("rerun", rerun, wrap=False)] if rerun else []  # a record from elsewhere has no test to run again
+    # a record from elsewhere has no test to run again
+    again = [_row("rerun", rerun, wrap=False)] if rerun else []
     return "\n".join([*lines, *_cause(run), *again])
 
 
-def not_evaluated(run: JudgedRun) -> str:
+def _not_evaluated(run: JudgedRun) -> str:
     """Why the cell was not evaluated, in one line."""
-    reasons = [message(f) for f in run.verdict.not_evaluated if f.required] or ["nothing in it could be judged"]
+    reasons = [told(f) for f in run.verdict.not_evaluated if f.required] or ["nothing in it could be judged"]
     return f"{run.record.cell} not evaluated: {'; '.join(reasons)}"
-
-
-def _when(finding: Finding) -> tuple[float, bool]:
-    """By step; among those of one step, what counts gaps in the evidence says least and comes last."""
-    return math.inf if finding.step is None else finding.step, finding.invariant == "evidence_complete"
 
 
 def _described(finding: Finding) -> str:
@@ -44,7 +47,7 @@ def _described(finding: Finding) -> str:
         numbers.append(f"observed {finding.observed:.6g}")
     if finding.limit is not None:
         numbers.append(f"allowed {finding.limit if isinstance(finding.limit, str) else format(finding.limit, '.6g')}")
-    return f"{finding.invariant}: {message(finding)}" + (f" [{', '.join(numbers)}]" if numbers else "")
+    return f"{finding.invariant}: {told(finding)}" + (f" [{', '.join(numbers)}]" if numbers else "")
 
 
 def _cause(run: JudgedRun) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pytest_sftguard.rendering import message
+from pytest_sftguard.rendering import told
 from pytest_sftguard.reports import failure
 from pytest_sftguard.verdicts import General, JudgedRun, Outcome
 
@@ -13,8 +13,8 @@ _WORDS = {Outcome.PASSED: "ok", Outcome.FAILED: "FAILED", Outcome.NOT_EVALUATED:
 _HEADINGS = ("precision", "batch", "verdict", "grad_norm", "raw loss", "answers", "seconds")
 
 
-def lines(runs: Sequence[tuple[str, JudgedRun, str]]) -> list[str]:
-    """The section's lines for (test name, judged run, rerun command) of every cell, in order."""
+def section(runs: Sequence[tuple[str, JudgedRun, str]]) -> list[str]:
+    """The lines for every cell, in order."""
     rows = [_HEADINGS, *(_row(run) for _, run, _ in runs)]
     if len({name for name, _, _ in runs}) > 1:
         rows = [("test", *rows[0]), *((name, *row) for (name, _, _), row in zip(runs, rows[1:], strict=True))]
@@ -25,7 +25,7 @@ def lines(runs: Sequence[tuple[str, JudgedRun, str]]) -> list[str]:
     for _, run, rerun in runs:
         if run.verdict.failures:
             made.append("")
-            made += failure.text(run, rerun).splitlines()
+            made += failure.message(run, rerun).splitlines()
     for text in dict.fromkeys(_open_questions(runs)):
         made.append(text)
     return made
@@ -43,7 +43,7 @@ def _open_questions(runs: Sequence[tuple[str, JudgedRun, str]]) -> list[str]:
             if finding.because(General.NOT_ASKED):
                 unasked[finding.invariant] = None
             else:
-                reason = f"{finding.invariant}: not evaluated -- {message(finding)}"
+                reason = f"{finding.invariant}: not evaluated -- {told(finding)}"
                 reasons.setdefault(reason, []).append(run.record.cell)
     made = [f"{reason} ({_cells(cells, len(runs))})" for reason, cells in reasons.items()]
     return [*made, f"left to a higher --sftguard-tier: {', '.join(unasked)}"] if unasked else made

@@ -21,7 +21,7 @@ from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.rendering import message
-from pytest_sftguard.session import CellTest, Runs
+from pytest_sftguard.session import Runs
 from pytest_sftguard.verdicts import JudgedRun, Outcome
 
 SUMS = "pytest_sftguard.engine.models.sums:build_trainer"
@@ -54,7 +54,7 @@ def reference(asked: RunConfig, kind: str) -> RunRecord:
 
 def compared(asked: RunConfig, *kinds: str) -> JudgedRun:
     """A run judged beside its references, by the invariants that compare."""
-    return Runs().compared(CellTest(config=asked, references=kinds), list(ACROSS.values()))
+    return Runs().compared(asked, list(ACROSS.values()), kinds)
 
 
 def failed(run: JudgedRun) -> list[str]:

@@ -146,7 +146,7 @@ def test_a_run_leaves_no_trace(run_cell: Callable[..., JudgedRun]) -> None:
         ("without_adapter", "wrap it with peft.get_peft_model"),
         ("ignores_batch", "was asked for per_device_train_batch_size=8, and its Trainer has 4"),
         ("missing", "module tests.targets.tiny has no missing"),
-        ("no.such.module:build", "does not import: ModuleNotFoundError"),
+        ("no.such.module:build", "cannot be imported: ModuleNotFoundError"),
         ("tests.targets.tiny:TINY", "not a function that builds a Trainer"),
     ],
 )

@@ -24,7 +24,8 @@ def _no_settings(monkeypatch, pytester):
     """No setting of this machine, and none of this repository's ini file, gets into a test."""
     for name in [n for n in os.environ if n.startswith("SFTGUARD_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:hypothesispytest -p no:benchmark -p no:anyio")  # slow to import
+    # plugins that are slow to import
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:hypothesispytest -p no:benchmark -p no:anyio")
     monkeypatch.delitem(sys.modules, "test_it", raising=False)
     pytester.makeini("[pytest]\n")
 

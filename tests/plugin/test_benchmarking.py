@@ -34,7 +34,8 @@ def lasting(*seconds):
 def timed(pytester, engine, monkeypatch):
     """Runs the one timed test: a function of the seconds of its steps, and of arguments."""
     monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:hypothesispytest -p no:anyio -p no:xdist")
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # under which pytest-benchmark switches itself off
+    # under which pytest-benchmark switches itself off
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     pytester.makepyfile(test_it=TIMED)
 
     def run(seconds, *arguments):

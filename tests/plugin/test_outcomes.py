@@ -216,7 +216,7 @@ def test_target_that_cannot_be_used(pytester, engine, one_cell, clean):
 
 def test_engine_that_cannot_be_imported(pytester, one_cell, in_subprocess, clean):
     """Without torch a marked test says what to install."""
-    result = in_subprocess(make="canned.of); sys.modules.update(torch=None); stub.package.__dict__.pop('runner'")
+    result = in_subprocess(make="canned.of); sys.modules.update(torch=None); stub.engine.__dict__.pop('runner'")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     clean(result, "training needs torch, transformers, accelerate and peft, and one is missing", lines=2)
 
@@ -273,7 +273,7 @@ def test_rest_is_judged_beside_a_broken_outsider(pytester, engine, one_cell):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("absent:It", "it: the invariant cannot be used: 'absent:It' does not import: ModuleNotFoundError"),
+        ("absent:It", "it: the invariant cannot be used: 'absent:It' cannot be imported: ModuleNotFoundError"),
         ("json:loads", "loads: the invariant cannot be used: 'json:loads' is no invariant: it has no check"),
         ("loss_falls", "loss_falls: the invariant cannot be used: unknown name 'loss_falls': choose from"),
     ],

@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from pytest_sftguard import reports
 from pytest_sftguard.records import RunRecord
 from tests.plugin.conftest import ONE_CELL
 from tests.support import canned
@@ -165,6 +166,47 @@ def test_each_test_has_its_file(pytester, engine):
     pytester.makepyfile(test_it=ONE_CELL + ONE_CELL.replace("test_it", "test_too"))
     pytester.runpytest_inprocess()
     assert len(written(pytester)) == 2
+
+
+DROPPED = """
+def properties(run):
+    return [("dropped", run.record.cell)]
+
+def write(folder, nodeid, run):
+    (folder / "dropped.txt").write_text(f"{nodeid} {run.verdict.outcome.value}")
+
+def message(run, rerun):
+    return f"dropped: again by {rerun}"
+
+def section(runs):
+    return (f"dropped: {name} {run.record.cell}" for name, run, _ in runs)
+"""
+
+
+@pytest.fixture
+def dropped(pytester, monkeypatch):
+    """A session with a failing cell, and with one more file in the folder of reports."""
+    pytester.mkdir("more").joinpath("dropped.py").write_text(DROPPED)
+    monkeypatch.setattr(reports, "__path__", [*reports.__path__, str(pytester.path / "more")])
+
+
+@pytest.mark.parametrize("line", ["dropped: test_it.py::test_it fp32-b2x1", "dropped: again by pytest *"])
+def test_new_report_is_printed(pytester, engine, one_cell, dropped, line):
+    """A file that is dropped into the folder of reports prints, with no other file touched."""
+    engine.make = canned.failing
+    pytester.runpytest_inprocess().stdout.fnmatch_lines([line])
+
+
+def test_new_report_is_written(pytester, engine, one_cell, dropped):
+    """It also writes."""
+    pytester.runpytest_inprocess()
+    assert (pytester.path / ".sftguard" / "dropped.txt").read_text() == "test_it.py::test_it[fp32-b2x1] passed"
+
+
+def test_new_report_has_properties(pytester, engine, one_cell, dropped):
+    """Its properties are in the JUnit file."""
+    pytester.runpytest_inprocess("--junitxml=report.xml")
+    assert properties(pytester)["dropped"] == "fp32-b2x1"
 
 
 def test_nothing_is_written_without_cells(pytester):

@@ -105,8 +105,8 @@ def test_real_record_can_be_read(folder, name):
     [
         pytest.param(name, message, id=name)
         for name, message in {
-            "does_not_import": "target 'absent_module:build' does not import: ModuleNotFoundError",
-            "no_path": "target 'mine' is no dotted path: write module:object",
+            "does_not_import": "target 'absent_module:build' cannot be imported: ModuleNotFoundError",
+            "no_path": "target 'mine' is not a dotted path: write module:object",
             "absent": "target 'mine:absent': module mine has no absent",
             "not_callable": "target mine:number is '3' (int), not a function",
             "no_trainer": "target mine:no_trainer returned 'trained' (str), not a transformers.Trainer",

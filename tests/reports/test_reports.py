@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 import re
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_sftguard import registry, reports
 from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.matrix import Cell
 from pytest_sftguard.records import ErrorRecord, RunRecord
 from pytest_sftguard.reports import failure, json_files, junit, terminal
-from pytest_sftguard.session import failure_text, pack, unpack
+from pytest_sftguard.session import message, pack, unpack
 from pytest_sftguard.verdicts import JudgedRun, judge
 from tests.strategies import healthy_records, non_finite
 from tests.support import canned
@@ -30,6 +33,15 @@ UNSEEN = dataclasses.replace(healthy(not_run="no"), steps=(), log=(), seconds=No
 
 def judged(record):
     return JudgedRun(record, judge(record, ALL))
+
+
+@pytest.mark.parametrize("name", registry.names("pytest_sftguard.reports"))
+def test_report_offers_hooks(name):
+    """A public function of a report that is no hook would never run."""
+    module = importlib.import_module(f"pytest_sftguard.reports.{name}")
+    own = {n for n, f in vars(module).items() if getattr(f, "__module__", "") == module.__name__ and n[0] != "_"}
+    assert own
+    assert own <= set(get_args(reports.Hook))
 
 
 def flat(text):
@@ -51,33 +63,33 @@ def flat(text):
 )
 def test_failure_says(said):
     """The text of a failed cell says what, where, by how much, on what, and what to run next."""
-    assert said in flat(failure.text(judged(BAD), RERUN))
+    assert said in flat(failure.message(judged(BAD), RERUN))
 
 
 @pytest.mark.parametrize("label", ["cause", "evidence", "cure"])
 def test_failure_says_why(label):
     """Where a mechanism is likely, the text names it, its evidence and its cure."""
-    text = failure.text(judged(with_step(healthy(), 2, supervised_tokens=0)), RERUN)
+    text = failure.message(judged(with_step(healthy(), 2, supervised_tokens=0)), RERUN)
     assert re.search(rf"^  {label} +\S", text, re.MULTILINE)
 
 
 def test_failure_findings_are_in_the_order_of_steps():
     """What happened first stands first."""
     record = with_step(with_step(healthy(), 4, loss=NAN), 2, grad_norm=NAN)
-    steps = re.findall(r"^  step (\d)", failure.text(judged(record), RERUN), re.MULTILINE)
+    steps = re.findall(r"^  step (\d)", failure.message(judged(record), RERUN), re.MULTILINE)
     assert steps == sorted(steps)
 
 
 def test_rerun_is_one_line():
     """The command can be copied as it stands, however long it is."""
     long = RERUN + " --sftguard-target=" + "x" * 200
-    assert f"  rerun     {long}" in failure.text(judged(BAD), long).splitlines()
+    assert f"  rerun     {long}" in failure.message(judged(BAD), long).splitlines()
 
 
 @pytest.mark.parametrize("own", [AssertionError("1 == 2\nassert 1 == 2"), ValueError()], ids=["lines", "empty"])
 def test_own_exception_stands_beside(own):
     """What the test's body raised is told with its type, in one line."""
-    told = failure_text(judged(BAD), RERUN, own).splitlines()[-1]
+    told = message(judged(BAD), RERUN, own).splitlines()[-1]
     assert told.startswith(f"The test's own {type(own).__name__} beside it:")
 
 
@@ -86,7 +98,7 @@ def test_any_failure_can_be_told(record, value, data):
     """The text of any failed cell has its name in the first line and the command in the last."""
     step = data.draw(st.sampled_from(record.steps)).step
     failed = with_step(record, step, **{data.draw(st.sampled_from(["loss", "max_update", "learning_rate"])): value})
-    lines = failure.text(judged(failed), RERUN).splitlines()
+    lines = failure.message(judged(failed), RERUN).splitlines()
     assert (record.cell in lines[0], RERUN in lines[-1]) == (True, True)
 
 
@@ -99,18 +111,18 @@ def test_any_failure_can_be_told(record, value, data):
 )
 def test_not_evaluated_says_why(record, said):
     """The reason why a cell was not evaluated is one line."""
-    assert said in failure.not_evaluated(judged(record))
+    assert said in failure.message(judged(record), RERUN)
 
 
 def test_not_evaluated_without_findings():
     """A cell that nothing was held against says so."""
     run = JudgedRun(healthy(), judge(healthy(), []))
-    assert failure.not_evaluated(run) == "fp32-b2x1 not evaluated: nothing in it could be judged"
+    assert failure.message(run, RERUN) == "fp32-b2x1 not evaluated: nothing in it could be judged"
 
 
 def table(*records):
     """The terminal's section for `records` of one test."""
-    return terminal.lines([("test_it", judged(r), RERUN) for r in records])
+    return terminal.section([("test_it", judged(r), RERUN) for r in records])
 
 
 @pytest.mark.parametrize(
@@ -136,7 +148,7 @@ def test_terminal_row(record, row):
 def test_terminal_names_tests_where_there_are_several():
     """The test is a column only where there are several."""
     runs = [(name, judged(healthy()), RERUN) for name in ("test_one", "test_two")]
-    assert [line.split()[0] for line in terminal.lines(runs)[:3]] == ["test", "test_one", "test_two"]
+    assert [line.split()[0] for line in terminal.section(runs)[:3]] == ["test", "test_one", "test_two"]
 
 
 def test_terminal_names_each_device_once():
@@ -204,26 +216,28 @@ def test_property_of_what_was_not_seen(name):
 
 def test_file_holds_the_record(tmp_path):
     """The record of a test can be read back from its file."""
-    assert RunRecord.read(json_files.write(tmp_path / "new", "t.py::test_it[a]", healthy())) == healthy()
+    json_files.write(tmp_path / "new", "t.py::test_it[a]", judged(healthy()))
+    assert [RunRecord.read(path) for path in (tmp_path / "new" / "records").iterdir()] == [healthy()]
 
 
 def test_folder_is_ignored_by_git(tmp_path):
     """The folder keeps itself out of version control."""
-    json_files.write(tmp_path / "new", "t.py::test_it", healthy())
+    json_files.write(tmp_path / "new", "t.py::test_it", judged(healthy()))
     assert (tmp_path / "new" / ".gitignore").read_text() == "*\n"
 
 
 def test_own_gitignore_is_kept(tmp_path):
     """A .gitignore that is there already is left as it is."""
     (tmp_path / ".gitignore").write_text("mine\n")
-    json_files.write(tmp_path, "t.py::test_it", healthy())
+    json_files.write(tmp_path, "t.py::test_it", judged(healthy()))
     assert (tmp_path / ".gitignore").read_text() == "mine\n"
 
 
 def test_file_is_replaced(tmp_path):
     """A test has one file, of its last run."""
-    paths = {json_files.write(tmp_path, "t.py::test_it", healthy(seed=s)) for s in (1, 2)}
-    assert [RunRecord.read(p).seed for p in paths] == [2]
+    for seed in (1, 2):
+        json_files.write(tmp_path, "t.py::test_it", judged(healthy(seed=seed)))
+    assert [RunRecord.read(path).seed for path in (tmp_path / "records").iterdir()] == [2]
 
 
 @given(nodeid=st.text(min_size=1, max_size=300))
@@ -255,5 +269,5 @@ def test_packed_run_travels(record, value):
 def test_error_is_told():
     """The exception that ended a run is in the text, with its place."""
     error = ErrorRecord(stage="train", type="OutOfMemoryError", message="CUDA out of memory", where="a.py:3 in f")
-    text = failure.text(judged(healthy(error=error)), RERUN)
+    text = failure.message(judged(healthy(error=error)), RERUN)
     assert "the run ended in train: OutOfMemoryError: CUDA out of memory (a.py:3 in f)" in flat(text)

@@ -27,12 +27,12 @@ def test_unknown_name_lists_the_names():
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        pytest.param("no_colon", "no dotted path: write module:object", id="no-colon"),
-        pytest.param(":f", "no dotted path", id="no-module"),
-        pytest.param("json:", "no dotted path", id="no-object"),
-        pytest.param("absent_module:f", "does not import: ModuleNotFoundError.*sys.path", id="absent-module"),
-        pytest.param("raises_on_import:f", "does not import: ZeroDivisionError", id="raises-on-import"),
-        pytest.param("..relative:f", "does not import: TypeError", id="relative"),
+        pytest.param("no_colon", "not a dotted path: write module:object", id="no-colon"),
+        pytest.param(":f", "not a dotted path", id="no-module"),
+        pytest.param("json:", "not a dotted path", id="no-object"),
+        pytest.param("absent_module:f", "cannot be imported: ModuleNotFoundError.*sys.path", id="absent-module"),
+        pytest.param("raises_on_import:f", "cannot be imported: ZeroDivisionError", id="raises-on-import"),
+        pytest.param("..relative:f", "cannot be imported: TypeError", id="relative"),
         pytest.param("json:absent", "module json has no absent", id="absent-object"),
         pytest.param("json:loads.absent", "module json has no loads.absent", id="absent-attribute"),
     ],

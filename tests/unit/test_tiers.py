@@ -91,7 +91,11 @@ def test_cell_without_a_reference(cell: Cell, kind: str, steps: int) -> None:
 
 def test_records_of_a_bundle_are_references_for_each_other() -> None:
     """Siblings are found among records from elsewhere, too."""
-    plain, half, cut = healthy(Cell("fp32", 8, 1)), healthy(Cell("bf16-mixed", 8, 1)), healthy(Cell("bf16-mixed", 2, 4))
+    plain, half, split = (
+        healthy(Cell("fp32", 8, 1)),
+        healthy(Cell("bf16-mixed", 8, 1)),
+        healthy(Cell("bf16-mixed", 2, 4)),
+    )
     other = dataclasses.replace(plain, seed=1)
-    assert references(half, [other, plain, half, cut]) == {"fp32": plain, "batch_split": cut}
-    assert references(plain, [other, plain, half, cut]) == {}
+    assert references(half, [other, plain, half, split]) == {"fp32": plain, "batch_split": split}
+    assert references(plain, [other, plain, half, split]) == {}
