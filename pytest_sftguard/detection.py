@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from pytest_sftguard import registry, tiers
+from pytest_sftguard import tiers
 from pytest_sftguard.diagnosis import diagnose
 from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.matrix import Cell, RunConfig
@@ -107,18 +107,17 @@ class Attempt:
 
 
 def names() -> list[str]:
-    """The faults of the library, by the names of their files."""
-    from pytest_sftguard.engine import faults
+    """The ids of the faults of the library."""
+    from pytest_sftguard.engine.faults import load_faults
 
-    return registry.names(faults.__name__)
+    return [fault.id for fault in load_faults()]
 
 
 def fault_named(name: str) -> Fault:
-    """The fault in the file `name`; also its id will do. registry.NotFoundError lists them where there is none."""
+    """The fault called `name`; raises registry.NotFoundError, which lists the ids, if there is none."""
     from pytest_sftguard.engine import faults
 
-    found: Fault = registry.load(name.replace("-", "_"), faults.__name__)()
-    return found
+    return faults.fault_named(name)
 
 
 def attempt(name: str, target: str, device: str = "cpu") -> Attempt:
@@ -132,7 +131,7 @@ def attempt(name: str, target: str, device: str = "cpu") -> Attempt:
     if fault.asks and resolve(target).questions is None:
         return Attempt(**known, skipped="the target asks no questions")
     try:
-        with injected(name.replace("-", "_"), target) as path:
+        with injected(fault.id, target) as path:
             run = _judged(fault, path, device)
     except NotApplicableError as reason:
         return Attempt(**known, skipped=str(reason))
@@ -149,8 +148,7 @@ def healthy(target: str, precision: str, trained: bool, device: str = "cpu") -> 
     class AsItIs(Fault):
         """No fault at all."""
 
-        id = ""
-
+    AsItIs.id = ""
     AsItIs.precision, AsItIs.asks, AsItIs.steps = precision, trained, LEARNED if trained else Fault.steps
     run = _judged(AsItIs(), target, device)
     return Attempt(fault=HEALTHY, injects="the target as it is", **seen(run, ""))
