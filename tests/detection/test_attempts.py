@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from pytest_sftguard.detection import Attempt, Detection, beside, markdown, reports, row
+from pytest_sftguard.detection import Attempt, Detection, beside, reports
+from pytest_sftguard.detection.tables import markdown, row, text
 from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.verdicts import JudgedRun, judge
 from tests.support import canned
 
 CAUGHT = Attempt(
-    fault="one", expected=("raw_loss_finite", "gradients_finite"), reported=("gradients_finite", "stops"),
-    step=3, seen_at=4, tensor="lora_A", pointed=True, mechanism="overflow", named=("overflow", "other"),
-    cell="fp32-b4x1", precision="fp32", silent=True, seconds=2.0,
-)  # fmt: skip
+    fault="one",
+    cell="fp32-b4x1",
+    precision="fp32",
+    expected=("raw_loss_finite", "gradients_finite"),
+    reported=("gradients_finite", "stops"),
+    step=3,
+    seen_at=4,
+    tensor="lora_A",
+    pointed=True,
+    mechanism="overflow",
+    named=("overflow", "other"),
+    silent=True,
+    seconds=2.0,
+)
 CONTROL = Attempt(fault="healthy", precision="fp32")
-
-
-def changed(attempt: Attempt, **changes: object) -> Attempt:
-    """`attempt` with fields replaced."""
-    return Attempt(**{f: getattr(attempt, f) for f in Attempt.__dataclass_fields__} | changes)
 
 
 @pytest.mark.parametrize(
@@ -44,13 +51,13 @@ def changed(attempt: Attempt, **changes: object) -> Attempt:
 )
 def test_what_counts(changes: dict[str, object], caught: bool, located: bool | None, explained: bool | None) -> None:
     """Caught by an invariant that must report it, located within a step, explained where the cause comes first."""
-    attempt = changed(CAUGHT, **changes)
+    attempt = replace(CAUGHT, **changes)
     assert (attempt.caught, attempt.located, attempt.explained) == (caught, located, explained)
 
 
 def test_a_control_is_no_fault() -> None:
     """A healthy training of which nothing is reported is green, and of which something is, a false alarm."""
-    alarm = changed(CONTROL, reported=("stops",))
+    alarm = replace(CONTROL, reported=("stops",))
     assert not CONTROL.false_alarm
     assert alarm.false_alarm
     assert Detection("t", (CONTROL, CAUGHT)).sound
@@ -60,34 +67,45 @@ def test_a_control_is_no_fault() -> None:
 def test_nothing_tried_is_not_sound() -> None:
     """A library of which nothing could be tried says nothing of the guard."""
     assert not Detection("t", ()).sound
-    assert not Detection("t", (changed(CAUGHT, skipped="no questions"),)).sound
+    assert not Detection("t", (replace(CAUGHT, skipped="no questions"),)).sound
 
 
 def test_what_stands_without_the_fault_catches_nothing() -> None:
     """What is reported of the target as it is, in the same precision, does not count."""
-    plain = [changed(CONTROL, reported=("gradients_finite",)), changed(CONTROL, precision="bf16-true")]
+    plain = [replace(CONTROL, reported=("gradients_finite",)), replace(CONTROL, precision="bf16-true")]
     (same,) = beside([CAUGHT], plain)
-    (other,) = beside([changed(CAUGHT, precision="bf16-true")], plain)
+    (other,) = beside([replace(CAUGHT, precision="bf16-true")], plain)
     assert not same.caught
     assert other.caught
 
 
 def test_rates() -> None:
     """The summary counts what was caught, located, explained and cried for nothing."""
-    missed = changed(CAUGHT, reported=(), seen_at=None, named=(), silent=False)
-    text = "\n".join(Detection("t", (CAUGHT, missed, CONTROL, changed(CAUGHT, skipped="no"))).summary())
-    for line in ("detection      1 of 2 (50.0%)", "silent ones    1 of 1 (100.0%)", "localisation   1 of 2",
-                 "mechanism      1 of 2", "false alarms   0 of 1", "not tried      1: one"):  # fmt: skip
-        assert line in text
+    missed = replace(CAUGHT, reported=(), seen_at=None, named=(), silent=False)
+    rates = "\n".join(Detection("t", (CAUGHT, missed, CONTROL, replace(CAUGHT, skipped="no"))).summary())
+    assert "detection      1 of 2 (50.0%)" in rates
+    assert "silent ones    1 of 1 (100.0%)" in rates
+    assert "localisation   1 of 2" in rates
+    assert "mechanism      1 of 2" in rates
+    assert "false alarms   0 of 1" in rates
+    assert "not tried      1: one" in rates
 
 
 def test_table_and_file() -> None:
     """Every attempt has a row, and is written as plain JSON."""
-    found = Detection("t", (CAUGHT, CONTROL, changed(CAUGHT, skipped="no questions")))
+    found = Detection("t", (CAUGHT, CONTROL, replace(CAUGHT, skipped="no questions")))
     table = list(markdown(found))
     assert sum(line.startswith("| one |") for line in table) == 2
     assert row(CAUGHT)[2:5] == ("caught", "gradients_finite", "4")
     assert json.loads(json.dumps(found.to_dict()))["attempts"][0]["late"] == 1
+
+
+def test_what_went_wrong_is_told() -> None:
+    """The terminal shows what a missed fault injects, which invariants were expected, and what was reported instead."""
+    missed = replace(CAUGHT, reported=("stops",), injects="writes NaN", message="stops: no end")
+    lines = list(text(Detection("t", (missed,))))
+    said = ["one: writes NaN", "    expected raw_loss_finite, gradients_finite", "    reported stops: stops: no end"]
+    assert lines[3:6] == said
 
 
 def test_what_had_to_be_evaluated_is_reported_too() -> None:
