@@ -280,14 +280,14 @@ def test_faults_can_be_listed(capsys: pytest.CaptureFixture[str]) -> None:
     """Each with what it injects and where people met it."""
     assert main(["faults", "--list"]) == 0
     printed = capsys.readouterr().out
-    assert "labels-shifted-twice\n    labels = " in printed
+    assert "labels-shifted-twice\n    shifts the labels" in printed
     assert "https://github.com/" in printed
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no-such-fault"], "unknown name 'no_such_fault': choose from"),
+        (["no-such-fault"], "unknown fault 'no-such-fault': choose from accumulation-mean-of-means"),
         (["--target", "absent:build"], "target 'absent:build' cannot be imported"),
         (["--json", "/no/such/folder/x.json"], "cannot be written: there is no folder /no/such/folder"),
         (["--jobs", "0"], "'0' cannot be used: give a whole number, at least 1"),

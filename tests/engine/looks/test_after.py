@@ -7,10 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from pytest_sftguard import registry
-from pytest_sftguard.engine import faults
 from pytest_sftguard.engine.after import parsing
 from pytest_sftguard.engine.building.targets import Target
+from pytest_sftguard.engine.faults import load_faults
 from pytest_sftguard.engine.faults._injected import injected
 from pytest_sftguard.engine.models import sums, tiny
 from pytest_sftguard.rendering import message
@@ -20,46 +19,17 @@ SUMS = "pytest_sftguard.engine.models.sums:build_trainer"
 LOOKS = ("base_answers", "merging")
 Run = Callable[..., JudgedRun]
 
-REPORTED = {
-    "adapter_keys_dropped_on_load": {"round_trip", "effect_size"},
-    "adapter_on_wrong_base": {"round_trip"},
-    "alpha_scaling_wrong": {"round_trip"},
-    "answer_parser_accepts_junk": {"strict_answers"},
-    "labels_shifted_twice": {"answers_beat_base"},
-    "lr_too_high_collapse": {"answers_beat_base"},
-    "merge_drift": {"merge_equivalence"},
-    "nan_adapter_saved_and_served": {"weights_and_moments_finite", "round_trip"},
-    "saved_adapter_empty": {"round_trip", "effect_size"},
-    "tied_lm_head_merge": {"merge_equivalence"},
-    "tied_modules_to_save_lost": set(),
-    "zero_sharded_adapter_not_updated": {"every_factor_moves", "effective_steps"},
-}
-"""What must report each fault; nothing at all a control."""
-
 
 def failed(run: JudgedRun) -> set[str]:
     """Names of the invariants that failed."""
     return {f.invariant for f in run.verdict.failures}
 
 
-@pytest.mark.parametrize("name", REPORTED)
-def test_fault_is_reported(run_cell: Run, name: str) -> None:
-    """Each fault is reported by the invariants that are there for it, and points at the tensor; a control by none."""
-    fault = registry.load(name, faults.__name__)
-    with injected(name, SUMS) as path:
-        run = run_cell(path, fault.precision, fault.batch, steps=fault.steps, looks=LOOKS,
-                       questions=16 if fault.asks else 0)  # fmt: skip
-    reporting = [f for f in run.verdict.failures if f.invariant in REPORTED[name]]
-    assert {f.invariant for f in reporting} == REPORTED[name]
-    assert REPORTED[name] or run.verdict.passed, run.verdict.findings
-    assert any(fault.tensor in message(f) for f in reporting) or not fault.tensor
-
-
 def test_faults_leave_nothing_behind(run_cell: Run) -> None:
     """After all faults the target trains as before."""
     before = run_cell(SUMS, steps=2, questions=0).record.adapter_digest
-    for name in REPORTED:
-        with injected(name, SUMS):
+    for fault in load_faults():
+        with injected(fault.id, SUMS):
             pass
     assert run_cell(SUMS, steps=2, questions=0).record.adapter_digest == before
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from pytest_sftguard import registry
-from pytest_sftguard.engine import faults
 from pytest_sftguard.engine.after import forwards
 from pytest_sftguard.engine.building.targets import TargetError
-from pytest_sftguard.engine.faults import _injected
+from pytest_sftguard.engine.faults import fault_named
+from pytest_sftguard.engine.faults._injected import injected
 from pytest_sftguard.engine.looks import paths
 from pytest_sftguard.rendering import message
 from pytest_sftguard.verdicts import JudgedRun, Outcome
@@ -36,7 +35,6 @@ SEEN = {
     "flash_attention_backward_nan": ("path_equivalence", "not finite under varlen_kernel, and are with plain kernels"),
     "fused_loss_wrong_gradient": ("path_equivalence", "is not the one with plain loss"),
 }
-CONTROLS = ("nan_best_metric", "autocast_cache_kills_gradients")
 HEALTHY = (
     "gpt2", "gemma2", "opt_layerdrop", "mixtral_experts", "idle_experts", "bert_classifier", "dynamic_rope",
     "left_padded", "stray_keys_kept", "streamed", "own_loss_normalised", "checkpointing_reentrant", "pissa", "dora",
@@ -47,10 +45,10 @@ HEALTHY = (
 
 def run_fault(run_cell: Callable[..., JudgedRun], name: str, target: str = SUMS, **changes: Any) -> JudgedRun:
     """A run of the fault called `name` in the sums, as the fault asks for it, with our looks."""
-    fault = registry.load(name, faults.__name__)
+    fault = fault_named(name)
     config = {"precision": fault.precision, "batch": fault.batch, "steps": fault.steps, "looks": LOOKS}
     config |= {"training_arguments": fault.arguments} | changes
-    with _injected.injected(name, target) as path:
+    with injected(name, target) as path:
         return run_cell(path, **config)
 
 
@@ -61,14 +59,7 @@ def test_a_fault_is_seen_by_its_invariant(run_cell: Callable[..., JudgedRun], na
     run = run_fault(run_cell, name)
     messages = [message(f) for f in run.verdict.failures if f.invariant == invariant]
     assert any(re.search(pattern, m) for m in messages), run.verdict.failures
-    assert invariant in registry.load(name, faults.__name__).reported_by
-
-
-@pytest.mark.parametrize("name", CONTROLS)
-def test_a_control_is_green(run_cell: Callable[..., JudgedRun], name: str) -> None:
-    """What these versions are healthy in raises no alarm."""
-    run = run_fault(run_cell, name, questions=0)
-    assert run.verdict.passed, run.verdict.failures
+    assert invariant in fault_named(name).reported_by
 
 
 @pytest.mark.parametrize("target", HEALTHY)
