@@ -81,11 +81,10 @@ class EffectiveSteps(Invariant):
 
     def _warm_up(self, record: RunRecord) -> set[int]:
         """The idle steps at the start; steps that the scaler skipped do not count, as the schedule waits for them."""
-        taken = [s for s in record.steps if s.effect != "skipped_by_scaler"]
-        return {s.step for s in taken[: self.max_idle_warm_up] if s.learning_rate == 0}
+        return {s.step for s in record.taken_steps[: self.max_idle_warm_up] if s.learning_rate == 0}
 
     def _skipped(self, record: RunRecord) -> Iterator[Finding]:
-        skipped = [s.step for s in record.steps if s.effect == "skipped_by_scaler"]
+        skipped = [s.step for s in record.steps if s.skipped]
         early = [n for n in skipped if n <= 10]
         if not len(early) <= self.max_skipped_early:
             step, steps = early[self.max_skipped_early], min(10, len(record.steps))

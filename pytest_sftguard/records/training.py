@@ -84,6 +84,11 @@ class StepRecord:
         return "no_effect"
 
     @property
+    def skipped(self) -> bool:
+        """Whether the loss scaler skipped the step: its gradients overflowed, and it changed nothing."""
+        return self.effect == "skipped_by_scaler"
+
+    @property
     def scale_fell(self) -> bool:
         """Whether the scaler answered this step by backing off."""
         if self.loss_scale is None or self.loss_scale_after is None:

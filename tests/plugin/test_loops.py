@@ -97,7 +97,7 @@ def test_a_healthy_loop_passes(folder, name):
     [
         ("unsound", "failure", "fp32-b4x1 FAILED: "),
         ("uncalled", "failure", "sft_observer was not called: nothing was observed"),
-        ("without_a_step", "failure", "0 of 1 optimizer steps were seen"),
+        ("without_a_step", "failure", "0 of 1 optimizer step took place"),
         ("own_exception", "failure", "assert 1 == 2"),
         ("skipped_too_late", "failure", "raw_loss_finite"),
         ("skipped_before", "skipped", "no data"),

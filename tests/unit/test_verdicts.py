@@ -12,8 +12,9 @@ from hypothesis import assume, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
+from pytest_sftguard import verdicts
 from pytest_sftguard.invariants import load_invariants
-from pytest_sftguard.records import RecordError, RunRecord
+from pytest_sftguard.records import Names, RecordError, RunRecord
 from pytest_sftguard.rendering import message
 from pytest_sftguard.verdicts import Finding, JudgedRun, Outcome, Verdict, judge
 from tests.strategies import cells, float_paths, gaps, healthy_records, non_finite, put, remove, spelled
@@ -283,6 +284,19 @@ def test_judging_changes_nothing(record):
     before = copy.deepcopy(record.to_dict())
     assert judge(record, ALL) == judge(record, ALL)
     assert record.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("names", "said"), [([], []), (["a"], ["1 stray: a"]), (["a", "b"], ["2 strays: a and 1 more"])]
+)
+def test_what_is_forbidden_is_counted_and_named(names, said):
+    """`forbid` is silent where nothing is there, and else a failure with the count and the names."""
+
+    class Reason(verdicts.Reason):
+        STRAY = "{observed:# stray}: {names}"
+
+    found = list(verdicts.Invariant().forbid(Reason.STRAY, Names.of(names)))
+    assert [(message(f), f.outcome, f.limit) for f in found] == [(s, Outcome.FAILED, 0) for s in said]
 
 
 def test_findings_of_one_invariant():

@@ -32,7 +32,10 @@ SEEN = {
     "eval_nan_filtered": ("eval_and_decode_finite", "of .* evaluation batches is not finite"),
     "nan_slips_through_comparison": ("strict_answers", "0 of 8 answers hold a number"),
     "rope_low_precision": ("context_independence", "rotary frequencies are kept in half precision"),
-    "flash_attention_backward_nan": ("path_equivalence", "not finite under varlen_kernel, and are with plain kernels"),
+    "flash_attention_backward_nan": (
+        "path_equivalence",
+        "not finite under varlen_kernel, but finite with plain kernels",
+    ),
     "fused_loss_wrong_gradient": ("path_equivalence", "is not the one with plain loss"),
 }
 HEALTHY = (

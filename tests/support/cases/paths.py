@@ -150,11 +150,14 @@ FAILURES = {
         "other-arithmetic": (paths(arithmetic="float8"), "is not the one with plain kernels"),
         "nan-here": (
             paths(nonfinite=Names.of([B])),
-            f"first micro-batch are not finite under sdpa, and are with plain kernels: {B}",
+            f"first micro-batch are not finite under sdpa, but finite with plain kernels: {B}",
         ),
         "nan-here-alone": (paths(nonfinite=Names.of([B]), asked=0, paths=()), "are not finite under sdpa: "),
         "nan-there": (path(nonfinite=Names.of([B])), f"gradients with plain kernels are not finite: {B}"),
-        "one-sided": (path(one_sided=Names.of([B])), f"have a gradient on one way alone.*{B}"),
+        "one-sided": (
+            path(one_sided=Names.of([B])),
+            f"1 tensor had a gradient in the training or with plain kernels, and not in both: {B}",
+        ),
         "other-loss": (path(loss=4.1), "the loss is 4, and 4.1 with plain kernels"),
         "loss-nan": (paths(loss=NAN), "the loss is nan"),
         "plain-loss-inf": (path(loss=math.inf), "and inf with plain kernels"),
