@@ -233,7 +233,7 @@ FAILURES = {
 }
 
 
-FAILURES |= gathered("FAILURES")
+FAILURES = gathered("FAILURES", FAILURES)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ NOT_EVALUATED = {
 }
 
 
-NOT_EVALUATED |= gathered("NOT_EVALUATED")
+NOT_EVALUATED = gathered("NOT_EVALUATED", NOT_EVALUATED)
 
 
 @pytest.mark.parametrize(
