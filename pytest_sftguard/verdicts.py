@@ -100,7 +100,7 @@ class Finding:
         evidence = {
             k: Names(v["count"], tuple(v["first"])) if isinstance(v, dict) else v for k, v in data["evidence"].items()
         }
-        observed = None if data["observed"] is None else float(data["observed"])
+        observed = float(data["observed"]) if isinstance(data["observed"], str) else data["observed"]
         return cls(**{**data, "outcome": Outcome[data["outcome"]], "evidence": evidence, "observed": observed})
 
     @property
