@@ -40,6 +40,11 @@ def against(text: str) -> Clue:
     return Clue(text, -3)
 
 
+def when_failed(what: str | Reason, clue: Callable[[str | Finding], Clue] = decisive) -> Callable[[Case], list[Clue]]:
+    """A look for one clue: the first finding that failed of the invariant, or with the reason, `what`."""
+    return lambda case: [clue(f) for f in case.failed(what)[:1]]
+
+
 @dataclass(frozen=True)
 class Case:
     """A judged run with what a search for causes asks of it."""
