@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, hint, sign
+from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, hint, sign, when_failed
 from pytest_sftguard.diagnosis.mechanism import Mechanism
-from pytest_sftguard.invariants import effective_steps
+from pytest_sftguard.invariants import answers_beat_base, effective_steps
 from pytest_sftguard.rendering import message
 
 
@@ -28,12 +28,8 @@ def _too_high(case: Case) -> list[Clue]:
     clues = []
     if len(finite) >= 2 and max(finite) > 2 * finite[0]:
         clues.append(sign(f"the raw loss rose from {finite[0]:.3g} to {max(finite):.3g}"))
-    one_batch = case.failed("one_batch_overfit")
-    if one_batch:
-        clues.append(sign(f"on one batch over and over: {message(one_batch[0])}"))
-    answers = case.failed("answers_beat_base")
-    if answers and any("alike" in message(f) or "same" in message(f) for f in answers):
-        clues.append(sign(message(answers[0])))
+    clues += when_failed("one_batch_overfit", sign)(case)
+    clues += when_failed(answers_beat_base.Reason.COLLAPSED, sign)(case)
     if clues and case.trainables_are("float16"):
         clues.append(against("the adapter is float16, which has its own way to infinity"))
     if clues and case.failed("supervision_audit"):
