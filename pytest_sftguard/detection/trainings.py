@@ -89,7 +89,7 @@ def seen(run: JudgedRun, tensor: str) -> dict[str, Any]:
         "precision": record.precision,
         "reported": tuple(dict.fromkeys(f.invariant for f in found)),
         "seen_at": min((f.step for f in found if f.step is not None), default=None),
-        "pointed": bool(tensor) and any(tensor in message(f) for f in found),
+        "pointed": bool(tensor) and any(f.mentions(tensor) for f in found),
         "named": tuple(d.mechanism for d in diagnose(run)),
         "seconds": sum(r.seconds or 0.0 for r in (record, *run.references.values())),
         "message": f"{found[0].invariant}: {message(found[0])}" if found else "",

@@ -90,6 +90,6 @@ class Case:
         return bool(self.record.steps) and not any(s.changed for s in self.record.steps)
 
 
-def shown_by(*reasons: Reason, clue: Callable[[Finding], Clue] = decisive) -> Callable[[Case], list[Clue]]:
-    """A mechanism's look for the first failure with one of `reasons`, which is all that speaks for it."""
-    return lambda case: [clue(f) for f in case.failed(*reasons)[:1]]
+def shown_by(*what: str | Reason, clue: Callable[[Finding], Clue] = decisive) -> Callable[[Case], list[Clue]]:
+    """A mechanism's search for the first failure of an invariant, or with a reason, which is all that speaks for it."""
+    return lambda case: [clue(f) for f in case.failed(*what)[:1]]

@@ -6,8 +6,7 @@ import math
 
 from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, hint, shown_by, sign
 from pytest_sftguard.diagnosis.mechanism import Mechanism
-from pytest_sftguard.invariants import effective_steps, log_honest, lr_trace, norm_honest
-from pytest_sftguard.rendering import message
+from pytest_sftguard.invariants import answers_beat_base, effective_steps, log_honest, lr_trace, norm_honest
 
 _OFF_SCHEDULE = (lr_trace.Reason.ELSEWHERE, lr_trace.Reason.OFF_SCHEDULE)
 """A rate of another place of the schedule, or of none; one that is 0 or NaN says nothing of the schedule's pace."""
@@ -31,12 +30,8 @@ def _too_high(case: Case) -> list[Clue]:
     clues = []
     if len(finite) >= 2 and max(finite) > 2 * finite[0]:
         clues.append(sign(f"the raw loss rose from {finite[0]:.3g} to {max(finite):.3g}"))
-    one_batch = case.failed("one_batch_overfit")
-    if one_batch:
-        clues.append(sign(f"on one batch over and over: {message(one_batch[0])}"))
-    answers = case.failed("answers_beat_base")
-    if answers and any("alike" in message(f) or "same" in message(f) for f in answers):
-        clues.append(sign(message(answers[0])))
+    clues += shown_by("one_batch_overfit", clue=sign)(case)
+    clues += shown_by(answers_beat_base.Reason.COLLAPSED, clue=sign)(case)
     if clues and case.trainables_are("float16"):
         clues.append(against("the adapter is float16, which has its own way to infinity"))
     if clues and case.failed("supervision_audit"):

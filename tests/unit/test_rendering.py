@@ -39,6 +39,8 @@ def said(sentence: str, **evidence: Any) -> str:
         ("seen[[ {n} times]]", {"n": 0}, "seen 0 times"),
         ("{loss:.3g}", {"loss": "nan"}, "nan"),
         ("{loss:.3g}", {"loss": math.nan}, "nan"),
+        ("{kept:.0%} kept", {"kept": "nan"}, "nan% kept"),
+        ("{kept:.0%} kept", {"kept": None}, "None kept"),
         ("{absent} is not there", {}, "{absent} is not there"),
     ],
 )
@@ -57,6 +59,13 @@ def test_a_message_without_a_reason_is_printed_as_it_is(text: str) -> None:
 def test_rendering_never_raises(sentence: str, evidence: dict[str, float]) -> None:
     """Whatever a sentence looks like, something is printed."""
     assert isinstance(said(sentence, **evidence), str)
+
+
+def test_a_count_says_the_same_in_another_process() -> None:
+    """A count stays a whole number on its way through JSON."""
+    reason = {"reason": "any", "message": "{observed:# tensor} moved"}
+    finding = Finding(invariant="any", outcome=Outcome.FAILED, observed=1, **reason)
+    assert message(Finding.from_dict(finding.to_dict())) == "1 tensor moved"
 
 
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.builds(Names.of, st.lists(st.text()))

@@ -28,9 +28,9 @@ SEEN = {
     "right_padded_generation": ("decode_batch_invariance", "others in a padded batch"),
     "packing_cross_contamination": ("context_independence", "as trained on under sdpa .* see each other"),
     "fully_masked_attention_row": ("context_independence", "let a token see nothing"),
-    "nan_logits_decode_as_token_zero": ("eval_and_decode_finite", "decoded from scores that are not finite"),
+    "nan_logits_decode_as_token_zero": ("eval_and_decode_finite", "came from scores that are not finite"),
     "eval_nan_filtered": ("eval_and_decode_finite", "of .* evaluation batches is not finite"),
-    "nan_slips_through_comparison": ("strict_answers", "0 of 8 answers hold a number"),
+    "nan_slips_through_comparison": ("strict_answers", "0 of 8 answers could be read as a number"),
     "rope_low_precision": ("context_independence", "rotary frequencies are kept in half precision"),
     "flash_attention_backward_nan": (
         "path_equivalence",

@@ -168,9 +168,9 @@ FAILURES = {
         "eval-logged": (evaluated(nonfinite_losses=Names.of(["eval_loss"])), "not finite: eval_loss"),
         "never-finite": (evaluated(never_finite=Names.of(["eval_auc"])), "were never finite: eval_auc"),
         "best": (evaluated(best_metric_finite=False), "the best metric, .* is not finite"),
-        "unlabelled": (evaluated(unlabelled=4), "4 of 8 evaluation rows have no supervised token"),
+        "unlabelled": (evaluated(unlabelled=4), "no supervised token in 4 of 8 evaluation rows"),
         "scores": (generated(nonfinite=3, first_nonfinite=2), "3 of 8 generated tokens .* forward pass 2"),
-        "zeros": (generated(zero_ids=2, scores=0), "all 2 answers are the token id 0"),
+        "zeros": (generated(zero_ids=2, scores=0), "each of 2 answers is the token id 0"),
         "look-broke": (looked("evaluation", error="KeyError: x"), "the look `evaluation` ended in KeyError"),
     },
     "decode_batch_invariance": {
@@ -203,7 +203,7 @@ NOT_EVALUATED = {
         "nothing-left": (looked("evaluation"), "left nothing to judge by"),
     },
     "decode_batch_invariance": {
-        "one-prompt": (decoded(prompts=1), "1 prompts make no batch"),
+        "one-prompt": (decoded(prompts=1), "1 prompt cannot make a batch"),
         "no-scores": (decoded(max_change=None), "scores of the answers were not compared"),
         "nothing-left": (looked("decoding"), "left nothing to judge by"),
     },
