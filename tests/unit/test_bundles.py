@@ -56,8 +56,8 @@ def test_a_bundle_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
     [
         (lambda d: d | {"bundle": 2}, "the bundle has schema 2, this version reads 1: make it again"),
         (lambda d: d | {"sha256": "0"}, "sha256 differs"),
-        (lambda d: {"bundle": 1}, "its records are no list of names and records"),
-        (lambda d: d | {"records": [{"name": "one"}]}, "its records are no list of names and records"),
+        (lambda d: {"bundle": 1}, "its records are not a list of names and records"),
+        (lambda d: d | {"records": [{"name": "one"}]}, "its records are not a list of names and records"),
         (lambda d: d | {"records": []}, "the bundle is empty"),
         (lambda d: _with_record(d, schema=99), "the record has schema 99, this version reads 2"),
         (lambda d: _with_record(d, seed="zero"), "record.seed: expected a value of type int, found 'zero'"),
