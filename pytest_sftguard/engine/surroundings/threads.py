@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from pytest_sftguard.cores import usable_cores
+from pytest_sftguard.hardware import usable_cores
 
 _CHOSEN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
