@@ -168,6 +168,6 @@ def _answer(target: Target, prompt: str, text: str, expected: float, stopped: bo
     assert target.parse_answer is not None
     parsed = target.parse_answer(text)
     if parsed is not None and (isinstance(parsed, bool) or not isinstance(parsed, (int, float))):
-        raise TargetError(f"parse_answer of target {target.path} must give a number or None, and gave {parsed!r}")
+        raise TargetError(f"parse_answer of target {target.path} must return a number or None, and returned {parsed!r}")
     number = None if parsed is None else float(parsed)
     return AnswerRecord(prompt=prompt, text=text, expected=expected, parsed=number, stopped=stopped)

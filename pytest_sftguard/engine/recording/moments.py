@@ -50,7 +50,7 @@ class Moments:
         if not stepped:
             return norms([t for _, t in self.named(optimizer)], math.inf)
         self._sort(optimizer)
-        seen = [total(rows) for rows in self._layout.laid(self._plain)]
+        seen = [total(rows) for rows in self._layout.blocks(self._plain)]
         if self._others:
             seen.append(norms(self._others, math.inf))
         return joined(seen)

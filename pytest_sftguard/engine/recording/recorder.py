@@ -40,7 +40,7 @@ class Recorder:
         self._initial_dtypes = self._kinds[0]
         self._all_moved = False
         self._layout = Layout(now)
-        self._start, self._previous, self._largest_move = (self._layout.kept(now) for _ in range(3))
+        self._start, self._previous, self._largest_move = (self._layout.copies(now) for _ in range(3))
         for moves in self._largest_move:
             moves.zero_()
         self._names = list(self.parameters)
@@ -108,7 +108,7 @@ class Recorder:
         self._follow()
         places, layout, dense, where = self._dense_gradients()
         norm, most = [], []
-        for rows in layout.laid(dense, where):
+        for rows in layout.blocks(dense, where):
             norm.append(l2(rows))
             most.append(largest(rows))
         scale = loss_scale if scaled else None
@@ -123,14 +123,14 @@ class Recorder:
 
     def _moved(self) -> Tensor:
         """How far the weights have been changed since the last step, in numbers of which the largest counts."""
-        pairs = zip(self._layout.laid(self._tensors), self._previous, strict=True)
+        pairs = zip(self._layout.blocks(self._tensors), self._previous, strict=True)
         return joined([largest(rows.sub_(before)) for rows, before in pairs])
 
     @torch.no_grad()
     def at_optimizer(self, loss_scale: Tensor | None = None) -> None:
         """The optimizer is about to step: these are the gradients that it gets, still scaled where `loss_scale` is."""
         _, layout, dense, where = self._dense_gradients()
-        norm = joined([l2(rows) for rows in layout.laid(dense, where)])
+        norm = joined([l2(rows) for rows in layout.blocks(dense, where)])
         self._received = _unscaled(norm, loss_scale)
 
     @torch.no_grad()
@@ -140,7 +140,7 @@ class Recorder:
         """The optimizer has stepped, or was kept from it by the scaler, whose scale is now `loss_scale`."""
         self._follow()
         weights_seen, update_seen, least_move = [], [], []
-        for i, (rows, kept) in enumerate(zip(self._layout.laid(self._tensors), self._previous, strict=True)):
+        for i, (rows, kept) in enumerate(zip(self._layout.blocks(self._tensors), self._previous, strict=True)):
             update_seen.append(largest(kept.sub_(rows)))
             if kept.numel() and not self._all_moved:
                 moves = self._largest_move[i]
@@ -229,7 +229,7 @@ class Recorder:
         """The weights that the training begins with have been loaded since: steps are measured from them."""
         if self.parameters and not self.taken:
             self._follow()
-            self._previous = self._layout.kept(self._tensors)
+            self._previous = self._layout.copies(self._tensors)
 
     def adapter(self) -> tuple[TensorRecord, ...]:
         """Every trainable tensor, now compared with its start."""
@@ -238,8 +238,8 @@ class Recorder:
         for (name, parameter), dtype, start, move in zip(
             self.parameters.items(),
             self._initial_dtypes,
-            self._layout.unpacked(self._start),
-            self._layout.unpacked(self._largest_move),
+            self._layout.tensors_of(self._start),
+            self._layout.tensors_of(self._largest_move),
             strict=True,
         ):
             end, begin = parameter.detach().float(), start.float()
@@ -267,7 +267,7 @@ class Recorder:
     @property
     def initial(self) -> dict[str, Tensor]:
         """The trainable tensors as they were before the first step."""
-        return dict(zip(self.parameters, self._layout.unpacked(self._start), strict=True))
+        return dict(zip(self.parameters, self._layout.tensors_of(self._start), strict=True))
 
     def base(self) -> BaseRecord:
         """The base's tensors, now compared with how they were."""
@@ -351,10 +351,10 @@ class Recorder:
         now = self._tensors
         kinds = _kinds(now)
         if kinds != self._kinds:
-            held = (self._layout.unpacked(kept) for kept in (self._start, self._previous, self._largest_move))
+            held = (self._layout.tensors_of(kept) for kept in (self._start, self._previous, self._largest_move))
             moved = [[t.to(p.device, p.dtype) for t, p in zip(tensors, now, strict=True)] for tensors in held]
             self._kinds, self._layout = kinds, Layout(now)
-            self._start, self._previous, self._largest_move = map(self._layout.kept, moved)
+            self._start, self._previous, self._largest_move = map(self._layout.copies, moved)
 
     def _idle(self, used: set[str]) -> list[str]:
         """Tensors of layers that are not among those that are `used`."""

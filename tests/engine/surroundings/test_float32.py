@@ -35,9 +35,9 @@ def state():
         except RuntimeError:
             return "mixed"
     older = ask(torch.get_float32_matmul_precision)
-    return float32._set_values(), older, ask(lambda: torch.backends.cuda.matmul.allow_tf32)
+    return float32._own_values(), older, ask(lambda: torch.backends.cuda.matmul.allow_tf32)
 
-fresh = float32.remembered()
+fresh = float32.snapshot()
 wrong = []
 for earlier, *later in json.loads(sys.argv[1]):
     fresh()
@@ -69,7 +69,7 @@ def test_a_run_leaves_the_switches_as_they_were() -> None:
 )
 def test_products_in_tf32_are_seen(statement: str, expected: bool) -> None:
     """Where reading the older switch would raise, too."""
-    put_back = float32.remembered()
+    put_back = float32.snapshot()
     try:
         exec(statement)
         assert float32.products_in_tf32() is expected
@@ -79,7 +79,7 @@ def test_products_in_tf32_are_seen(statement: str, expected: bool) -> None:
 
 def test_a_second_training_in_a_process_gets_what_it_asks_for() -> None:
     """Whatever transformers was asked for before: it sets the switches once for each answer, and remembers that."""
-    put_back = float32.remembered()
+    put_back = float32.snapshot()
     try:
         for wanted in (True, False, True):
             float32.forget_requests()

@@ -31,7 +31,7 @@ def tensors(draw: st.DrawFn) -> list[torch.Tensor]:
 
 def asked(layout: Layout, question: Any, *given: Any) -> list[float]:
     """What each tensor answers, in their order."""
-    return ordered(layout.order, joined([question(rows) for rows in layout.laid(*given)]).tolist())
+    return ordered(layout.order, joined([question(rows) for rows in layout.blocks(*given)]).tolist())
 
 
 @given(of=tensors(), data=st.data())
@@ -51,7 +51,7 @@ def test_rows_say_what_their_tensors_say(of: list[torch.Tensor], data: st.DataOb
 def test_what_is_kept_comes_back(of: list[torch.Tensor]) -> None:
     """Bit for bit, in the same order and shapes."""
     layout = Layout(of)
-    for tensor, copy in zip(of, layout.unpacked(layout.kept(of)), strict=True):
+    for tensor, copy in zip(of, layout.tensors_of(layout.copies(of)), strict=True):
         assert (copy.dtype, copy.shape) == (tensor.dtype, tensor.shape)
         assert torch.equal(
             copy.view(torch.uint8) if copy.dim() else copy.isnan(),
@@ -62,7 +62,7 @@ def test_what_is_kept_comes_back(of: list[torch.Tensor]) -> None:
 @given(of=tensors())
 def test_a_sum_is_finite_only_where_all_is(of: list[torch.Tensor]) -> None:
     """Infinities of both signs do not cancel."""
-    sums = [total(rows).item() for rows in Layout(of).laid(of)]
+    sums = [total(rows).item() for rows in Layout(of).blocks(of)]
     assert all(map(math.isfinite, sums)) == all(bool(t.isfinite().all()) for t in of)
 
 
