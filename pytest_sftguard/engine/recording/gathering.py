@@ -176,12 +176,12 @@ def _zeros(names: list[str], values: list[float]) -> Names:
 
 def _largest(values: list[float]) -> float:
     """The largest value, or NaN if there is one; with `max`, that would depend on its position."""
-    if not finite(values) and any(math.isnan(v) for v in values):
-        return math.nan
-    return max(values, default=0.0)
+    return math.nan if _has_nan(values) else max(values, default=0.0)
 
 
 def _hypot(values: list[float]) -> float:
-    if not finite(values) and any(math.isnan(v) for v in values):
-        return math.nan
-    return math.hypot(*values)
+    return math.nan if _has_nan(values) else math.hypot(*values)
+
+
+def _has_nan(values: list[float]) -> bool:
+    return not finite(values) and any(map(math.isnan, values))

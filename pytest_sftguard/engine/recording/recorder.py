@@ -48,7 +48,8 @@ class Recorder:
         [start] = to_host([joined([largest(rows.clone()) for rows in self._start])])
         self._gathered = Gathered(self._names, ordered(self._layout.order, start))
         self._groups = updates.Groups(now)
-        self._base_before = base_digests(model)
+        self.base_before = base_digests(model)
+        """Digest of each base tensor before the first step."""
         self._layer_of = _holders(self.parameters, lora_layers(model))
         self._layers = set(self._layer_of.values())
         self.used_layers: set[str] = set()
@@ -253,23 +254,18 @@ class Recorder:
         return combined(digests(self.parameters.items())) if self.parameters else ""
 
     @property
-    def base_before(self) -> dict[str, str]:
-        """Digest of each base tensor before the first step."""
-        return dict(self._base_before)
-
-    @property
     def initial(self) -> dict[str, Tensor]:
         """The trainable tensors as they were before the first step."""
         return dict(zip(self.parameters, self._layout.tensors_of(self._start), strict=True))
 
     def base(self) -> BaseRecord:
         """Record of the base's tensors, compared with their start."""
-        after = base_digests(self.model)
-        after.update({n: d for n, d in self._base_before.items() if n in self.rewritten})
-        changed = [n for n in self._base_before.keys() | after.keys() if self._base_before.get(n) != after.get(n)]
+        before, after = self.base_before, base_digests(self.model)
+        after.update({n: d for n, d in before.items() if n in self.rewritten})
+        changed = [n for n in before.keys() | after.keys() if before.get(n) != after.get(n)]
         return BaseRecord(
             tensors=len(after),
-            digest_before=combined(self._base_before),
+            digest_before=combined(before),
             digest_after=combined(after),
             changed=Names.of(sorted(changed)),
             rewritten=Names.of(sorted(self.rewritten)),

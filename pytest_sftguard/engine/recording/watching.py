@@ -27,6 +27,7 @@ from pytest_sftguard.records import LogRecord
 if TYPE_CHECKING:
     from transformers import Trainer
 
+_Method = Callable[..., Any]
 
 _BATCHES_KEPT = 32
 """Micro-batches that are kept for the looks after the training: a few hundred rows of integers."""
@@ -47,10 +48,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.batches: list[dict[str, Any]] = []
         self._copies: list[dict[str, Any]] = []
         self.first_step = FirstStep(trainer, recorder.model)
-        trainer.compute_loss = self._compute_loss(trainer.compute_loss)
-        trainer.training_step = self._training_step(trainer.training_step)
-        trainer.accelerator.backward = self._backward(trainer.accelerator.backward)
-        trainer.accelerator.clip_grad_norm_ = self._before(trainer.accelerator.clip_grad_norm_)
+        trainer.compute_loss = _wrapped(trainer.compute_loss, self._compute_loss)
+        trainer.training_step = _wrapped(trainer.training_step, self._training_step)
+        trainer.accelerator.backward = _wrapped(trainer.accelerator.backward, self._backward)
+        trainer.accelerator.clip_grad_norm_ = _wrapped(trainer.accelerator.clip_grad_norm_, self._before)
         trainer.add_callback(self)
         self.micro_batches_per_epoch: int | None = None
         self.layers = LayerWatch(recorder)
@@ -65,7 +66,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if prepared is not self._watched:
             self._watched = prepared
             self.schedule = Schedule(kwargs.get("lr_scheduler"))
-            prepared.step = self._optimizer_step(self._before(prepared.step))
+            prepared.step = _wrapped(_wrapped(prepared.step, self._before), self._optimizer_step)
 
     def detach(self) -> None:
         """Remove the hooks from the model; the Trainer stays wrapped."""
@@ -87,25 +88,19 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             if "loss" in line
         )
 
-    def _compute_loss(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def wrapped(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            # an evaluation
-            if not self._in_training_step:
-                return original(model, inputs, *args, **kwargs)
-            self._keep(inputs)
-            self.layers.looking = True
-            look = contextlib.nullcontext() if self.recorder.taken else self.first_step.watching(inputs)
-            try:
-                with look:
-                    result = original(model, inputs, *args, **kwargs)
-            finally:
-                self.layers.looking = False
-            loss = result[0] if isinstance(result, tuple) else result
-            self.recorder.micro_batch(loss)
-            return result
-
-        return wrapped
+    def _compute_loss(self, original: _Method, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        # an evaluation
+        if not self._in_training_step:
+            return original(model, inputs, *args, **kwargs)
+        self._keep(inputs)
+        self.layers.looking = True
+        try:
+            with contextlib.nullcontext() if self.recorder.taken else self.first_step.watching(inputs):
+                result = original(model, inputs, *args, **kwargs)
+        finally:
+            self.layers.looking = False
+        self.recorder.micro_batch(result[0] if isinstance(result, tuple) else result)
+        return result
 
     def _keep(self, inputs: Any) -> None:
         """Record the inputs, and keep the first micro-batches: the tensors themselves.
@@ -117,57 +112,41 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self.batches.append({**inputs, STEP: self.recorder.taken + 1})
             self._copies.append(devices.copied(self.batches[-1]))
 
-    def _training_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            self.layers.begin_micro_batch(first=self.recorder.begin_micro_batch())
-            self._in_training_step = True
-            try:
-                returned = original(*args, **kwargs)
-            finally:
-                self._in_training_step = False
-            self.recorder.micro_batch_done(returned)
-            return returned
+    def _training_step(self, original: _Method, *args: Any, **kwargs: Any) -> Any:
+        self.layers.begin_micro_batch(first=self.recorder.begin_micro_batch())
+        self._in_training_step = True
+        try:
+            returned = original(*args, **kwargs)
+        finally:
+            self._in_training_step = False
+        self.recorder.micro_batch_done(returned)
+        return returned
 
-        return wrapped
+    def _backward(self, original: _Method, *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if self.trainer.accelerator.sync_gradients:
+            self.recorder.before_step(scales.current(self.scaler))
+        return result
 
-    def _backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            if self.trainer.accelerator.sync_gradients:
-                self.recorder.before_step(self._loss_scale())
-            return result
-
-        return wrapped
-
-    def _before(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _before(self, original: _Method, *args: Any, **kwargs: Any) -> Any:
         """Record the gradients before `original`, unless they were recorded when complete."""
+        if not self.recorder.gradients_seen:
+            self.recorder.before_step(scales.current(self.scaler))
+        return original(*args, **kwargs)
 
-        @functools.wraps(original)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            if not self.recorder.gradients_seen:
-                self.recorder.before_step(self._loss_scale())
-            return original(*args, **kwargs)
-
-        return wrapped
-
-    def _optimizer_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            optimizer = self.optimizer
-            # on_train_begin sets it together with this wrapper
-            assert optimizer is not None
-            groups = optimizer.param_groups
-            rate = float(groups[0]["lr"]) if groups else None
-            self.recorder.at_optimizer(self._loss_scale() if self._still_scaled() else None)
-            result = original(*args, **kwargs)
-            self.recorder.after_step(optimizer, rate, self._loss_scale())
-            if self.progress is not None:
-                self.progress(self.recorder.taken)
-            return result
-
-        return wrapped
+    def _optimizer_step(self, original: _Method, *args: Any, **kwargs: Any) -> Any:
+        optimizer = self.optimizer
+        # on_train_begin sets it together with this wrapper
+        assert optimizer is not None
+        groups = optimizer.param_groups
+        rate = float(groups[0]["lr"]) if groups else None
+        still_scaled = scales.still_on(self.scaler, optimizer)
+        self.recorder.at_optimizer(scales.current(self.scaler) if still_scaled else None)
+        result = original(*args, **kwargs)
+        self.recorder.after_step(optimizer, rate, scales.current(self.scaler))
+        if self.progress is not None:
+            self.progress(self.recorder.taken)
+        return result
 
     @property
     def scaler(self) -> Any:
@@ -175,11 +154,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         scaler = self.trainer.accelerator.scaler
         return scaler if scaler is not None and scaler.is_enabled() else None
 
-    def _loss_scale(self) -> torch.Tensor | None:
-        return scales.current(self.scaler)
 
-    def _still_scaled(self) -> bool:
-        return scales.still_on(self.scaler, self.optimizer)
+def _wrapped(original: _Method, around: _Method) -> _Method:
+    """`around(original, ...)` in place of `original`, with its name and signature."""
+    return functools.update_wrapper(functools.partial(around, original), original)
 
 
 def _length(dataloader: Any) -> int | None:
