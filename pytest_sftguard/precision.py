@@ -68,8 +68,8 @@ _BFLOAT16 = Agreement(
     fp32_grad_norm_rtol=5e-2,
     trajectory_rtol=0.1,
     reason="batch splits: 2e-5 and 8e-4, but 8e-3 and 9e-3 in a model of 30 layers (SmolLM2, two rows of 24 labels;"
-    " 3e-3 and 2e-3 on eight rows and more); beside float32: 8e-4 and 4e-3 in the first step, 6e-3 and 8e-3 in 30"
-    " layers, 2e-2 later on; a mean of means is 0.11 off in its gradients",
+    " 3e-3 and 2e-3 on eight rows and more); compared with float32: 8e-4 and 4e-3 in the first step, 6e-3 and 8e-3 in"
+    " 30 layers, 2e-2 later on; a mean of means is 0.11 off in its gradients",
 )
 _FLOAT16 = Agreement(
     loss_rtol=1e-4,
@@ -79,7 +79,7 @@ _FLOAT16 = Agreement(
     fp32_loss_rtol=5e-3,
     fp32_grad_norm_rtol=2e-2,
     trajectory_rtol=0.05,
-    reason="batch splits: 8e-6 and 3e-4, and an eighth of bfloat16's in deep models, for three more bits; beside"
+    reason="batch splits: 8e-6 and 3e-4, and an eighth of bfloat16's in deep models, for three more bits; compared with"
     " float32: 1e-4 and 1e-3 in the first step, 3e-4 in 30 layers, 2e-3 later on (2e-2 at a learning rate of 0.1)",
 )
 _TF32 = replace(
@@ -87,7 +87,7 @@ _TF32 = replace(
     loss_rtol=2.5e-4,
     grad_norm_rtol=3e-3,
     reason="batch splits: 2.4e-5 and 3.3e-4 on an H200, and as in float16, which has as many bits, in deep models;"
-    " beside float32: 2e-4 and 1.2e-3 in the first step",
+    " compared with float32: 2e-4 and 1.2e-3 in the first step",
 )
 _FLOAT32 = Agreement(
     loss_rtol=1e-5,

@@ -1,7 +1,7 @@
 """Attention as a CUDA device computes it: with a fused kernel, or with plain products and a softmax.
 
 Plain attention stores a number for each head and pair of tokens, and fused attention does not, so that a rehearsal on
-the CPU must use the same kind of kernel as the device. The rules are those of torch's sdp_utils.cpp (in
+the CPU must choose between them as the device does. The rules are those of torch's sdp_utils.cpp (in
 aten/src/ATen/native/transformers/cuda) up to torch 2.13. Flash attention requires half precision, no mask and compute
 capability 8.0, and supports grouped heads. The memory-efficient kernel also supports float32 and masks, but no grouped
 heads, so that grouped heads in float32 are computed plainly. cuDNN's kernel, which some devices prefer, stores as much
@@ -27,13 +27,7 @@ _ALIGNED_BYTES = 16
 
 
 def fused(
-    query: Tensor,
-    value: Tensor,
-    *,
-    dtype: torch.dtype,
-    masked: bool,
-    grouped: bool,
-    capability: tuple[int, int],
+    query: Tensor, value: Tensor, *, dtype: torch.dtype, masked: bool, grouped: bool, capability: tuple[int, int]
 ) -> bool:
     """Whether a device with this compute capability has a fused kernel for attention in `dtype`."""
     heads = (query.shape[-1], value.shape[-1])

@@ -59,8 +59,8 @@ class Schedule:
 
     def _computed(self, steps: int) -> tuple[float, ...]:
         base, function = self._scheduler.base_lrs[0], self._scheduler.lr_lambdas[0]
-        rates = tuple(float(base * function(k)) for k in range(self._first, self._first + steps))
-        again = tuple(float(base * function(k)) for k in range(self._first, self._first + steps))
+        every = range(self._first, self._first + steps)
+        rates, again = (tuple(float(base * function(k)) for k in every) for _ in range(2))
         if rates != again:
             raise ValueError("its function is not one of the step alone")
         return rates
