@@ -10,27 +10,29 @@ from pathlib import Path
 from typing import Any
 
 from pytest_sftguard.records import RecordError, RunRecord, write_text
+from pytest_sftguard.records.encoding import read_json
 
 SCHEMA = 1
-"""Number of the bundle's own format; that of the records inside is theirs."""
+"""Number of the bundle's own format; the records inside have one of their own."""
 
 
 def collect(paths: Iterable[Path]) -> list[tuple[str, RunRecord]]:
-    """Name and record of everything that `paths` hold: record files, bundles, and folders of them, in order.
+    """Return name and record of everything in `paths`, in order: record files, bundles, and folders of them.
 
-    A folder gives its `*.json` files; a folder of the guard's, such as `.sftguard`, those of its `records`. A name is
-    the record's test, where the file's name tells it. Raises RecordError where a path is missing, empty or broken.
+    A folder stands for its `*.json` files; one that the guard made, such as `.sftguard`, for those of its `records`.
+    A name is that of the record's test, if the file's name contains it. Raises RecordError for a path that is missing,
+    empty or broken.
     """
     return [item for path in paths for item in _read_path(path)]
 
 
 def references(record: RunRecord, others: Iterable[RunRecord]) -> dict[str, RunRecord]:
-    """Those of `others` that `record` can be compared with, by the name of the reference that they are for it.
+    """Return those of `others` that `record` can be compared with, by type of reference.
 
-    `fp32` differs in nothing but precision; `batch_split` has the same precision and effective batch, and of such
-    records the largest micro-batch.
+    The float32 reference differs in precision only. The batch split has the same precision and effective batch, and the
+    largest other micro-batch.
     """
-    siblings = [o for o in others if o is not record and not o.variant and _asked(o) == _asked(record)]
+    siblings = [o for o in others if o is not record and not o.variant and _request(o) == _request(record)]
     found = {}
     plain = [o for o in siblings if o.precision == "fp32" and _batch(o) == _batch(record)]
     if plain and record.precision != "fp32":
@@ -42,8 +44,8 @@ def references(record: RunRecord, others: Iterable[RunRecord]) -> dict[str, RunR
     return found
 
 
-def _asked(record: RunRecord) -> tuple[Any, ...]:
-    """All that was asked for beside the cell."""
+def _request(record: RunRecord) -> tuple[Any, ...]:
+    """Everything that a run was asked for apart from its cell."""
     return record.target, record.model, record.seed, record.max_steps, record.device.device_type, record.device.name
 
 
@@ -52,7 +54,7 @@ def _batch(record: RunRecord) -> tuple[int, int]:
 
 
 def write(path: Path, named: Sequence[tuple[str, RunRecord]]) -> None:
-    """Write one file with all of `named`, whole or not at all; OSError as the file system gives it."""
+    """Write one file with all of `named`, completely or not at all. Raises OSError."""
     records = [{"name": name, "record": record.to_dict()} for name, record in named]
     data = {"bundle": SCHEMA, "sha256": _digest(records), "records": records}
     write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
@@ -69,33 +71,27 @@ def _read_path(path: Path) -> list[tuple[str, RunRecord]]:
 
 
 def _read_file(path: Path) -> list[tuple[str, RunRecord]]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecordError(f"{path}: there is no such file or folder") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise RecordError(f"{path}: cannot be read as a record or a bundle: {error}") from error
-    try:
+    def parse(data: Any) -> list[tuple[str, RunRecord]]:
         if isinstance(data, dict) and "bundle" in data:
-            return _read_bundle(data)
+            return _parse_bundle(data)
         record = RunRecord.from_dict(data)
-    except RecordError as error:
-        raise RecordError(f"{path}: {error}") from error
-    return [(_name(path.stem, record), record)]
+        return [(_name(path.stem, record), record)]
+
+    return read_json(path, parse)
 
 
-def _read_bundle(data: dict[str, Any]) -> list[tuple[str, RunRecord]]:
+def _parse_bundle(data: dict[str, Any]) -> list[tuple[str, RunRecord]]:
     if data["bundle"] != SCHEMA:
         raise RecordError(f"the bundle has schema {data['bundle']!r}, this version reads {SCHEMA}: make it again")
     records = data.get("records")
     if not isinstance(records, list) or not all(
         isinstance(r, dict) and r.keys() == {"name", "record"} for r in records
     ):
-        raise RecordError("the bundle is corrupt: its records are no list of names and records")
+        raise RecordError("the bundle is corrupt: its records are not a list of names and records")
     if not records:
         raise RecordError("the bundle is empty")
     if data.get("sha256") != _digest(records):
-        raise RecordError("the bundle is corrupt: its records are not those that it was made of (sha256 differs)")
+        raise RecordError("the bundle is corrupt: its records changed after it was made (their sha256 differs)")
     return [(str(r["name"]), RunRecord.from_dict(r["record"])) for r in records]
 
 
@@ -104,6 +100,6 @@ def _digest(records: list[Any]) -> str:
 
 
 def _name(stem: str, record: RunRecord) -> str:
-    """The test that a record file was written for: its name is the test's id, with a digest of it at the end."""
+    """Return the test of a record file, whose name is the test's id and a digest of it."""
     test, found, _ = stem.rpartition(f"_{record.cell}-")
     return test if found else stem

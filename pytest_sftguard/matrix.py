@@ -15,17 +15,17 @@ _BATCH = re.compile(r"([0-9]+)(?:x([0-9]+))?", re.ASCII)
 
 @dataclass(frozen=True)
 class Batch:
-    """A per-device batch as asked for; the accumulation is open until the matrix is expanded."""
+    """A requested per-device batch; its accumulation may be open until the matrix is expanded."""
 
     per_device: int
     """Rows in one micro-batch."""
     accumulation: int | None = None
-    """Micro-batches per optimizer step, or None: as many as the effective batch needs."""
+    """Micro-batches per optimizer step; None for as many as the effective batch needs."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A point of the matrix; `str(cell)` is the id of its test, equal on every machine."""
+    """A point of the matrix. `str(cell)` is the id of its test, the same on every machine."""
 
     precision: str
     """Name of a precision mode."""
@@ -44,9 +44,9 @@ class Cell:
 
 
 def parse_batch(value: object) -> Batch:
-    """Read `8`, `"8"` or `"2x4"` (per-device batch x accumulation).
+    """Parse `8`, `"8"` or `"2x4"` (per-device batch x accumulation).
 
-    Raises ValueError for anything else, zero and booleans included.
+    Raises ValueError for anything else, including zero and booleans.
     """
     match = _BATCH.fullmatch(str(value).strip()) if not isinstance(value, bool) else None
     if match is None:
@@ -60,12 +60,12 @@ def parse_batch(value: object) -> Batch:
 
 
 def expand(precisions: Sequence[str], batches: Iterable[Batch], effective_batch: int | None = None) -> list[Cell]:
-    """All cells of `precisions` x `batches`, in that order, without duplicates.
+    """Return all cells of `precisions` x `batches`, in that order, without duplicates.
 
-    All batches share one effective batch, so that cells differ in nothing but the cut: `effective_batch` where it is
-    given, else the least common multiple of the per-device batches. A batch written with its own accumulation
-    keeps it. Raises ValueError for an unknown precision, an empty axis, or a batch that does not divide the
-    effective one.
+    All batches share one effective batch, so that cells of one precision differ in the batch split only. It is
+    `effective_batch` if given, and otherwise the least common multiple of the per-device batches. A batch with its own
+    accumulation keeps it. Raises ValueError for an unknown precision, an empty axis, or a batch that does not divide
+    the effective one.
     """
     batches = list(batches)
     if not precisions or not batches:
@@ -90,29 +90,29 @@ def expand(precisions: Sequence[str], batches: Iterable[Batch], effective_batch:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What the engine is asked to run: a cell, and how."""
+    """A request to the engine: a cell, and how to run it."""
 
     cell: Cell
     """Point of the matrix."""
     target: str
     """Dotted path of the function that builds the Trainer."""
     steps: int = 8
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     model: str | None = None
-    """Model that the target is asked to load; None: its own default."""
+    """Model that the target is asked to load; None for its own default."""
     seed: int = 0
     """Seed of weights, data order and dropout."""
     device: str = "auto"
     """`auto` (the first CUDA device, or else the CPU), `cpu`, `cuda`, `mps` or `xpu`."""
     questions: int = 8
-    """Questions that the reloaded adapter is asked, where the target has any."""
+    """Number of questions for the reloaded adapter, if the target has any."""
     training_arguments: dict[str, Any] = field(default_factory=dict)
-    """Further `TrainingArguments` by name; they win over the guard's own."""
+    """Further `TrainingArguments` by name; they override the guard's own."""
     looks: tuple[str, ...] = ()
-    """Extra looks of the engine, by name; see `tiers.LOOKS`."""
+    """Names of the engine's extra looks; see `tiers.LOOKS`."""
     variant: str = ""
-    """Empty for a cell's own run, else the kind of reference that this run is for it; see `tiers.REFERENCES`."""
+    """Type of reference that this run is for its cell, of `tiers.REFERENCES`; empty for the cell's own run."""
     stop_after: int | None = None
-    """Optimizer steps after which the run ends early; None: it goes to its end."""
+    """Number of optimizer steps after which the run ends early; None for no early end."""
     fit_margin: float | str = "off"
-    """Share of the free memory that a cell must leave, or else it is not trained; `auto`: on CUDA; `off`: nowhere."""
+    """Share of the free memory that a cell must leave to be trained; `auto` requires it on CUDA only, `off` nowhere."""

@@ -1,4 +1,4 @@
-"""The precision modes: what each one promises, and what it asks of the Trainer and of the device."""
+"""The precision modes: what each one promises, and what it requires of the Trainer and of the device."""
 
 from __future__ import annotations
 
@@ -8,55 +8,55 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How closely two runs of a mode agree, as shares of the values compared.
+    """How closely two runs of a mode agree, as shares of the compared values.
 
-    Measured on about 70 healthy targets of two layers on a CPU, for learning rates from 1e-6 to 1e-2 and three seeds.
-    The limits leave a factor of ten or so for deeper models and for devices that sum in another order; where a model of
-    30 layers was measured as well, a factor of three beyond it.
+    The basis is a measurement of about 70 healthy targets with two layers on a CPU, with learning rates from 1e-6 to
+    1e-2 and three seeds. The limits leave a factor of about ten for deeper models and for devices that sum in another
+    order, or a factor of three if a model of 30 layers was measured as well.
     """
 
     loss_rtol: float
-    """Loss of one batch under the same weights, split in the same way, on other threads."""
+    """Loss of one batch under the same weights, with the same batch split and other threads."""
     split_loss_rtol: float
-    """The same, split in another way or shared by two processes: products of other sizes, which round otherwise."""
+    """The same with another batch split or two processes, whose products have other sizes and round differently."""
     grad_norm_rtol: float
-    """Norms of its gradients, of half of the tensors: split in the same way, on other threads."""
+    """Gradient norms of half of the tensors, with the same batch split and other threads."""
     split_grad_norm_rtol: float
-    """The same, split in another way or shared by two processes."""
+    """The same with another batch split or two processes."""
     fp32_loss_rtol: float
-    """Loss of the first step, beside float32's."""
+    """Loss of the first step, compared with float32's."""
     fp32_grad_norm_rtol: float
-    """Norms of its gradients, of half of the tensors, beside float32's."""
+    """Gradient norms of half of the tensors, compared with float32's."""
     trajectory_rtol: float
-    """Loss of a later step, beside float32's (in float32: beside that of a run resumed), as a share of the first."""
+    """Loss of a later step, compared with float32's (for float32, a resumed run's), as a share of the first loss."""
     reason: str
     """What was measured."""
 
 
 @dataclass(frozen=True)
 class PrecisionMode:
-    """One row of the table: a mode's name says its weights and its compute."""
+    """One row of the table. The name of a mode says what its weights and its computations are."""
 
     name: str
-    """How the mode is written in ids and options, for example `bf16-mixed`."""
+    """Name in ids and options, for example `bf16-mixed`."""
     weights_dtype: str
     """Type of the frozen base weights, a torch dtype name such as `float32`."""
     compute_dtype: str
-    """Type that the matrix products of the adapted layers must have, a torch dtype name."""
+    """Type of the matrix products of the adapted layers, a torch dtype name."""
     autocast: bool
     """Whether the forward pass runs under autocast."""
     scaler: bool
-    """Whether gradients are produced under dynamic loss scaling."""
+    """Whether gradients are computed under dynamic loss scaling."""
     logits_rtol: float
     """Largest change of a logit through saving and reloading, relative to the largest logit."""
     reason: str
-    """Why that tolerance."""
+    """Why this tolerance."""
     agreement: Agreement
     """How closely two runs of this mode agree."""
     training_arguments: dict[str, Any] = field(default_factory=dict)
-    """What the mode sets in `TrainingArguments`."""
+    """`TrainingArguments` that the mode sets."""
     cuda_only: bool = False
-    """Whether the mode exists on NVIDIA devices alone."""
+    """Whether only NVIDIA devices have the mode."""
 
 
 _BFLOAT16 = Agreement(
@@ -68,8 +68,8 @@ _BFLOAT16 = Agreement(
     fp32_grad_norm_rtol=5e-2,
     trajectory_rtol=0.1,
     reason="batch splits: 2e-5 and 8e-4, but 8e-3 and 9e-3 in a model of 30 layers (SmolLM2, two rows of 24 labels;"
-    " 3e-3 and 2e-3 on eight rows and more); beside float32: 8e-4 and 4e-3 in the first step, 6e-3 and 8e-3 in 30"
-    " layers, 2e-2 later on; a mean of means is 0.11 off in its gradients",
+    " 3e-3 and 2e-3 on eight rows and more); compared with float32: 8e-4 and 4e-3 in the first step, 6e-3 and 8e-3 in"
+    " 30 layers, 2e-2 later on; a mean of means is 0.11 off in its gradients",
 )
 _FLOAT16 = Agreement(
     loss_rtol=1e-4,
@@ -79,7 +79,7 @@ _FLOAT16 = Agreement(
     fp32_loss_rtol=5e-3,
     fp32_grad_norm_rtol=2e-2,
     trajectory_rtol=0.05,
-    reason="batch splits: 8e-6 and 3e-4, and an eighth of bfloat16's in deep models, for three more bits; beside"
+    reason="batch splits: 8e-6 and 3e-4, and an eighth of bfloat16's in deep models, for three more bits; compared with"
     " float32: 1e-4 and 1e-3 in the first step, 3e-4 in 30 layers, 2e-3 later on (2e-2 at a learning rate of 0.1)",
 )
 _TF32 = replace(
@@ -87,7 +87,7 @@ _TF32 = replace(
     loss_rtol=2.5e-4,
     grad_norm_rtol=3e-3,
     reason="batch splits: 2.4e-5 and 3.3e-4 on an H200, and as in float16, which has as many bits, in deep models;"
-    " beside float32: 2e-4 and 1.2e-3 in the first step",
+    " compared with float32: 2e-4 and 1.2e-3 in the first step",
 )
 _FLOAT32 = Agreement(
     loss_rtol=1e-5,
@@ -116,11 +116,11 @@ MODES: dict[str, PrecisionMode] = {
         PrecisionMode("fp16-true", "float16", "float16", False, False, 4e-3, _HALF, _FLOAT16),
     )
 }
-"""Every mode by its name."""
+"""Every mode by name."""
 
 
 def mode_named(name: str) -> PrecisionMode:
-    """The mode called `name`; a `ValueError` that lists the valid names where there is none."""
+    """The mode with this name. Raises ValueError, which lists the valid names, if there is none."""
     try:
         return MODES[name]
     except (KeyError, TypeError):

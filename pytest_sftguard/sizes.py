@@ -1,4 +1,4 @@
-"""Sizes of memory: reading and writing them, and whether something fits."""
+"""Memory sizes: parsing and formatting them, and what fits into how much."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import re
 from collections.abc import Callable
 
 DEFAULT_MARGIN = 0.1
-"""Share of the free memory that is left alone: fragmentation, and what the prediction may be short of."""
+"""Share of the free memory that is left unused, for fragmentation and errors of the prediction."""
 
 _UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", re.ASCII | re.IGNORECASE)
 
 
 def parse_bytes(text: str) -> int:
-    """Read `15.8GiB`, `16 GB`, `512MiB` or a plain number of bytes; ValueError for anything else."""
+    """Parse `15.8GiB`, `16 GB`, `512MiB` or a plain number of bytes. Raises ValueError for anything else."""
     match = _SIZE.fullmatch(text.strip())
     unit = match[2].lower() or "b" if match else ""
     if match is None or unit not in _UNITS:
@@ -22,7 +22,7 @@ def parse_bytes(text: str) -> int:
 
 
 def format_bytes(size: int) -> str:
-    """A size as a person reads it: `23.1 GiB`, `512 MiB`, `7 B`."""
+    """Format a size for a person: `23.1 GiB`, `512 MiB`, `7 B`."""
     for unit in ("TiB", "GiB", "MiB", "KiB"):
         if size >= _UNITS[unit.lower()]:
             number = size / _UNITS[unit.lower()]
@@ -31,22 +31,22 @@ def format_bytes(size: int) -> str:
 
 
 def fits(need: int, free: int, margin: float) -> bool:
-    """Whether `need` bytes go into `free` bytes when the share `margin` of them is left alone."""
+    """Whether `need` bytes fit into `free` bytes, of which the share `margin` is left unused."""
     return need <= free * (1 - margin)
 
 
 def shortage(need: int, free: int, margin: float) -> str | None:
-    """Why `need` bytes do not fit, as in `needs 23.1 GiB of 15.8 GiB free`; None if they do."""
+    """Why `need` bytes do not fit, as `needs 23.1 GiB of 15.8 GiB free`; None if they do."""
     if fits(need, free, margin):
         return None
     return f"needs {format_bytes(need)} of {format_bytes(free)} free, of which {margin:.0%} is left as a margin"
 
 
 def largest(peak: Callable[[int], int], budget: float, limit: int) -> int:
-    """The largest number from 1 to `limit` whose `peak` is within `budget`; 0 if none is.
+    """Return the largest number from 1 to `limit` whose `peak` is within `budget`; 0 if there is none.
 
-    `peak` must not fall as its argument grows. It is asked seldom: memory grows in a nearly straight line with the
-    batch, so that the answer is guessed from the line first, and only then searched for by halving.
+    `peak` must not fall as its argument grows. It is called rarely: memory grows almost linearly with the batch, so
+    that a line through two known peaks gives the first guesses, and bisection only the rest.
     """
     low, high = 0, limit + 1
     known: dict[int, int] = {}

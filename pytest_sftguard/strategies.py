@@ -1,4 +1,4 @@
-"""Hypothesis strategies for tests of code that chooses by hardware. The only module that needs hypothesis."""
+"""Hypothesis strategies for tests of code that depends on the hardware. The only module that needs hypothesis."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 from pytest_sftguard.hardware import DEVICE_TYPES, GIB, KNOWN_DEVICES, QUERIES, FailedQuery, HardwareProfile
 
 COMMON_THRESHOLDS = (10 * GIB, 20 * GIB, 40 * GIB)
-"""Sizes at which selectors commonly change their minds."""
+"""Memory sizes at which selectors commonly switch."""
 
 CAPABILITIES = ("8.0", "7.9", "7.5", "5.3", "5.2", "3.7", "10.0", "0.0", "99.99", "8.10", "9999.9999")
 """CUDA compute capabilities around those that matter, and absurd ones."""
 
 ARCHITECTURES = ("gfx90a", "gfx908", "gfx906", "gfx900", "gfx942", "gfx950", "gfx1030", "gfx1036", "gfx1100", "gfx1201")
-"""AMD architectures with bfloat16, and without."""
+"""AMD architectures with and without bfloat16."""
 
 TENANT_SHARE = 37
-"""Percent of the memory that the usual other tenant of a shared device holds."""
+"""Percent of a shared device's memory that its usual other tenant holds."""
 
 
 def hardware_profiles(
@@ -29,13 +29,12 @@ def hardware_profiles(
     adversarial: bool = True,
     thresholds: Iterable[int] = COMMON_THRESHOLDS,
 ) -> st.SearchStrategy[HardwareProfile]:
-    """Devices of `device_types`: real ones, plausible mutations if `mutated`, and the worst if `adversarial`.
+    """Devices of `device_types`: real ones, plausible mutations if `mutated`, and extreme ones if `adversarial`.
 
-    A mutation is what a shared or ill-behaved machine shows: a driver that keeps some of the memory, a tenant who holds
-    37 % of it, a driver that reports none, several devices. The worst are memories of 0 bytes and of 1 byte below, at
-    and above each of `thresholds`, absurd capabilities, and queries that raise. Shrinks to the plainest known device of
-    the first device type that KNOWN_DEVICES has, and prints as code. Raises ValueError where no device has one of
-    `device_types`.
+    A mutation is what a shared or faulty machine reports: a driver that keeps some of the memory, a tenant who holds
+    37 % of it, a driver that reports no memory, several devices. Extremes are memories of 0 bytes and of 1 byte below,
+    at and above each of `thresholds`, absurd capabilities, and queries that raise. Shrinks to the plainest known device
+    and prints as code. Raises ValueError if no known device has one of `device_types`.
     """
     devices = [device.profile for device in KNOWN_DEVICES.values() if device.profile.device_type in device_types]
     if not devices or not set(device_types) <= set(DEVICE_TYPES):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_sftguard import registry
 from pytest_sftguard.commands.reading import MisuseError, read, whole
-from pytest_sftguard.cores import usable_cores
+from pytest_sftguard.hardware import usable_cores
 
 if TYPE_CHECKING:
     from pytest_sftguard.detection import Detection

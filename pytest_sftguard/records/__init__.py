@@ -1,62 +1,45 @@
-"""Records: everything that was seen of one training, as plain numbers. A record knows nothing of torch."""
+"""Records: everything that was seen of one training, as plain numbers, without torch.
 
-from pytest_sftguard.records.afterwards import BaseAnswersRecord, MergeRecord, ParserRecord
-from pytest_sftguard.records.audit import DefectRecord, PromptsRecord, SupervisionRecord
-from pytest_sftguard.records.context import ComparisonRecord, ContextRecord
-from pytest_sftguard.records.decoding import DecodingRecord, DifferenceRecord, GenerationRecord
+Written by the engine while a cell runs; read by invariants, diagnoses and reports.
+"""
+
+from pytest_sftguard.records.answers import (
+    AnswerRecord,
+    BaseAnswersRecord,
+    DecodingRecord,
+    DifferenceRecord,
+    GenerationRecord,
+    ParserRecord,
+)
+from pytest_sftguard.records.comparisons import (
+    ComparisonRecord,
+    ContextRecord,
+    FinitenessRecord,
+    MergeRecord,
+    PathRecord,
+    PathsRecord,
+    RoundTripRecord,
+)
 from pytest_sftguard.records.encoding import RecordError, numbers, write_text
-from pytest_sftguard.records.evaluation import EvaluationRecord
-from pytest_sftguard.records.first_step import FirstStepRecord
 from pytest_sftguard.records.learning import Learning
-from pytest_sftguard.records.looks import LookRecord
-from pytest_sftguard.records.names import NONE, Names
-from pytest_sftguard.records.paths import PathRecord, PathsRecord
-from pytest_sftguard.records.replay import ReplayedStepRecord, ReplayedTensorRecord, ReplayRecord
-from pytest_sftguard.records.results import AnswerRecord, FinitenessRecord, RoundTripRecord
-from pytest_sftguard.records.run import SCHEMA, ErrorRecord, RunRecord
-from pytest_sftguard.records.schedule import ScheduleRecord
-from pytest_sftguard.records.training import BaseRecord, LogRecord, OptimizerRecord, StepRecord, TensorRecord
-from pytest_sftguard.records.wiring import FoundationRecord, InitialRecord, WiringRecord
-
-__all__ = [
-    "NONE",
-    "SCHEMA",
-    "AnswerRecord",
-    "BaseAnswersRecord",
-    "BaseRecord",
-    "ComparisonRecord",
-    "ContextRecord",
-    "DecodingRecord",
-    "DefectRecord",
-    "DifferenceRecord",
-    "ErrorRecord",
-    "EvaluationRecord",
-    "FinitenessRecord",
-    "FirstStepRecord",
-    "FoundationRecord",
-    "GenerationRecord",
-    "InitialRecord",
-    "Learning",
-    "LogRecord",
-    "LookRecord",
-    "MergeRecord",
-    "Names",
-    "OptimizerRecord",
-    "ParserRecord",
-    "PathRecord",
-    "PathsRecord",
-    "PromptsRecord",
-    "RecordError",
-    "ReplayRecord",
-    "ReplayedStepRecord",
-    "ReplayedTensorRecord",
-    "RoundTripRecord",
-    "RunRecord",
-    "ScheduleRecord",
-    "StepRecord",
-    "SupervisionRecord",
-    "TensorRecord",
-    "WiringRecord",
-    "numbers",
-    "write_text",
-]
+from pytest_sftguard.records.rows import DefectRecord, EvaluationRecord, PromptsRecord, SupervisionRecord
+from pytest_sftguard.records.run import SCHEMA, ErrorRecord, LookRecord, RunRecord
+from pytest_sftguard.records.steps import (
+    FirstStepRecord,
+    LogRecord,
+    ReplayedStepRecord,
+    ReplayedTensorRecord,
+    ReplayRecord,
+    ScheduleRecord,
+    StepRecord,
+)
+from pytest_sftguard.records.tensors import (
+    NONE,
+    BaseRecord,
+    FoundationRecord,
+    InitialRecord,
+    Names,
+    OptimizerRecord,
+    TensorRecord,
+    WiringRecord,
+)

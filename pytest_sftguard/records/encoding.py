@@ -1,30 +1,34 @@
-"""How a record is written: plain JSON types, whole files, and the checks of reading.
+"""The file format of records: plain JSON types, complete files, and the checks of reading.
 
-Numbers that are not finite are kept as they are (`nan`, `inf`) and written to JSON as the strings "nan", "inf" and
-"-inf", because JSON has no such numbers; a value that was not seen is `None`.
+Numbers that are not finite stay floats (`nan`, `inf`) in memory and become the strings "nan", "inf" and "-inf" in JSON,
+which has no such numbers. A value that was not seen is `None`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import os
 import types
 import typing
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
 
 
 class RecordError(ValueError):
-    """A file or text that is no record of this schema; the message says what is wrong with it."""
+    """A file or value that is not a record of this schema; the message says why."""
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: a temporary file beside it takes its place at the end."""
-    temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}")  # mkstemp's would be unreadable for others
+    """Write a file completely or not at all: a temporary file in the same folder replaces it at the end."""
+    # mkstemp would make a file that other users cannot read
+    temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}")
     try:
         with open(temporary, "x", encoding="utf-8") as file:
             file.write(text)
@@ -34,8 +38,22 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def read_json(path: Path, parse: Callable[[Any], _T]) -> _T:
+    """Return what `parse` makes of the JSON in a file. Every error is a RecordError that begins with the path."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecordError(f"{path}: there is no such file or folder") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecordError(f"{path}: cannot be read as a record or a bundle: {error}") from error
+    try:
+        return parse(data)
+    except RecordError as error:
+        raise RecordError(f"{path}: {error}") from error
+
+
 def numbers(value: Any, where: str = "") -> Iterable[tuple[str, float]]:
-    """Every float in a record, with the path to it, for example `steps[2].loss`."""
+    """Yield every float in a record with the path to it, for example `steps[2].loss`."""
     if isinstance(value, float):
         yield where, value
     elif dataclasses.is_dataclass(value):
@@ -50,7 +68,7 @@ def numbers(value: Any, where: str = "") -> Iterable[tuple[str, float]]:
 
 
 def encode(value: Any) -> Any:
-    """`value` and all within it as plain JSON types."""
+    """Return `value`, and everything in it, as plain JSON types."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if dataclasses.is_dataclass(value):
@@ -62,9 +80,9 @@ def encode(value: Any) -> Any:
     return value
 
 
-def decode(kind: Any, data: Any, where: str) -> Any:
-    """Read what `encode` made of a `kind`; a RecordError says at which place, below `where`, something does not fit."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+def decode(expected: Any, data: Any, where: str) -> Any:
+    """Read what `encode` made of an object of type `expected`. Raises RecordError, which says where it does not fit."""
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if origin in (types.UnionType, typing.Union):
         if data is None:
             return None
@@ -75,27 +93,27 @@ def decode(kind: Any, data: Any, where: str) -> Any:
     if origin is dict:
         _expect(isinstance(data, dict), where, "an object", data)
         return {key: decode(arguments[1], item, f"{where}[{key}]") for key, item in data.items()}
-    if dataclasses.is_dataclass(kind):
-        return _decode_dataclass(kind, data, where)
-    return _decode_plain(kind, data, where)
+    if dataclasses.is_dataclass(expected):
+        return _decode_dataclass(expected, data, where)
+    return _decode_plain(expected, data, where)
 
 
-def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
+def _decode_dataclass(expected: Any, data: Any, where: str) -> Any:
     _expect(isinstance(data, dict), where, "an object", data)
-    hints = _hints(kind)
+    hints = _hints(expected)
     unknown = set(data) - set(hints)
     if unknown:
         raise RecordError(f"{where}: unknown field {', '.join(sorted(map(str, unknown)))}")
     try:
-        return kind(**{name: decode(hints[name], item, f"{where}.{name}") for name, item in data.items()})
+        return expected(**{name: decode(hints[name], item, f"{where}.{name}") for name, item in data.items()})
     except (TypeError, ValueError) as error:
         if isinstance(error, RecordError):
             raise
-        raise RecordError(f"{where}: {str(error).removeprefix(f'{kind.__name__}.__init__() ')}") from error
+        raise RecordError(f"{where}: {str(error).removeprefix(f'{expected.__name__}.__init__() ')}") from error
 
 
-def _decode_plain(kind: Any, data: Any, where: str) -> Any:
-    if kind is float:
+def _decode_plain(expected: Any, data: Any, where: str) -> Any:
+    if expected is float:
         if isinstance(data, str) and data in ("nan", "inf", "-inf"):
             return float(data)
         _expect(isinstance(data, (int, float)) and not isinstance(data, bool), where, "a number", data)
@@ -103,15 +121,15 @@ def _decode_plain(kind: Any, data: Any, where: str) -> Any:
             return float(data)
         except OverflowError:
             raise RecordError(f"{where}: expected a number that a float can hold, found one that is larger") from None
-    fits = isinstance(data, kind) and (kind is bool or not isinstance(data, bool))
-    _expect(fits, where, f"a value of type {kind.__name__}", data)
+    fits = isinstance(data, expected) and (expected is bool or not isinstance(data, bool))
+    _expect(fits, where, f"a value of type {expected.__name__}", data)
     return data
 
 
 @functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    """Types of the fields of a dataclass; to work them out takes longer than to read all else of a step."""
-    return typing.get_type_hints(kind)
+def _hints(expected: Any) -> dict[str, Any]:
+    """Types of the fields of a dataclass; resolving them takes longer than everything else in reading a step."""
+    return typing.get_type_hints(expected)
 
 
 def _expect(condition: bool, where: str, wanted: str, data: Any) -> None:

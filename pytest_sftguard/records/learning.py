@@ -1,4 +1,4 @@
-"""What the losses of a run claim, in one place: that the answers are learned, or that the training blew up."""
+"""What the losses of a run claim: that the answers are learned, or that the training diverged."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Any
 from pytest_sftguard.records.run import RunRecord
 
 MIN_STEPS = 16
-"""Steps from which on losses claim anything: a quarter of them is four, more than one lucky batch."""
+"""Fewest steps for a claim: a quarter of them is four, more than one lucky batch."""
 MAX_ANSWER_TOKENS = 120
-"""Supervised tokens of a row up to which an answer is generated whole."""
+"""Most supervised tokens of a row for which an answer is generated completely."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Learning:
-    """The course of a run's raw losses, per supervised token, as the training added them up."""
+    """The course of a run's raw losses per supervised token, as the training summed them."""
 
     first: float
-    """Loss of the first step: the base's own, where the adapter starts as nothing."""
+    """Loss of the first step: that of the base, if the adapter starts as zero."""
     last: float
     """Mean loss of the last quarter of the steps."""
     peak: float
     """Largest mean loss of four steps in a row."""
     tokens: float
-    """Supervised tokens of a row, on average."""
+    """Average number of supervised tokens in a row."""
 
     @classmethod
     def of(cls, record: RunRecord) -> Learning | None:
-        """The course of `record`; None where it is too short, or where losses or supervised tokens were not seen."""
+        """Return the course of `record`; None if it is too short, or lacks a step's loss or supervised tokens."""
         losses = [s.loss for s in record.steps if s.loss is not None]
         counts = [s.supervised_tokens for s in record.steps if s.supervised_tokens]
         if len(losses) < max(MIN_STEPS, len(record.steps)) or len(counts) < len(losses):
@@ -41,25 +41,26 @@ class Learning:
             first=losses[0],
             last=math.fsum(quarter) / len(quarter),
             peak=max(windows),
-            tokens=max(counts) / rows,  # the last step of an epoch has fewer rows
+            # the last step of an epoch has fewer rows
+            tokens=max(counts) / rows,
         )
 
     @property
     def nats_per_answer(self) -> float:
-        """Loss of a whole answer, in nats: what its tokens cost together."""
+        """Loss of a complete answer, the sum over its tokens, in nats."""
         return self.last * self.tokens
 
     @property
     def promised(self) -> float:
-        """Share of the trained rows that greedy decoding must get right, by the losses.
+        """Share of the trained rows that greedy decoding must get right, according to the losses.
 
-        A row whose answer costs less than ln 2 has each token at more than one half, so that greedy decoding gives it,
-        the end included; by Markov's inequality the others are at most nats / ln 2 of all.
+        If an answer costs less than ln 2, each of its tokens has a probability above one half, so that greedy decoding
+        generates it, with its end. By Markov's inequality at most nats / ln 2 of all rows cost more.
         """
         return 1 - self.nats_per_answer / math.log(2)
 
     def claimed(self, max_nats: float, max_share: float) -> bool:
-        """Whether the losses say that the answers are learned: few nats for each, a small share of the first loss."""
+        """Whether the losses say that the answers are learned: few nats per answer, a small share of the first loss."""
         return (
             self.nats_per_answer <= max_nats
             and self.last <= max_share * self.first

@@ -1,4 +1,4 @@
-"""Records of older schemas, read as records of today's."""
+"""Reading records of older schemas as records of the current one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _DEFECTS = {"cut": "truncated"}
 
 
 def from_schema_1(data: dict[str, Any]) -> dict[str, Any]:
-    """Return `data`, a record of schema 1, with the names that schema 2 gives to its fields and values."""
+    """Return `data`, a record of schema 1, with the names of schema 2 for its fields and values."""
     data = data | {"schema": 2}
     if isinstance(data.get("device"), dict):
         data["device"] = {"device_type" if k == "kind" else k: v for k, v in data["device"].items()}
@@ -17,8 +17,8 @@ def from_schema_1(data: dict[str, Any]) -> dict[str, Any]:
         data["variant"] = _REFERENCES.get(data["variant"], data["variant"])
     audit = data.get("supervision")
     if isinstance(audit, dict):
-        named = {k: _defects(v) if k in ("trained_defects", "dataset_defects") else v for k, v in audit.items()}
-        data["supervision"] = named
+        lists = ("trained_defects", "dataset_defects")
+        data["supervision"] = {k: _defects(v) if k in lists else v for k, v in audit.items()}
     return data
 
 

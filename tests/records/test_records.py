@@ -1,4 +1,4 @@
-"""Records: a file format that gives back what it was given, and says clearly what it cannot read."""
+"""Records: a file format without loss, and clear errors for what it cannot read."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_file_gives_the_record_back(tmp_path):
 
 @given(record=healthy_records(), data=st.data(), value=JSON_VALUES)
 def test_anything_else_in_a_record_is_read_or_refused(record, data, value):
-    """Whatever JSON stands at a place of a record, reading gives a record or a RecordError, and no other exception."""
+    """With any JSON at any place of a record, reading returns a record or raises RecordError."""
     plain = copy.deepcopy(record.to_dict())
     put(plain, data.draw(st.sampled_from(gaps(plain))), value)
     try:
@@ -82,7 +82,7 @@ def test_anything_else_in_a_record_is_read_or_refused(record, data, value):
 @given(value=JSON_VALUES)
 def test_any_json_is_no_record(value):
     """JSON that is not an object with a schema is refused with a RecordError."""
-    with pytest.raises(RecordError, match="no run record"):
+    with pytest.raises(RecordError, match="not a run record"):
         RunRecord.from_dict(value)
 
 
@@ -95,7 +95,7 @@ def _without(name):
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         pytest.param(_changed(schema=0), "schema 0, this version reads 2", id="other-schema"),
         pytest.param(_changed(lossses=1), "record: unknown field lossses", id="unknown-field"),
@@ -112,15 +112,17 @@ def _without(name):
         ),
     ],
 )
-def test_what_does_not_fit_is_named(data, said):
+def test_what_does_not_fit_is_named(data, message):
     """A RecordError says where the record does not fit, and what was expected there."""
-    with pytest.raises(RecordError, match=said):
+    with pytest.raises(RecordError, match=message):
         RunRecord.from_dict(data)
 
 
-@pytest.mark.parametrize("text", ["", "{", "\x00", "[" * 100_000, "null"], ids=["empty", "cut", "zero", "deep", "null"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "\x00", "[" * 100_000, "null"], ids=["empty", "truncated", "zero", "deep", "null"]
+)
 def test_corrupt_file_is_named(tmp_path, text):
-    """A RecordError names the file that holds no record."""
+    """A RecordError names the file that is not a record."""
     path = tmp_path / "corrupt.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(RecordError, match=r"corrupt\.json: "):
@@ -129,7 +131,7 @@ def test_corrupt_file_is_named(tmp_path, text):
 
 def test_missing_file_is_named(tmp_path):
     """A RecordError names the file that is not there."""
-    with pytest.raises(RecordError, match=r"absent\.json: cannot be read"):
+    with pytest.raises(RecordError, match=r"absent\.json: there is no such file"):
         RunRecord.read(tmp_path / "absent.json")
 
 
@@ -142,7 +144,7 @@ def test_bytes_that_are_no_text_are_named(tmp_path):
 
 
 def test_interrupted_write_keeps_the_old_record(tmp_path, monkeypatch):
-    """A write that is cut short leaves the file as it was."""
+    """An interrupted write leaves the file as it was."""
     path = tmp_path / "record.json"
     canned.healthy(seed=1).write(path)
     monkeypatch.setattr(os, "replace", _interrupted)
@@ -153,7 +155,7 @@ def test_interrupted_write_keeps_the_old_record(tmp_path, monkeypatch):
 
 
 def test_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch):
-    """A write that is cut short takes its temporary file away."""
+    """An interrupted write deletes its temporary file."""
     monkeypatch.setattr(os, "replace", _interrupted)
     with pytest.raises(KeyboardInterrupt):
         canned.healthy().write(tmp_path / "record.json")
@@ -167,7 +169,7 @@ def _interrupted(*_):
 
 @pytest.mark.skipif(os.name != "posix", reason="permission bits are POSIX")
 def test_file_has_the_permissions_of_any_file(tmp_path):
-    """A record can be read by whoever can read a file that was written plainly."""
+    """A record has the permissions of any other new file."""
     plain = tmp_path / "plain.txt"
     plain.write_text("")
     canned.healthy().write(tmp_path / "record.json")
@@ -177,7 +179,7 @@ def test_file_has_the_permissions_of_any_file(tmp_path):
 
 @given(record=healthy_records())
 def test_numbers_finds_every_float(record):
-    """`numbers` gives as many floats as the plain form holds."""
+    """`numbers` yields as many floats as the plain form contains."""
     assert len(list(numbers(record))) == _floats(record.to_dict())
 
 
@@ -191,7 +193,7 @@ def _floats(data):
 
 @given(record=healthy_records(), data=st.data())
 def test_numbers_tells_where(record, data):
-    """The path that `numbers` gives leads to a float that is changed by changing that place."""
+    """A path from `numbers` leads to its float in the plain form."""
     plain = record.to_dict()
     at = data.draw(st.integers(0, len(float_paths(record)) - 1))
     put(plain, float_paths(record)[at], 123.25)
@@ -219,7 +221,7 @@ def test_names_are_bounded():
     ],
 )
 def test_names_read_as_text(names, text):
-    """The text of Names is the first of them and how many more there are."""
+    """The text of Names is the first name and the number of others."""
     assert str(names) == text
 
 
@@ -248,7 +250,7 @@ def test_names_read_as_text(names, text):
     ],
 )
 def test_effect_of_a_step(step, effect):
-    """A step is what it did to the tensors."""
+    """The effect of a step is what it did to the tensors."""
     assert step.effect == effect
 
 
@@ -262,7 +264,7 @@ def test_effect_of_a_step(step, effect):
     ],
 )
 def test_gradients_finite(step, finite):
-    """Gradients are finite where they were seen, and their norm and all of them are."""
+    """Gradients are finite if they were seen, and they and their norm are."""
     assert step.gradients_finite is finite
 
 
@@ -271,14 +273,14 @@ def test_gradients_finite(step, finite):
     [(canned.A, True), (canned.B, True), (canned.HEAD, False), ("q.lora_embedding_A.default", False)],
     ids=["lora_A", "lora_B", "modules_to_save", "lora_embedding_A"],
 )
-def test_factor_is_told_by_its_name(name, factor):
-    """The factors of linear layers are told from other trainable tensors."""
+def test_factor_is_known_by_its_name(name, factor):
+    """The names of linear layers' factors distinguish them from other trainable tensors."""
     assert TensorRecord(name=name, dtype="float32", elements=1).is_factor is factor
 
 
 @pytest.mark.parametrize("values", ["losses", "grad_norms"])
 def test_number_that_was_not_seen_is_nan(values):
-    """The trajectories have NaN where nothing was seen, so that no sum over them can be finite."""
+    """The trajectories have NaN for unseen numbers, so that no sum over them can be finite."""
     record = canned.with_step(canned.healthy(), 2, loss=None, grad_norm=None)
     assert math.isnan(getattr(record, values)[1])
 

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "pytest_sftguard"
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors"}
 LIGHT = {"pytest_sftguard", "pytest", "hypothesis"}
 ORDER = (
-    {"registry", "precision", "benchmarking", "cores"},
+    {"registry", "precision", "benchmarking"},
     {"matrix", "hardware", "sizes"},
     {"tiers"},
     {"records"},
@@ -31,7 +31,7 @@ ORDER = (
     {"plugin", "commands"},
     {"__main__"},
 )
-ENGINE_SEES = {"registry", "precision", "cores", "matrix", "hardware", "sizes", "tiers", "records", "engine"}
+ENGINE_SEES = {"registry", "precision", "matrix", "hardware", "sizes", "tiers", "records", "engine"}
 MODULES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
 
 
@@ -78,7 +78,7 @@ def test_the_engine_knows_nothing_of_verdicts(path: str) -> None:
 
 @pytest.mark.parametrize("path", [m for m in MODULES if part(m) != "engine"])
 def test_heavy_libraries_stay_in_the_engine(path: str) -> None:
-    """Nothing outside the engine imports torch and its kin, or the engine itself but in a function."""
+    """Nothing outside the engine imports torch and its companions, or the engine itself but in a function."""
     assert not HEAVY & {m.partition(".")[0] for m in imports(path, top_level=False)}
     assert "engine" not in ours(path)
 

@@ -1,4 +1,4 @@
-"""Bundles: what goes in comes out, and what is broken is said so."""
+"""Bundles: they lose nothing, and a broken one is refused."""
 
 from __future__ import annotations
 
@@ -17,14 +17,21 @@ from pytest_sftguard.reports import json_files
 from pytest_sftguard.verdicts import JudgedRun, Verdict
 
 RECORD = RunRecord(
-    cell="fp32-b2x4", precision="fp32", per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=8,
-    seed=0, target="a:b", device=HardwareProfile(device_type="cuda", name="A device"), not_run="needs 23.1 GiB",
-)  # fmt: skip
+    cell="fp32-b2x4",
+    precision="fp32",
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=4,
+    max_steps=8,
+    seed=0,
+    target="a:b",
+    device=HardwareProfile(device_type="cuda", name="A device"),
+    not_run="needs 23.1 GiB",
+)
 OTHER = dataclasses.replace(RECORD, cell="bf16-mixed-b8x1", precision="bf16-mixed", max_grad_norm=float("nan"))
 
 
 def test_a_bundle_holds_what_it_was_made_of(tmp_path: Path) -> None:
-    """Names and records survive, in their order, numbers that are not finite too."""
+    """Names and records survive in their order, with numbers that are not finite."""
     bundles.write(tmp_path / "bundle.json", [("one", RECORD), ("two", OTHER)])
     found = bundles.collect([tmp_path / "bundle.json"])
     assert repr(found) == repr([("one", RECORD), ("two", OTHER)])
@@ -32,7 +39,7 @@ def test_a_bundle_holds_what_it_was_made_of(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("below", ["", "records"])
 def test_a_folder_gives_its_records_by_test(tmp_path: Path, below: str) -> None:
-    """The guard's folder and the one below it give the same, each record under the name of its test."""
+    """The guard's folder and its `records` give the same records, each under the name of its test."""
     for record in (RECORD, OTHER):
         run = JudgedRun(record, Verdict(()))
         json_files.write(tmp_path, f"tests/test_it.py::test_trains[{record.cell}]", run)
@@ -44,7 +51,7 @@ def test_a_folder_gives_its_records_by_test(tmp_path: Path, below: str) -> None:
 
 
 def test_a_bundle_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the last step fails, the former bundle stays, and nothing lies beside it."""
+    """If the last step fails, the old bundle stays, without a temporary file."""
     bundles.write(tmp_path / "bundle.json", [("one", RECORD)])
     before = (tmp_path / "bundle.json").read_bytes()
     monkeypatch.setattr("os.replace", _no_space)
@@ -58,8 +65,8 @@ def test_a_bundle_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
     [
         (lambda d: d | {"bundle": 2}, "the bundle has schema 2, this version reads 1: make it again"),
         (lambda d: d | {"sha256": "0"}, "sha256 differs"),
-        (lambda d: {"bundle": 1}, "its records are no list of names and records"),
-        (lambda d: d | {"records": [{"name": "one"}]}, "its records are no list of names and records"),
+        (lambda d: {"bundle": 1}, "its records are not a list of names and records"),
+        (lambda d: d | {"records": [{"name": "one"}]}, "its records are not a list of names and records"),
         (lambda d: d | {"records": []}, "the bundle is empty"),
         (lambda d: _with_record(d, schema=99), "the record has schema 99, this version reads 2"),
         (lambda d: _with_record(d, seed="zero"), "record.seed: expected a value of type int, found 'zero'"),
@@ -67,7 +74,7 @@ def test_a_bundle_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
     ],
 )
 def test_a_broken_bundle_is_refused(tmp_path: Path, spoil: Callable[[Any], Any], message: str) -> None:
-    """The error names the file, and what is wrong with it."""
+    """The error names the file and the reason."""
     path = tmp_path / "bundle.json"
     bundles.write(path, [("one", RECORD)])
     path.write_text(json.dumps(spoil(json.loads(path.read_text(encoding="utf-8")))), encoding="utf-8")
@@ -76,8 +83,8 @@ def test_a_broken_bundle_is_refused(tmp_path: Path, spoil: Callable[[Any], Any],
     assert message in str(caught.value)
 
 
-def test_every_cut_of_a_bundle_is_refused(tmp_path: Path) -> None:
-    """A transfer that broke off is never read as a smaller bundle."""
+def test_every_truncated_bundle_is_refused(tmp_path: Path) -> None:
+    """An incomplete transfer is never read as a smaller bundle."""
     path = tmp_path / "bundle.json"
     bundles.write(path, [("one", RECORD), ("two", OTHER)])
     whole = path.read_bytes().rstrip()
@@ -89,7 +96,7 @@ def test_every_cut_of_a_bundle_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("made", [None, "folder"])
 def test_nothing_to_read_is_an_error(tmp_path: Path, made: str | None) -> None:
-    """A path that is not there, and a folder without records."""
+    """A missing path and a folder without records raise RecordError."""
     if made:
         (tmp_path / "there").mkdir()
     with pytest.raises(RecordError, match=r"there is no (such file or folder|record in this folder)"):

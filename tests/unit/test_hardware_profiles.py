@@ -1,7 +1,8 @@
-"""Hardware as a value: what a profile refuses, what follows from it, the table of devices, the strategies."""
+"""HardwareProfile: invalid values, derived values, the table of known devices, the strategies."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -24,6 +25,7 @@ from pytest_sftguard.hardware import (
 from pytest_sftguard.precision import MODES, mode_named
 from pytest_sftguard.records import RecordError, RunRecord
 from pytest_sftguard.strategies import COMMON_THRESHOLDS, TENANT_SHARE, hardware_profiles
+from tests.support import canned
 
 T4 = device_named("T4")
 UNKNOWN = [HardwareProfile(device_type=device_type, name="?") for device_type in DEVICE_TYPES]
@@ -58,10 +60,7 @@ def cuda(**fields: Any) -> HardwareProfile:
             {"device_type": "mps", "capability": "8.0"},
             "a mps device has no capability, which is cuda's, and this one has '8.0'",
         ),
-        (
-            {"architecture": "gfx942"},
-            "a cuda device has no architecture, which is rocm's, and this one has 'gfx942'",
-        ),
+        ({"architecture": "gfx942"}, "a cuda device has no architecture, which is rocm's, and this one has 'gfx942'"),
         (
             {"device_type": "rocm", "architecture": "gfx94x"},
             "architecture 'gfx94x' is malformed: give a name such as gfx942",
@@ -78,7 +77,7 @@ def cuda(**fields: Any) -> HardwareProfile:
     ],
 )
 def test_a_profile_that_no_device_has_is_refused(fields: dict[str, Any], message: str) -> None:
-    """The message says which field, what it held, and what is valid."""
+    """The message names the field, quotes its value, and says what is valid."""
     with pytest.raises(ValueError, match=exactly(message)):
         cuda(**fields)
 
@@ -91,7 +90,7 @@ def test_the_least_and_the_absurd_are_accepted() -> None:
 
 
 def test_fields_are_named() -> None:
-    """Two texts in a row would be mixed up."""
+    """Positional texts would be confused with each other."""
     with pytest.raises(TypeError):
         HardwareProfile("cuda", "GPU")  # type: ignore[misc]
     with pytest.raises(TypeError):
@@ -100,7 +99,7 @@ def test_fields_are_named() -> None:
 
 @pytest.mark.parametrize("value", [T4, KNOWN_DEVICES["T4"], FailedQuery("device_count", "gone")])
 def test_values_do_not_change(value: Any) -> None:
-    """They are shared by the whole table."""
+    """The table shares them."""
     field = next(iter(vars(value)))
     with pytest.raises(AttributeError):
         setattr(value, field, "other")
@@ -113,10 +112,7 @@ def test_an_unknown_query_is_refused() -> None:
 
 
 def a_record(device: HardwareProfile) -> RunRecord:
-    return RunRecord(
-        cell="fp32-b2x1", precision="fp32", per_device_train_batch_size=2, gradient_accumulation_steps=1, max_steps=1,
-        seed=0, target="a:b", device=device,
-    )  # fmt: skip
+    return dataclasses.replace(canned.healthy(), device=device)
 
 
 @given(hardware_profiles())
@@ -128,9 +124,9 @@ def test_a_record_keeps_the_profile(profile: HardwareProfile) -> None:
 
 @pytest.mark.parametrize("profile", [*(d.profile for d in KNOWN_DEVICES.values()), *UNKNOWN])
 def test_a_profile_that_was_read_tells_the_same(profile: HardwareProfile) -> None:
-    """Its texts are equal, though other objects."""
+    """Equal texts that are other objects give the same results."""
     read = RunRecord.from_dict(json.loads(json.dumps(a_record(profile).to_dict()))).device
-    assert (read.native, read.emulated, read.is_mig_slice) == (profile.native, profile.emulated, profile.is_mig_slice)
+    assert (read.native, read.emulated) == (profile.native, profile.emulated)
     assert [read.lacks(mode) for mode in MODES.values()] == [profile.lacks(mode) for mode in MODES.values()]
 
 
@@ -143,7 +139,7 @@ def test_a_profile_that_was_read_tells_the_same(profile: HardwareProfile) -> Non
     ],
 )
 def test_a_corrupt_profile_is_a_record_error(field: str, value: Any, message: str) -> None:
-    """A profile with negative memory is refused on reading, with its place in the record."""
+    """A profile with negative memory is refused on reading, with its path in the record."""
     data = a_record(T4).to_dict()
     data["device"][field] = value
     with pytest.raises(RecordError) as caught:
@@ -174,7 +170,7 @@ def test_a_corrupt_profile_is_a_record_error(field: str, value: Any, message: st
     ],
 )
 def test_native_and_emulated_types(profile: HardwareProfile, native: str, emulated: str) -> None:
-    """They follow from the capability, from AMD's architecture, or are said; what is unknown counts as neither."""
+    """They follow from the capability, AMD's architecture or `emulates`; an unknown type is neither."""
     assert " ".join(profile.native) == native
     assert " ".join(profile.emulated) == emulated
 
@@ -188,6 +184,7 @@ def test_native_and_emulated_types(profile: HardwareProfile, native: str, emulat
         (T4, "fp32", None),
         (T4, "tf32", "tf32 needs compute capability 8.0, and Tesla T4 has 7.5"),
         (device_named("M40"), "fp16-true", "float16 needs compute capability 5.3, and Tesla M40 24GB has 5.2"),
+        (device_named("M40"), "fp16-mixed", "float16 needs compute capability 5.3, and Tesla M40 24GB has 5.2"),
         (device_named("H100"), "tf32", None),
         (device_named("A100 40GB"), "tf32", None),
         (device_named("A100 40GB"), "bf16-true", None),
@@ -203,7 +200,7 @@ def test_native_and_emulated_types(profile: HardwareProfile, native: str, emulat
     ],
 )
 def test_what_a_device_lacks(profile: HardwareProfile, mode: str, reason: str | None) -> None:
-    """A mode that the hardware only emulates is not evaluated there, and the reason says so."""
+    """The reason says whether the hardware only emulates the type of the mode."""
     assert profile.lacks(mode_named(mode)) == reason
 
 
@@ -222,30 +219,21 @@ def test_what_a_device_lacks(profile: HardwareProfile, mode: str, reason: str | 
     ],
 )
 def test_how_a_profile_reads(profile: HardwareProfile, text: str) -> None:
-    """As in the report: name, number, threads, and what the driver did not answer."""
+    """As in the report: name, number, threads, and failed queries."""
     assert str(profile) == text
 
 
 def test_a_profile_finds_its_failures() -> None:
-    """By the query's name."""
+    """It returns a failure by the query's name."""
     failure = FailedQuery("device_count", "away")
     profile = cuda(unanswered=(FailedQuery("mem_get_info", "gone"), failure))
     assert profile.failure_of("_".join(["device", "count"])) is failure
     assert profile.failure_of("is_available") is None
 
 
-def test_mig_slices_are_told_by_their_name() -> None:
-    """As the driver names them; a name that merely contains the letters is none."""
-    assert device_named("A100 MIG 1g.5gb").is_mig_slice
-    assert not device_named("A100 40GB").is_mig_slice
-    assert not cuda(name="NVIDIA MIGHTY").is_mig_slice
-    for device_type in ("cpu", "rocm", "mps", "xpu"):
-        assert not HardwareProfile(device_type=device_type, name="MIG").is_mig_slice
-
-
 @pytest.mark.parametrize("known", KNOWN_DEVICES.values(), ids=KNOWN_DEVICES)
 def test_each_known_device_is_whole(known: KnownDevice) -> None:
-    """A device_type, a nominal memory in whole binary gigabytes, what its precisions follow from, and a source."""
+    """It has a device type, a nominal memory in binary gigabytes, what its precisions follow from, and a source."""
     profile = known.profile
     assert profile.total_memory_bytes
     assert profile.total_memory_bytes % GIB == 0
@@ -256,7 +244,7 @@ def test_each_known_device_is_whole(known: KnownDevice) -> None:
 
 
 def test_the_table_is_wide() -> None:
-    """At least 25 devices, of every device_type, the plainest first, sizes of note among them."""
+    """It has at least 25 devices of every device type, the plainest first, with the common sizes."""
     assert len(KNOWN_DEVICES) >= 25
     assert {d.profile.device_type for d in KNOWN_DEVICES.values()} == set(DEVICE_TYPES)
     assert next(iter(KNOWN_DEVICES)) == "CPU"
@@ -268,20 +256,20 @@ def test_the_table_is_wide() -> None:
 
 
 def test_a_device_is_found_by_name_in_any_case() -> None:
-    """Blanks around it do not matter either."""
+    """Spaces around the name do not matter either."""
     assert device_named(" rtx 2080 ti ") == KNOWN_DEVICES["RTX 2080 Ti"].profile
 
 
 @pytest.mark.parametrize("name", ["T5", "", None, 4])
 def test_an_unknown_device_is_told_with_all_names(name: Any) -> None:
-    """The error quotes it, and lists what there is."""
+    """The error quotes the name, and lists the valid ones."""
     with pytest.raises(ValueError, match=exactly(f"unknown device {name!r}: choose from {', '.join(KNOWN_DEVICES)}")):
         device_named(name)
 
 
 @given(hardware_profiles())
 def test_a_profile_prints_as_code(profile: HardwareProfile) -> None:
-    """What hypothesis shows of a failure can be pasted into a test."""
+    """Hypothesis' output for a failure can be pasted into a test."""
     assert eval(repr(profile), {"HardwareProfile": HardwareProfile, "FailedQuery": FailedQuery}) == profile
 
 
@@ -293,16 +281,16 @@ def test_the_code_of_a_profile_is_short() -> None:
 
 @given(hardware_profiles(("cuda", "mps"), mutated=False, adversarial=False))
 def test_real_devices_alone_can_be_had(profile: HardwareProfile) -> None:
-    """Without mutations every profile is in the table, and of the kinds asked for."""
+    """Without mutations every profile is in the table, with one of the requested device types."""
     assert profile in [d.profile for d in KNOWN_DEVICES.values()]
     assert profile.device_type in ("cuda", "mps")
 
 
-@pytest.mark.parametrize("kinds", [(), ("gpu",), ("cuda", "tpu")])
-def test_kinds_that_are_none_are_refused(kinds: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("types", [(), ("gpu",), ("cuda", "tpu")])
+def test_unknown_device_types_are_refused(types: tuple[str, ...]) -> None:
     """An empty strategy would pass every test."""
     with pytest.raises(ValueError, match="choose from cuda, rocm, xpu, mps, cpu"):
-        hardware_profiles(kinds)
+        hardware_profiles(types)
 
 
 def test_the_table_needs_no_torch() -> None:
@@ -312,17 +300,17 @@ def test_the_table_needs_no_torch() -> None:
 
 
 def test_own_thresholds_are_used() -> None:
-    """A selector with other limits gives its own."""
+    """The strategy has memories around them."""
     profiles = hardware_profiles(("cuda",), thresholds=[777])
     assert {
         find(profiles, lambda p, size=size: p.total_memory_bytes == size).device_type for size in (776, 777, 778)
     } == {"cuda"}
 
 
-@pytest.mark.parametrize(("kinds", "plainest"), [(DEVICE_TYPES, "CPU"), (("cuda",), "K80"), (("mps", "rocm"), "MI210")])
-def test_profiles_shrink_to_the_plainest(kinds: tuple[str, ...], plainest: str) -> None:
-    """The first known device of the kinds, as it is sold."""
-    assert find(hardware_profiles(kinds), lambda p: True) == device_named(plainest)
+@pytest.mark.parametrize(("types", "plainest"), [(DEVICE_TYPES, "CPU"), (("cuda",), "K80"), (("mps", "rocm"), "MI210")])
+def test_profiles_shrink_to_the_plainest(types: tuple[str, ...], plainest: str) -> None:
+    """It is the first known device of the device types."""
+    assert find(hardware_profiles(types), lambda p: True) == device_named(plainest)
 
 
 @pytest.mark.parametrize(
@@ -342,5 +330,5 @@ def test_profiles_shrink_to_the_plainest(kinds: tuple[str, ...], plainest: str) 
     ],
 )
 def test_the_strategy_reaches_what_it_promises(wanted: Any) -> None:
-    """Zero memory, a tenant, failing queries, several devices, absurd capabilities, a byte beside each threshold."""
+    """Zero memory, a tenant, failing queries, several devices, absurd capabilities, one byte around each threshold."""
     assert find(hardware_profiles(), wanted, settings=settings(max_examples=5_000, database=None))

@@ -1,4 +1,4 @@
-"""The matrix: how axes expand into cells, and what is refused."""
+"""The matrix: how its axes expand into cells, and invalid values."""
 
 from __future__ import annotations
 
@@ -32,20 +32,21 @@ def test_every_precision_meets_every_batch(axis, asked):
 
 @given(axis=PRECISIONS, asked=OPEN)
 def test_open_batches_share_one_effective_batch(axis, asked):
-    """Cells whose accumulation was left open see as many rows per step as each other."""
+    """Cells without a given accumulation have the same number of rows per step."""
     assert len({c.effective_batch for c in expand(axis, asked)}) == 1
 
 
 @given(axis=PRECISIONS, asked=OPEN, factor=st.integers(1, 4))
 def test_given_effective_batch_is_kept(axis, asked, factor):
-    """Every open batch is accumulated up to the effective batch that was asked for."""
-    effective = factor * 840  # which every batch from 1 to 8 divides
+    """Every open batch is accumulated up to the requested effective batch."""
+    # every batch from 1 to 8 divides 840
+    effective = factor * 840
     assert {c.effective_batch for c in expand(axis, asked, effective)} == {effective}
 
 
 @given(precision=precisions(), per_device=st.integers(1, 64), accumulation=st.integers(1, 64))
 def test_written_accumulation_is_kept(precision, per_device, accumulation):
-    """A batch written with its accumulation has that one."""
+    """A batch with its own accumulation keeps it."""
     (cell,) = expand([precision], [Batch(per_device, accumulation)])
     assert cell == Cell(precision, per_device, accumulation)
 
@@ -57,7 +58,7 @@ def test_id_tells_cells_apart(cell, other):
 
 
 def test_id_is_stable():
-    """Ids are a contract: --lf, CI configurations and baselines hold them."""
+    """Ids are a contract: --lf, CI configurations and baselines contain them."""
     assert [str(c) for c in expand(["fp32", "bf16-mixed"], [Batch(2), Batch(8)])] == [
         "fp32-b2x4",
         "fp32-b8x1",
@@ -73,27 +74,27 @@ def test_id_needs_no_quoting(cell):
 
 
 def test_batch_that_does_not_divide_is_refused():
-    """The error says which batch does not divide which effective batch, and what to write."""
+    """The error quotes both batches and says what to write."""
     with pytest.raises(ValueError, match=r"batch 3 does not divide the effective batch 8: .*3x2"):
         expand(["fp32"], [Batch(3)], 8)
 
 
 @pytest.mark.parametrize(("axis", "asked"), [([], [Batch(1)]), (["fp32"], [])], ids=["no-precision", "no-batch"])
 def test_empty_axis_is_refused(axis, asked):
-    """A matrix without cells is an error, as nothing would be tested."""
+    """A matrix without cells is an error, because it would test nothing."""
     with pytest.raises(ValueError, match="the matrix is empty"):
         expand(axis, asked)
 
 
 def test_unknown_precision_is_refused():
-    """The error lists the modes that there are."""
+    """The error lists the valid modes."""
     with pytest.raises(ValueError, match=f"unknown precision 'fp8': choose from {', '.join(MODES)}"):
         expand(["fp8"], [Batch(1)])
 
 
 @given(batch=batches())
 def test_batch_is_read_as_it_is_written(batch):
-    """`8` and `2x4` are read as the batch that they stand for."""
+    """`8` and `2x4` are parsed as their batch."""
     text = str(batch.per_device) if batch.accumulation is None else f"{batch.per_device}x{batch.accumulation}"
     assert parse_batch(text) == batch
 
@@ -110,7 +111,7 @@ def test_batch_may_be_a_number(number):
     ids=repr,
 )
 def test_what_is_no_batch_is_refused(value):
-    """The error quotes what was given as a batch."""
+    """The error quotes the value."""
     with pytest.raises(ValueError, match=re.escape(repr(value))):
         parse_batch(value)
 

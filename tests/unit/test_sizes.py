@@ -1,4 +1,4 @@
-"""Sizes of memory, and the search for the largest batch that fits."""
+"""Memory sizes, and the search for the largest batch that fits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_size_is_read(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "nan", "inf", "1e9", "12 parsecs", "1GiB2", "٣GiB"])
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_any_other_text_is_refused(text: str) -> None:
     """The error quotes the text and says what to write."""
     with pytest.raises(ValueError, match="give a size of memory: a number and B, KiB"):
         parse_bytes(text)
@@ -36,33 +36,33 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 @given(st.integers(0, 2**50))
 def test_a_size_reads_back_nearly_as_it_was(size: int) -> None:
-    """What is printed is within a twentieth of the last digit's place of what is so."""
+    """The formatted number is within a twentieth of the size."""
     assert parse_bytes(format_bytes(size)) == pytest.approx(size, rel=0.051)
 
 
 def test_the_message_says_need_and_have() -> None:
-    """As the cell's reason reads in the report."""
-    told = shortage(int(23.1 * GIB), int(15.8 * GIB), 0.1)
-    assert told == "needs 23.1 GiB of 15.8 GiB free, of which 10% is left as a margin"
+    """The message is the cell's reason in the report."""
+    found = shortage(int(23.1 * GIB), int(15.8 * GIB), 0.1)
+    assert found == "needs 23.1 GiB of 15.8 GiB free, of which 10% is left as a margin"
 
 
 @given(need=st.integers(0, 2**45), free=st.integers(0, 2**45), margin=st.floats(0, 0.99))
 def test_what_fits_leaves_the_margin(need: int, free: int, margin: float) -> None:
-    """A need that fits is no larger than the free memory, and there is a reason for exactly the others."""
+    """A need that fits is at most the free memory, and exactly the others have a reason."""
     assert (shortage(need, free, margin) is None) == fits(need, free, margin)
     assert not fits(need, free, margin) or need <= free
 
 
 @given(steps=st.lists(st.integers(0, 10**6), min_size=1, max_size=200), budget=st.integers(0, 10**8))
 def test_the_largest_is_what_trying_all_would_find(steps: list[int], budget: int) -> None:
-    """For any peak that does not fall with the batch, straight line or not."""
+    """The peak may be any that does not fall with the batch, linear or not."""
     peaks = [sum(steps[: i + 1]) for i in range(len(steps))]
     assert largest(lambda batch: peaks[batch - 1], budget, len(peaks)) == sum(p <= budget for p in peaks)
 
 
 @given(base=st.integers(0, 10**10), slope=st.integers(1, 10**8), budget=st.integers(0, 10**11))
-def test_a_straight_line_is_asked_seldom(base: int, slope: int, budget: int) -> None:
-    """Each question is a rehearsal of seconds: a line takes five of them at the most."""
+def test_a_linear_peak_needs_few_calls(base: int, slope: int, budget: int) -> None:
+    """Each call is a rehearsal of seconds; a linear peak takes at most five."""
     asked: list[int] = []
 
     def peak(batch: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
-from pytest_sftguard.cores import usable_cores
+from pytest_sftguard.hardware import usable_cores
 
 
 def publish(path: Path, name: str, made: str, *, write: bool) -> None:

@@ -1,4 +1,4 @@
-"""The adapter apart from its base: which tensors are which, and the adapter's way through a file."""
+"""Adapter and base: which tensors belong to which, and the adapter's file."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pytest_sftguard.engine.after import forwards
 from pytest_sftguard.engine.tensors.reductions import digests, dtype_name
 
 WEIGHTS = "adapter_model.safetensors"
@@ -18,22 +19,23 @@ _TAKEN_FROM_THE_BASE = ("pissa", "olora", "corda", "lora_ga")
 
 
 def trainables(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter that takes a gradient, by name."""
+    """Every trainable parameter, by name."""
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer that is not part of the adapter, by name; they must not change."""
-    buffers = model.named_buffers(remove_duplicate=False)  # rotary layers share one, until a forward pass parts them
+    # rotary layers share a buffer until a forward pass replaces it
+    buffers = model.named_buffers(remove_duplicate=False)
     everything = {**dict(model.named_parameters()), **dict(buffers)}
     return {n: t for n, t in everything.items() if not is_adapter(model, n)}
 
 
 def is_adapter(model: nn.Module, name: str) -> bool:
-    """Whether the tensor called `name` is part of the adapter that is active, and saved with it.
+    """Whether the tensor `name` is part of the active adapter, and saved with it.
 
-    An adapter that is not active is part of the base: it must not change either. In a model without peft, everything
-    that is trainable counts as the adapter.
+    An inactive adapter is part of the base, because it must not change either. In a model without peft, every trainable
+    tensor is part of the adapter.
     """
     tuner: Any = getattr(model, "base_model", None)
     configs: Any = getattr(model, "peft_config", None)
@@ -54,29 +56,29 @@ def base_digests(model: nn.Module) -> dict[str, str]:
 
 
 def adapted_layers(model: nn.Module) -> list[nn.Module]:
-    """The original layers that adapters are attached to; every linear layer where none is."""
+    """The original layers under the adapters; every linear layer if there are none."""
     inner = [getattr(m, "base_layer", None) for m in model.modules()]
     wrapped: list[nn.Module] = [m for m in inner if isinstance(m, nn.Module)]
     return wrapped or [m for m in model.modules() if isinstance(m, nn.Linear)]
 
 
 def product_layers(model: nn.Module) -> list[nn.Module]:
-    """Those of the adapted layers whose result is a matrix product, so that its type tells of the arithmetic.
+    """The adapted layers whose result is a matrix product, so that its type is that of the arithmetic.
 
-    An embedding looks up, in the type of its weights. A module of which peft adapts a parameter (a block of experts, a
-    router) does more after its products, and returns what comes of it.
+    An embedding is a lookup, in the type of its weights. A module with a parameter that peft adapts (a block of
+    experts, a router) computes more after its products, and returns that.
     """
     blocks = {id(getattr(m, "base_layer", None)) for m in model.modules() if _adapts_parameter(m)}
     return [m for m in adapted_layers(model) if not isinstance(m, nn.Embedding) and id(m) not in blocks]
 
 
 def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that hold factors, by name; the tensors of an adapter have the name of theirs as a prefix."""
+    """The modules with factors, by name, which is a prefix of their tensors' names."""
     return {n: m for n, m in model.named_modules() if hasattr(m, "base_layer")}
 
 
 def partial_factors(model: nn.Module) -> set[str]:
-    """Names of the factors of which a step may leave out elements: those of experts that got no token."""
+    """Names of the factors in which a step may skip elements: those of all experts of a block, in one tensor."""
     blocks = [(n, m) for n, m in model.named_modules() if _adapts_parameter(m)]
     return {f"{n}.{p}" for n, m in blocks for p, _ in m.named_parameters() if not p.startswith("base_layer.")}
 
@@ -92,7 +94,7 @@ def weights_dtypes(model: nn.Module) -> dict[str, int]:
 
 
 def saved_tensors(trained: nn.Module, folder: Path) -> dict[str, Tensor]:
-    """What the file of the active adapter holds, by the names of `in_file`; nothing where there is no file."""
+    """Tensors in the file of the active adapter, by their names from `in_file`; none if there is no file."""
     from safetensors.torch import load_file
 
     path = folder_of(trained, folder) / WEIGHTS
@@ -100,13 +102,13 @@ def saved_tensors(trained: nn.Module, folder: Path) -> dict[str, Tensor]:
 
 
 def folder_of(trained: nn.Module, folder: Path) -> Path:
-    """Where peft saves the active adapter: one of another name in a folder of its own."""
+    """Folder in which peft saves the active adapter: a subfolder, unless its name is `default`."""
     name = active_adapters(trained)[0]
     return folder if name == "default" or folder.name == name else folder / name
 
 
 def base_differs(config: Any) -> str:
-    """Why a model with the adapter of `config` disabled is not the base, soundly; empty where it must be."""
+    """Why a model with the adapter of `config` disabled rightly differs from the base; empty if it must not."""
     if str(getattr(config, "init_lora_weights", "")).lower().startswith(_TAKEN_FROM_THE_BASE):
         return "the adapter starts as a part of the base's weights, which the base lacks without it"
     if getattr(config, "bias", "none") not in ("none", None):
@@ -114,44 +116,44 @@ def base_differs(config: Any) -> str:
     return ""
 
 
-def takes_from_the_base(fresh: Any) -> bool:
-    """Whether the adapter starts as a part of the base's weights, which the base loses, and gets back by merging."""
-    init = getattr(active_config(fresh), "init_lora_weights", "")
+def takes_from_the_base(fresh: nn.Module) -> bool:
+    """Whether the adapter starts as a part of the base's weights, which the base loses until they are merged again."""
+    init = getattr(config_of(fresh), "init_lora_weights", "")
     return str(init).lower().startswith(_TAKEN_FROM_THE_BASE)
 
 
-def active_config(model: Any) -> Any:
-    """The configuration of the active adapter."""
-    return getattr(model, "peft_config", {}).get(active_adapters(model)[0])
+def config_of(model: nn.Module) -> Any:
+    """Configuration of the active adapter; None without one."""
+    configs: Any = getattr(model, "peft_config", None) or {}
+    return next((configs[a] for a in active_adapters(model) if a in configs), None)
 
 
 def active_adapters(model: nn.Module) -> list[str]:
-    """Names of the adapters that are active, the first of them the one that is saved."""
+    """Names of the active adapters, the first of which is the one that is saved."""
     active: Any = getattr(model, "active_adapters", None)
     return list(active) if isinstance(active, (list, tuple)) and active else ["default"]
 
 
 def in_file(name: str, adapter: str = "default") -> str:
-    """The name of a tensor with all that differs between a model and an adapter file taken away."""
+    """Name of a tensor without the parts that differ between a model and an adapter file."""
     name = name.replace(f".modules_to_save.{adapter}", "").replace(f".{adapter}", "")
     return name.replace(".base_layer.", ".").removesuffix(".weight")
 
 
 @contextlib.contextmanager
 def eager(model: nn.Module) -> Iterator[bool]:
-    """Run with eager attention, and say whether it is.
+    """Run with eager attention, and yield whether the model has it.
 
-    On a CPU sdpa turns NaN queries into zeros below 16 tokens (pytorch#141128).
+    On a CPU, sdpa turns NaN queries into zeros below 16 tokens (pytorch#141128).
     """
-    peft: Any = model
-    inner: Any = peft.get_base_model() if hasattr(model, "get_base_model") else model
-    before = getattr(getattr(inner, "config", None), "_attn_implementation", None)
+    inner, before = forwards.inner(model), forwards.attention_of(model)
     try:
         inner.set_attn_implementation("eager")
-    except (AttributeError, ValueError, NotImplementedError):  # not every architecture has a choice
-        before = None
+    # not every architecture has a choice
+    except (AttributeError, ValueError, NotImplementedError):
+        before = ""
     try:
-        yield getattr(getattr(inner, "config", None), "_attn_implementation", None) == "eager"
+        yield forwards.attention_of(model) == "eager"
     finally:
-        if before is not None:
+        if before:
             inner.set_attn_implementation(before)

@@ -1,4 +1,4 @@
-"""How an adapter is attached to its base: what its configuration asks for, and what is there."""
+"""The attachment of an adapter to its base, compared with what its configuration asks for."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from pytest_sftguard.engine.adapter.adapters import active_adapters, is_adapter, trainables
+from pytest_sftguard.engine.adapter.adapters import active_adapters, config_of, is_adapter, trainables
 from pytest_sftguard.records import Names, WiringRecord
 
 _HEADS = ("classifier", "score", "qa_outputs")
-"""What peft adds to `modules_to_save` by itself for some tasks, whether the model has it or not."""
+"""Names that peft adds to `modules_to_save` for some tasks, whether or not the model has them."""
 
 
 def wiring(model: nn.Module, optimizer: Any = None) -> WiringRecord:
-    """What takes a gradient in `model`, a PeftModel; `optimizer` is the one that it was built with, if any."""
+    """The trainable tensors of `model`, a PeftModel; `optimizer` is the one that the target built, if any."""
     takes = trainables(model)
     attached = set(_attached(model))
     return WiringRecord(
@@ -30,33 +30,27 @@ def wiring(model: nn.Module, optimizer: Any = None) -> WiringRecord:
 
 
 def tuner_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that peft put in the place of others, by name."""
+    """The modules with which peft replaced others, by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
 
 
-def config_of(model: nn.Module) -> Any:
-    """The configuration of the adapter that is active; None without one."""
-    configs: Any = getattr(model, "peft_config", None) or {}
-    return next((configs[a] for a in active_adapters(model) if a in configs), None)
-
-
 def _frozen(model: nn.Module, without_a: bool) -> Iterator[str]:
-    """Tensors of the active adapters without a gradient, but for those that are so on purpose.
+    """Tensors of the active adapters without a gradient, but for those that are frozen on purpose.
 
-    Some variants freeze a factor (MiCA), LoRA-FA's optimizer all of lora_A, and of several active adapters one may be
-    there to be used and not trained.
+    Some variants freeze a factor (MiCA), LoRA-FA's optimizer freezes every lora_A (`without_a`), and one of several
+    active adapters may be used without being trained.
     """
     active = active_adapters(model)
-    of = {n: p for n, p in model.named_parameters() if is_adapter(model, n)}
-    at_rest = {a for a in active if not any(p.requires_grad for n, p in of.items() if a in n.split("."))}
-    if len(at_rest) == len(active):
-        at_rest = set()
-    meant = set(_frozen_by_peft(model))
-    for name, parameter in of.items():
+    parameters = {n: p for n, p in model.named_parameters() if is_adapter(model, n)}
+    untrained = {a for a in active if not any(p.requires_grad for n, p in parameters.items() if a in n.split("."))}
+    if len(untrained) == len(active):
+        untrained = set()
+    on_purpose = set(_frozen_by_peft(model))
+    for name, parameter in parameters.items():
         parts = name.split(".")
-        if parameter.requires_grad or name in meant or at_rest.intersection(parts):
+        if parameter.requires_grad or name in on_purpose or untrained.intersection(parts):
             continue
         if not (without_a and "lora_A" in parts):
             yield name
@@ -71,7 +65,7 @@ def _frozen_by_peft(model: nn.Module) -> Iterator[str]:
 
 
 def _asked_for(model: nn.Module) -> list[str]:
-    """Modules that the active adapter's targets name, as the tuner noted them when it was attached."""
+    """Modules that the active adapter's targets match, as peft listed them when it attached the adapter."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     tuner: Any = getattr(model, "base_model", None)
@@ -83,7 +77,7 @@ def _asked_for(model: nn.Module) -> list[str]:
 
 
 def _attached(model: nn.Module) -> Iterator[str]:
-    """Modules that hold weights of an active adapter, named as in the base."""
+    """Modules with weights of an active adapter, named as in the base."""
     inner: Any = getattr(getattr(model, "base_model", None), "model", model)
     active = set(active_adapters(model))
     for name, layer in tuner_layers(inner).items():
@@ -97,14 +91,14 @@ def _keys(thing: Any) -> list[str]:
 
 
 def _unmatched(model: nn.Module) -> Iterator[str]:
-    """Names in the configuration of the active adapter that no module answers to."""
+    """Targets in the configuration of the active adapter that match no module."""
     config, tuner = config_of(model), getattr(model, "base_model", None)
     modules = list(getattr(tuner, "targeted_module_names", ()))
     targets = getattr(config, "target_modules", None)
     if isinstance(targets, (set, list, tuple)) and not _is_of_the_architecture(model, config, set(targets)):
-        yield from (t for t in sorted(targets) if not _any_ends(modules, t) and t != "dummy-target-modules")
+        yield from (t for t in sorted(targets) if not matches(modules, t) and t != "dummy-target-modules")
     parameters = list(getattr(tuner, "targeted_parameter_names", ()))
-    yield from (t for t in getattr(config, "target_parameters", None) or () if not _any_ends(parameters, t))
+    yield from (t for t in getattr(config, "target_parameters", None) or () if not matches(parameters, t))
     yield from _unsaved(model, config)
 
 
@@ -119,12 +113,13 @@ def _unsaved(model: nn.Module, config: Any) -> Iterator[str]:
 
 
 def _is_of_the_architecture(model: nn.Module, config: Any, targets: set[str]) -> bool:
-    """Whether peft filled in the targets: its table names modules that only some models of an architecture have."""
+    """Whether the targets come from peft's table, which names modules that only some models of an architecture have."""
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TABLE
 
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    return config is not None and set(TABLE.get(kind, ())) == targets
+    architecture = getattr(getattr(model, "config", None), "model_type", None)
+    return config is not None and set(TABLE.get(architecture, ())) == targets
 
 
-def _any_ends(names: Iterable[str], target: str) -> bool:
+def matches(names: Iterable[str], target: str) -> bool:
+    """Whether one of `names` is `target`, or a path that ends in it."""
     return any(n == target or n.endswith(f".{target}") for n in names)

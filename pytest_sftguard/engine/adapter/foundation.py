@@ -1,4 +1,4 @@
-"""The base before the first step: whether its tensors are numbers, and where they came from."""
+"""The base before the first step: whether its tensors are finite, and whether a checkpoint filled them."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from pytest_sftguard.engine.adapter.adapters import active_adapters, base_tensors, in_file, trainables
-from pytest_sftguard.engine.adapter.attachment import tuner_layers
+from pytest_sftguard.engine.adapter.attachment import matches, tuner_layers
+from pytest_sftguard.engine.after import forwards
 
 
 class Loads:
-    """What transformers said of the checkpoints that were loaded while a target was built."""
+    """Tensors that the checkpoints lacked which transformers loaded while a target was built."""
 
     def __init__(self) -> None:
         self._absent: list[tuple[weakref.ref[nn.Module], list[str]]] = []
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Listen to the reports of from_pretrained."""
+        """Collect the reports of from_pretrained."""
         from transformers import modeling_utils
 
         original = getattr(modeling_utils, "log_state_dict_report", None)
@@ -44,25 +45,25 @@ class Loads:
             modeling_utils.log_state_dict_report = original
 
     def not_loaded(self, model: nn.Module) -> list[str]:
-        """Tensors of `model` that no checkpoint gave, and that are not trained and saved in their place."""
+        """Tensors of `model` that no checkpoint had, and that no trained and saved tensor replaces."""
         parts = {id(m) for m in model.modules()}
         trained = [in_file(n, a) for n in trainables(model) for a in active_adapters(model)]
         found = []
         for reference, keys in self._absent:
             if id(reference()) in parts:
-                found += [k for k in keys if not any(_ends(t, in_file(k)) for t in trained)]
+                found += [k for k in keys if not matches(trained, in_file(k))]
         return found
 
 
 def nonfinite(model: nn.Module) -> tuple[int, list[str]]:
-    """How many base tensors there are, and the names of those that are not finite."""
+    """Number of base tensors, and the names of those that are not finite."""
     parameters = {n for n, _ in model.named_parameters()}
     tensors = base_tensors(model)
     return len(tensors), [n for n, t in tensors.items() if not _finite(t.detach(), n not in parameters)]
 
 
 def zero_magnitudes(model: nn.Module) -> list[str]:
-    """DoRA magnitudes that hold a zero."""
+    """Names of DoRA magnitudes that contain a zero."""
     found = []
     for name, layer in tuner_layers(model).items():
         held: Any = getattr(layer, "lora_magnitude_vector", None) or {}
@@ -74,8 +75,8 @@ def zero_magnitudes(model: nn.Module) -> list[str]:
 
 
 def zero_embeddings(model: Any, ids: Iterable[int]) -> list[str]:
-    """Those of `ids` of which the frozen embedding is zero throughout; none where the embedding is trained."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    """Those of `ids` whose frozen embedding is all zeros; none if the embedding is trained."""
+    inner = forwards.inner(model)
     embedding = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
     weight = getattr(embedding, "weight", None)
     learns = embedding is not None and any(p.requires_grad for p in embedding.parameters())
@@ -94,7 +95,3 @@ def _finite(tensor: Tensor, masks: bool) -> bool:
     if masks:
         return not bool((tensor.isnan() | (tensor == torch.inf)).any())
     return bool(tensor.isfinite().all())
-
-
-def _ends(name: str, key: str) -> bool:
-    return name == key or name.endswith(f".{key}")

@@ -1,4 +1,4 @@
-"""The factors before the first step: one of a pair is zero, so that the adapter begins as the base."""
+"""The factors before the first step: one of each pair is zero, so that the adapter starts without an effect."""
 
 from __future__ import annotations
 
@@ -11,57 +11,58 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_sftguard.engine.adapter.adapters import active_adapters
-from pytest_sftguard.engine.adapter.attachment import config_of, tuner_layers
+from pytest_sftguard.engine.adapter.adapters import active_adapters, config_of
+from pytest_sftguard.engine.adapter.attachment import tuner_layers
+from pytest_sftguard.engine.after import forwards
 
 _TOKENS = 16
 _ROWS = 2
-_OTHERWISE = ("pissa", "olora", "corda", "lora_ga", "loftq")
-"""Starts that take their factors out of the base's weights, or make up for what quantisation lost of them."""
+_CHANGING_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""Inits that take their factors out of the base's weights, or compensate for the quantisation of these."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """What the factors of a model were like before anything was trained."""
+    """The factors of a model before any training."""
 
     factors: int
-    """Modules with a pair of factors."""
+    """Number of modules with a pair of factors."""
     init: str
-    """What the configuration says of them."""
+    """Their init in the configuration."""
     zero_a: tuple[str, ...]
     """Factors that are zero, and must not be."""
     nonzero_b: tuple[str, ...]
-    """Factors that are not zero, and must be, but for those out of a file."""
+    """Factors that are not zero, and must be unless they come from a file."""
     wrong_scaling: tuple[str, ...]
     """Modules whose scaling is not the configuration's."""
 
     @property
     def identical(self) -> bool:
-        """Whether nothing is added to what the base gives."""
-        return not self.init.lower().startswith((*_OTHERWISE, "orthogonal", "dora"))
+        """Whether the adapter leaves the base's results as they are, bit for bit."""
+        return not self.init.lower().startswith((*_CHANGING_THE_BASE, "orthogonal", "dora"))
 
     @property
     def neutral(self) -> bool:
-        """Whether nothing but rounding is added to what the base gives."""
-        return not self.init.lower().startswith(_OTHERWISE)
+        """Whether the adapter leaves the base's results as they are, apart from rounding."""
+        return not self.init.lower().startswith(_CHANGING_THE_BASE)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Logits of one model with its adapter and without."""
+    """Logits of one model with and without its adapter."""
 
     logits: int
-    """How many there are."""
+    """Number of logits."""
     changed: int
-    """How many differ, or are finite in one alone."""
+    """Number of logits that differ, or are finite in only one of the two."""
     max_change: float
-    """Largest difference of two finite ones."""
+    """Largest absolute difference of two finite logits."""
     largest: float
-    """Largest finite one of the base."""
+    """Largest finite absolute logit of the base."""
 
 
 def start(model: nn.Module) -> Start:
-    """The factors of the active adapter of `model`; one without low-rank factors has none, and no `init`."""
+    """The factors of the active adapter of `model`; an adapter without low-rank factors has no `init` either."""
     config = config_of(model)
     if not hasattr(config, "init_lora_weights"):
         return Start(0, "", (), (), ())
@@ -70,25 +71,24 @@ def start(model: nn.Module) -> Start:
     first, second = ("B", "A") if init.lower() == "mica" else ("A", "B")
     zero, nonzero = [], []
     for factors in pairs:
-        # an embedding's pair starts the other way round
+        # in an embedding's pair the other one is zero
         flip = "embedding" in factors[first][0] and init.lower() != "mica"
         random, silent = (second, first) if flip else (first, second)
         zero += [n for n, t in [factors[random]] if t.numel() and not t.count_nonzero()]
         nonzero += [n for n, t in [factors[silent]] if t.count_nonzero()]
-    begins_at_zero = not init.lower().startswith((*_OTHERWISE, "orthogonal"))
+    begins_at_zero = not init.lower().startswith((*_CHANGING_THE_BASE, "orthogonal"))
     if getattr(config, "use_dora", False) and begins_at_zero:
         init = f"dora, {init}"
-    return Start(
-        len(pairs), init, tuple(zero), tuple(nonzero) if begins_at_zero else (), tuple(_wrong_scaling(model, config))
-    )
+    nonzero = nonzero if begins_at_zero else []
+    return Start(len(pairs), init, tuple(zero), tuple(nonzero), tuple(_wrong_scaling(model, config)))
 
 
 def compare(model: Any) -> Comparison | str:
-    """Logits of `model` with and without its adapter, in evaluation mode; the reason where it cannot be asked.
+    """Compare the logits of `model` with and without its adapter, in evaluation mode; the reason if that fails.
 
-    The model is left as it was: also where its own forward pass notes something.
+    Leaves the model as it was, and undoes what its own forward pass stores in it.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = forwards.inner(model)
     embedding = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
     count = getattr(embedding, "num_embeddings", None) or getattr(getattr(inner, "config", None), "vocab_size", None)
     if not isinstance(count, int) or count < 1:
@@ -98,14 +98,15 @@ def compare(model: Any) -> Comparison | str:
         return "the adapter is merged into the base"
     ids = torch.linspace(0, count - 1, _ROWS * _TOKENS).long().reshape(_ROWS, _TOKENS).flip(0)
     ids = ids.to(next(model.parameters()).device)
-    with undisturbed(model), torch.no_grad():
+    with _restored(model), torch.no_grad():
         model.eval()
         try:
-            wrapped = _answer(model(input_ids=ids, attention_mask=torch.ones_like(ids)))
+            wrapped = _logits(model(input_ids=ids, attention_mask=torch.ones_like(ids)))
             for layer in layers:
                 layer._disable_adapters = True
-            base = _answer(model(input_ids=ids, attention_mask=torch.ones_like(ids)))
-        except Exception as error:  # a model that wants more than token ids
+            base = _logits(model(input_ids=ids, attention_mask=torch.ones_like(ids)))
+        # a model may need more than token ids
+        except Exception as error:
             return f"the model cannot be asked with token ids alone: {type(error).__name__}"
     if wrapped is None or base is None or wrapped.shape != base.shape:
         return "the model gives no logits"
@@ -125,8 +126,8 @@ def _compared(wrapped: Tensor, base: Tensor) -> Comparison:
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put buffers, modes and plain attributes of all modules back at the end: a rotary layer notes lengths, say."""
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Restore buffers, modes and plain attributes of all modules at the end; a rotary layer stores lengths in these."""
     plain = (bool, int, float, str, type(None))
     kept = [(m, {k: v for k, v in vars(m).items() if isinstance(v, plain)}, dict(m._buffers)) for m in model.modules()]
     contents = {id(b): b.clone() for _, _, held in kept for b in held.values() if b is not None}
@@ -141,7 +142,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(contents[id(buffer)])
 
 
-def _answer(output: Any) -> Tensor | None:
+def _logits(output: Any) -> Tensor | None:
     logits = getattr(output, "logits", None)
     if logits is None and hasattr(output, "to_tuple"):
         logits = next(iter(output.to_tuple()), None)
@@ -149,27 +150,24 @@ def _answer(output: Any) -> Tensor | None:
 
 
 def _pairs(model: nn.Module, adapter: str) -> Iterator[dict[str, tuple[str, Tensor]]]:
-    """The two factors of each module, each by its letter as (name, tensor)."""
+    """The two factors of each module by letter, each as (name, tensor)."""
     for name, layer in tuner_layers(model).items():
-        for a, b in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
-            one, other = _factor(layer, a, adapter), _factor(layer, b, adapter)
-            if one is not None and other is not None:
-                yield {"A": _named(name, a, adapter, one), "B": _named(name, b, adapter, other)}
+        for prefix in ("lora_", "lora_embedding_"):
+            a, b = (_factor(layer, name, f"{prefix}{letter}", adapter) for letter in "AB")
+            if a and b:
+                yield {"A": a, "B": b}
 
 
-def _factor(layer: Any, kind: str, adapter: str) -> Any:
-    held = getattr(layer, kind, None)
-    return held[adapter] if held is not None and adapter in held else None
-
-
-def _named(layer: str, kind: str, adapter: str, factor: Any) -> tuple[str, Tensor]:
-    if isinstance(factor, Tensor):
-        return f"{layer}.{kind}.{adapter}", factor.detach()
-    return f"{layer}.{kind}.{adapter}.weight", factor.weight.detach()
+def _factor(layer: Any, name: str, part: str, adapter: str) -> tuple[str, Tensor] | None:
+    held = getattr(layer, part, None)
+    if held is None or adapter not in held:
+        return None
+    factor, path = held[adapter], f"{name}.{part}.{adapter}"
+    return (path, factor.detach()) if isinstance(factor, Tensor) else (f"{path}.weight", factor.weight.detach())
 
 
 def _wrong_scaling(model: nn.Module, config: Any) -> Iterator[str]:
-    """Modules that scale otherwise than by alpha / r, or alpha / sqrt(r), by the ranks and alphas asked for."""
+    """Modules whose scaling is not alpha / r, or alpha / sqrt(r), with the configured ranks and alphas."""
     from peft.utils.other import get_pattern_key
 
     inner: Any = getattr(getattr(model, "base_model", None), "model", model)

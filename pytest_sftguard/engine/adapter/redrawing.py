@@ -1,4 +1,4 @@
-"""The target built once more under another seed: what of it comes out otherwise, and so is nobody else's."""
+"""The target built again under another seed: tensors that differ then exist nowhere but in this run."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from pytest_sftguard.engine.tensors.reductions import combined
 
 @dataclass(frozen=True)
 class Redrawn:
-    """A base held against that of the training."""
+    """The base of a second build, compared with the base of the training."""
 
     before: dict[str, str]
     """Digest of each base tensor of the training, before its first step."""
     after: dict[str, str]
     """Digest of each base tensor of the other model, as it was built."""
     rows: dict[str, tuple[int, ...] | None]
-    """The tensors that differ, with the places along their first dimension; None: another shape, or not there."""
+    """The tensors that differ, with the rows that do; None if the shape differs, or the tensor is absent."""
     whole: bool
-    """Whether no tensor of parameters that could differ is the same, so that the base is a toy, made from the seed."""
+    """Whether every parameter differs that could, so that the whole base is a toy made from the seed."""
 
     def without(self, trained: nn.Module, folder: Path) -> tuple[str, list[str]]:
-        """Digest of the other base but for what the adapter's file in `folder` brings along, and what is left over."""
+        """Digest of the other base with the tensors of the adapter's file in `folder`, and what still differs."""
         name = active_adapters(trained)[0]
-        brought = {in_file(n, name) for n in saved_tensors(trained, folder)}
+        saved = {in_file(n, name) for n in saved_tensors(trained, folder)}
         tokens = _token_rows(trained)
         left, digest = [], dict(self.after)
         for tensor, rows in self.rows.items():
             own = tokens.get(tensor)
             excused = rows is not None and own is not None and own.issuperset(rows)
             if own is None:
-                excused = ".original_module." in tensor or in_file(tensor) in brought
+                excused = ".original_module." in tensor or in_file(tensor) in saved
             if excused:
                 digest[tensor] = self.before[tensor]
             else:
@@ -46,7 +46,7 @@ class Redrawn:
 
 
 def redrawn(before: dict[str, str], trained: nn.Module, fresh: nn.Module) -> Redrawn:
-    """The base of `fresh` held against digests `before` of the training's, whose tensors are still in `trained`."""
+    """Compare the base of `fresh` with the digests `before` of the training's, whose tensors `trained` still has."""
     after = base_digests(fresh)
     differing = [n for n in before if after.get(n) != before[n] and not _of_another_adapter(fresh, n)]
     after |= {n: before[n] for n in before.keys() & after.keys() if n not in differing}
@@ -59,14 +59,14 @@ def redrawn(before: dict[str, str], trained: nn.Module, fresh: nn.Module) -> Red
 
 
 def _of_another_adapter(model: nn.Module, name: str) -> bool:
-    """Whether a tensor belongs to an adapter that is not active: it is drawn at random, and in a file of its own."""
+    """Whether a tensor belongs to an inactive adapter, which is random and has a file of its own."""
     parts = name.split(".")
     names = set(getattr(model, "peft_config", {})) - set(active_adapters(model))
     return any(a in names and b.startswith(("lora_", "modules_to_save")) for b, a in itertools.pairwise(parts))
 
 
 def other_factors(initial: dict[str, Tensor], fresh: nn.Module) -> set[str]:
-    """Trainable tensors that `fresh` begins with other numbers of than `initial` says."""
+    """Names of trainable tensors that `fresh` starts with other values than `initial`."""
     there: dict[str, Any] = dict(fresh.named_parameters())
     return {n for n, t in initial.items() if n not in there or not _same(t, there[n].detach())}
 
@@ -83,14 +83,14 @@ def _rows(old: Tensor | None, new: Tensor | None) -> tuple[int, ...] | None:
 
 
 def _varies(tensor: Tensor) -> bool:
-    """Whether a tensor holds more than one number: norms and biases start as ones and zeros whatever the seed is."""
+    """Whether the elements of a tensor differ; norms and biases are all ones or zeros under every seed."""
     if not tensor.is_floating_point() or not tensor.numel():
         return False
     return bool((tensor != tensor.reshape(-1)[0]).any())
 
 
 def _token_rows(model: nn.Module) -> dict[str, set[int]]:
-    """Rows of embeddings that are trained and saved on their own, by the name of the embedding's tensor."""
+    """Rows of embeddings that are trained and saved separately, by the name of the embedding's tensor."""
     found: dict[str, set[int]] = {}
     for name, module in model.named_modules():
         indices = getattr(getattr(module, "token_adapter", None), "token_indices", None)

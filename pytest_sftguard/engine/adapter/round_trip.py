@@ -1,4 +1,4 @@
-"""The adapter's way through a file: what was saved, what comes back, and whether it has the same effect."""
+"""The round trip of the adapter: what its file contains, what a load gives back, and whether the effect is the same."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from pytest_sftguard.engine.adapter.adapters import (
     WEIGHTS,
     active_adapters,
-    active_config,
     base_differs,
     base_tensors,
+    config_of,
     eager,
     folder_of,
     in_file,
@@ -35,9 +35,9 @@ def round_trip(
 ) -> tuple[RoundTripRecord, nn.Module]:
     """Compare the saved adapter in `folder` with `trained`, and load it onto the base of `fresh`.
 
-    `trained` and `fresh` are PeftModels, `fresh` as the target builds it; `probe` is a batch of model inputs;
-    `unused` names tensors that no token ever reached, and that may be zero. Returns what was seen, and the reloaded
-    model in evaluation mode. Raises what peft raises where the load fails.
+    `trained` and `fresh` are PeftModels, `fresh` as the target builds it. `unused` names tensors that no token reached,
+    and that may be zero. Returns the record, and the reloaded model in evaluation mode. Raises what peft raises if the
+    load fails.
     """
     from peft import PeftModel
 
@@ -45,22 +45,24 @@ def round_trip(
     folder = folder_of(trained, folder)
     path = folder / WEIGHTS
     saved = saved_tensors(trained, folder)
-    expected: dict[str, Tensor] = {
-        in_file(n, name): p for n, p in trained.named_parameters() if is_adapter(trained, n)
-    }  # with the frozen ones: an adapter that was loaded without is_trainable is saved all the same
-    expected = {n: t for n, t in expected.items() if "original_module" not in n}
-    every_name = {in_file(n, name) for n, _ in trained.named_parameters(remove_duplicate=False)}  # tied ones too
+    # with the frozen ones: an adapter that was loaded without is_trainable is saved all the same
+    own = {in_file(n, name): p for n, p in trained.named_parameters() if is_adapter(trained, n)}
+    expected: dict[str, Tensor] = {n: t for n, t in own.items() if "original_module" not in n}
+    # with the tied ones
+    every_name = {in_file(n, name) for n, _ in trained.named_parameters(remove_duplicate=False)}
     base_names = {in_file(n) for n in base_tensors(trained)}
 
-    restored, fresh_config = takes_from_the_base(fresh), active_config(fresh)
+    restored, fresh_config = takes_from_the_base(fresh), config_of(fresh)
     base = fresh.merge_and_unload() if restored else fresh.unload() if hasattr(fresh, "unload") else fresh
     if hasattr(base, "peft_config"):
-        del base.peft_config  # left behind by `unload`, and peft warns of it
+        # `unload` leaves it behind, and peft warns of it
+        del base.peft_config
     device = next(trained.parameters()).device
     base = base.to(device).eval()
     with torch.no_grad(), eager(base):
         inputs, raw, unpadded = probe.answers(base)
-        base_logits = finiteness.attended(raw.pop(), inputs)  # logits are large: none is kept longer than needed
+        # logits are large, so that none is kept longer than needed
+        base_logits = finiteness.attended(raw.pop(), inputs)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         reloaded = PeftModel.from_pretrained(base, str(folder)).to(device).eval()
@@ -70,9 +72,9 @@ def round_trip(
     with torch.no_grad(), eager(trained) as one, eager(reloaded) as other:
         trained.eval()
         with _disabled(trained):
-            base_change = _apart(finiteness.attended(trained(**inputs).logits, inputs), base_logits)
+            base_change = _difference(finiteness.attended(trained(**inputs).logits, inputs), base_logits)
         after = finiteness.attended(reloaded(**inputs).logits, inputs)
-        effect = _apart(after, base_logits)
+        effect = _difference(after, base_logits)
         del base_logits
         before = finiteness.attended(trained(**inputs).logits, inputs)
     seen = finiteness.seen(inputs, [before, after], unpadded, one and other)
@@ -85,12 +87,12 @@ def round_trip(
         nonfinite=Names.of(n for n, t in saved.items() if t.is_floating_point() and not t.isfinite().all()),
         zero=Names.of(n for n, t in saved.items() if ".lora_" in n and n not in never and not t.count_nonzero()),
         differing=Names.of(_differing(expected, loaded)),
-        load_warnings=tuple(str(w.message)[:300] for w in caught if _tells_of_tensors(str(w.message))),
+        load_warnings=tuple(str(w.message)[:300] for w in caught if _is_about_tensors(str(w.message))),
         rescaled=Names.of(_rescaled(trained, reloaded)),
         computed_otherwise=Names.of(_computed_otherwise(trained, reloaded)),
         restored=restored,
         max_abs_logit=before.float().abs().max().item(),
-        max_logit_change=_apart(before, after),
+        max_logit_change=_difference(before, after),
         max_logit_effect=effect,
         finiteness=seen,
         max_base_change=base_change,
@@ -98,32 +100,32 @@ def round_trip(
     ), reloaded
 
 
-def _apart(one: Tensor, other: Tensor) -> float:
-    """Largest absolute difference; NaN where there is one."""
+def _difference(one: Tensor, other: Tensor) -> float:
+    """Largest absolute difference; NaN if there is one."""
     return float((one.float() - other.float()).abs_().max().item())
 
 
 def _differing(expected: dict[str, Tensor], loaded: dict[str, Tensor]) -> Iterable[str]:
     for name, tensor in expected.items():
         other = loaded.get(name)
-        same = other is not None and other.shape == tensor.shape
-        if not (same and other is not None and _same_numbers(other.detach(), tensor.detach())):
+        if other is None or other.shape != tensor.shape or not _same_numbers(other.detach(), tensor.detach()):
             yield name
 
 
 def _computed_otherwise(trained: nn.Module, reloaded: nn.Module) -> Iterable[str]:
-    """Modules that compute by another class, or by a forward of their own, in one of the two models only.
+    """Modules whose class or forward method differs between the two models.
 
-    Within the model that peft has wrapped: around it, accelerate leaves a forward with autocast, which is over by now.
+    Only within the model that peft wrapped: around it, accelerate leaves a forward method with autocast, which has
+    ended by now.
     """
     within = set(forwards.inner(trained).modules())
     for name, mine, theirs in _pairs(trained, reloaded):
-        if mine in within and _way(mine) != _way(theirs):
+        if mine in within and _implementation(mine) != _implementation(theirs):
             yield name
 
 
-def _way(module: nn.Module) -> tuple[type, Any]:
-    """By what a module computes. The code of a patch is the same in both models, where its closure is not."""
+def _implementation(module: nn.Module) -> tuple[type, Any]:
+    """Class and forward code of a module. The code of a patch is the same in both models; its closure is not."""
     own = vars(module).get("forward")
     while isinstance(own, partial):
         own = own.func
@@ -131,7 +133,7 @@ def _way(module: nn.Module) -> tuple[type, Any]:
 
 
 def _rescaled(trained: nn.Module, reloaded: nn.Module) -> Iterable[str]:
-    """LoRA layers whose share is multiplied by another number in the reloaded model."""
+    """LoRA layers whose scaling differs in the reloaded model, with both numbers."""
     adapters = active_adapters(trained)[0], active_adapters(reloaded)[0]
     for name, *layers in _pairs(trained, reloaded):
         known = [getattr(layer, "scaling", None) for layer in layers]
@@ -143,33 +145,33 @@ def _rescaled(trained: nn.Module, reloaded: nn.Module) -> Iterable[str]:
 
 
 def _pairs(one: nn.Module, other: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """Modules of two models by the name that they have in the first, whatever the adapters are called in both."""
+    """Modules of two models by their name in the first, whatever names the adapters have."""
     mine, theirs = active_adapters(one)[0], active_adapters(other)[0]
-    modules = {_nameless(name, theirs): module for name, module in other.named_modules()}
+    modules = {_without_adapter(name, theirs): module for name, module in other.named_modules()}
     for name, module in one.named_modules():
-        same = modules.get(_nameless(name, mine))
+        same = modules.get(_without_adapter(name, mine))
         if same is not None:
             yield name, module, same
 
 
-def _nameless(name: str, adapter: str) -> tuple[str, ...]:
-    """A module's path without the name of an adapter, the place of which stays."""
+def _without_adapter(name: str, adapter: str) -> tuple[str, ...]:
+    """A module's path with an empty string in place of the adapter's name."""
     return tuple("" if part == adapter else part for part in name.split("."))
 
 
 def _same_numbers(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same numbers, NaN being equal to itself; peft may load into a wider type."""
+    """Whether two tensors contain the same numbers, or NaN at the same place; peft may load into a wider type."""
     return torch.allclose(one.double(), other.double(), rtol=0, atol=0, equal_nan=True)
 
 
 @contextlib.contextmanager
 def _disabled(model: Any) -> Iterator[None]:
-    """Run without the adapter. Peft warns of trained biases, which `base_differs` knows."""
+    """Run without the adapter. Peft warns of trained biases, which `base_differs` reports."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with model.disable_adapter():
             yield
 
 
-def _tells_of_tensors(message: str) -> bool:
+def _is_about_tensors(message: str) -> bool:
     return any(word in message.lower() for word in ("missing", "unexpected", "mismatch", "not found in"))

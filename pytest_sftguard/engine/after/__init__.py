@@ -1,4 +1,4 @@
-"""What is asked of the finished model: forward passes beside the training, generation, answers.
+"""Using the finished model: forward passes outside the training, generation, parsed answers.
 
-Runs after the training; the first step uses its forward passes too.
+Runs after the training; looks at the first step use its forward passes too.
 """

@@ -1,4 +1,4 @@
-"""Forward passes beside the training: what a model accepts, how it is put into evaluation mode, how logits compare."""
+"""Forward passes outside the training: a model's arguments, attention and types, and distances between logits."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ from pytest_sftguard.precision import PrecisionMode
 
 
 def inner(model: Any) -> Any:
-    """The transformers model within a PeftModel, or the model itself."""
+    """The transformers model in a PeftModel, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def accepts(model: Any) -> set[str]:
-    """Names of the arguments that the forward pass of the transformers model spells out."""
+    """Names of the explicit arguments of the transformers model's forward pass."""
     return set(inspect.signature(inner(model).forward).parameters)
 
 
 def attention_of(model: Any) -> str:
-    """Name of the implementation of attention that `model` uses; empty where it has no choice."""
+    """Name of the model's attention implementation; empty if it has no choice."""
     return str(getattr(getattr(inner(model), "config", None), "_attn_implementation", None) or "")
 
 
 def checkpointing(model: Any) -> list[Any]:
-    """The modules that compute their forward pass a second time in the backward one.
+    """The modules with gradient checkpointing.
 
-    Asked of themselves: transformers 5.23 warns of `is_gradient_checkpointing`, and 5.17 knows no other name of it.
+    Read from the modules, because transformers 5.23 warns of `is_gradient_checkpointing`, and 5.17 has no other name.
     """
     return [m for m in inner(model).modules() if getattr(m, "gradient_checkpointing", False)]
 
 
 def arithmetic(mode: PrecisionMode, *, autocast: bool = False) -> str:
-    """Name of the type that products have in `mode`, with its autocast or without."""
+    """Name of the type of matrix products in `mode`, with or without its autocast."""
     if autocast:
         return mode.compute_dtype
     return "tf32" if mode.name == "tf32" else mode.weights_dtype
 
 
 _WIDENED = 500_000_000
-"""Parameters up to which a model is copied into float32: 2 GB."""
+"""Largest number of parameters of a model that is copied into float32, which takes 2 GB."""
 
 
 def widened(model: Any, mode: PrecisionMode) -> tuple[Any, str]:
-    """A float32 copy of `model` where its weights are in half precision, or itself; and the type that it computes in.
+    """A float32 copy of a `model` in half precision, or the model itself; and the type in which it computes.
 
-    In float32 a difference of 1e-4 tells, in bfloat16 one of 1e-1; experts are not chosen otherwise by a rounding. A
-    large model, or one whose weights or attention have no float32, is given back as it is.
+    In float32 a difference of 1e-4 is significant, in bfloat16 only one of 1e-1, and rounding does not change which
+    expert is chosen. A large model, or one whose weights or attention do not support float32, is not copied.
     """
     half = {p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() < 4}
     if not half:
@@ -66,13 +66,13 @@ def widened(model: Any, mode: PrecisionMode) -> tuple[Any, str]:
 
 
 def has_experts(model: nn.Module) -> bool:
-    """Whether tokens are routed to experts, which a rounding can change."""
+    """Whether the model routes tokens to experts, so that rounding can change which one is chosen."""
     return any("expert" in name or "router" in name for name, _ in model.named_modules())
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without gradients; each module is put back as it was, for not all of them need be alike."""
+    """Evaluation mode without gradients; restores the mode of each module, because they need not be equal."""
     before = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -84,23 +84,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def nonfinite(logits: Tensor) -> Tensor:
-    """Whether the scores of a token are of no use: NaN, +inf, or nothing but -inf. Shape without the last dimension.
+    """Whether the scores of a token contain NaN or +inf, or are all -inf. Shape without the last dimension.
 
-    -inf alone is how an architecture shuts out ids that its vocabulary is padded with.
+    Single scores of -inf are sound: an architecture excludes the padding of its vocabulary with them.
     """
-    largest = logits.float().amax(-1)  # NaN where there is one
-    return ~largest.isfinite()
+    return ~logits.float().amax(-1).isfinite()
 
 
 def distance(logits: Tensor, others: Tensor) -> Tensor:
-    """Distance of the scores of each token, relative to the norm of `others`; both centred, as softmax sees them.
+    """Distance between the scores of each token, relative to the norm of `others`; both centred, as softmax sees them.
 
-    Shape without the last dimension. Tokens that are not finite in both have no distance: 0.
+    Shape without the last dimension; 0 for tokens whose scores are not finite in both.
     """
     one, other = logits.float(), others.float()
     useless = nonfinite(one) | nonfinite(other)
-    shut = one.isneginf() & other.isneginf()
-    gap = torch.where(shut, 0.0, one - other)
+    excluded = one.isneginf() & other.isneginf()
+    gap = torch.where(excluded, 0.0, one - other)
     scale = torch.where(other.isneginf(), 0.0, other)
     gap, scale = gap - gap.mean(-1, keepdim=True), scale - scale.mean(-1, keepdim=True)
     found = gap.norm(dim=-1) / scale.norm(dim=-1).clamp_min(1e-20)

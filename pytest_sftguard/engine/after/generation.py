@@ -1,10 +1,10 @@
-"""Asking the reloaded adapter: greedily, left-padded, from a seeded prefix, or in the target's own way."""
+"""Answers of a model: greedy and left-padded after a seeded prefix, or by the target's own `generate`."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from pytest_sftguard.records import AnswerRecord, GenerationRecord
 
 _MAX_NEW_TOKENS = 32
 _LONGEST = 128
-"""New tokens at most, where the rows teach longer answers; see `records.learning.MAX_ANSWER_TOKENS`."""
+"""Most new tokens, if the rows teach longer answers; see `records.learning.MAX_ANSWER_TOKENS`."""
 _ROOM = 8
 _TOKENS_OF_A_LOOP = 8
 
@@ -24,10 +24,10 @@ _TOKENS_OF_A_LOOP = 8
 def answers(
     model: nn.Module, tokenizer: Any, target: Target, pairs: list[tuple[str, float]], budget: int = _MAX_NEW_TOKENS
 ) -> tuple[AnswerRecord, ...]:
-    """Let `model` answer the prompts of `pairs`, and read its answers with the target's `parse_answer`.
+    """Answers of `model` to the prompts of `pairs`, parsed with the target's `parse_answer`.
 
-    Greedy, so that a run can be repeated. Raises TargetError where the target offers questions but nothing to answer
-    them with.
+    Greedy, so that a run can be repeated. Raises TargetError if the target has questions but no `parse_answer` or
+    tokenizer.
     """
     return ask(model, tokenizer, target, pairs, budget)[0]
 
@@ -35,7 +35,7 @@ def answers(
 def ask(
     model: nn.Module, tokenizer: Any, target: Target, pairs: list[tuple[str, float]], budget: int = _MAX_NEW_TOKENS
 ) -> tuple[tuple[AnswerRecord, ...], GenerationRecord | None]:
-    """The same, and what was seen of the scores that the answers were decoded from; None where nothing was asked."""
+    """The same answers, and a record of the scores from which they were decoded; None without a question."""
     if not pairs:
         return (), None
     if target.parse_answer is None:
@@ -59,7 +59,7 @@ def ask(
 
 
 def generated(model: Any, tokenizer: Any, target: Target, prompts: list[str], **arguments: Any) -> tuple[Any, int]:
-    """What `generate` makes of `prompts` greedily in one batch that is padded on the left, and the prompts' width."""
+    """Greedy output of `generate` for `prompts` in one batch, padded on the left, and the width of the prompts."""
     batch = tokenized(model, tokenizer, target, prompts)
     with torch.no_grad():
         output = model.generate(**batch, do_sample=False, pad_token_id=tokenizer.pad_token_id, **arguments)
@@ -70,7 +70,8 @@ def tokenized(model: Any, tokenizer: Any, target: Target, prompts: list[str]) ->
     """One batch of `prompts`, padded on the left, on the device of `model`."""
     if tokenizer is None or not callable(tokenizer):
         raise TargetError(f"target {target.path} has questions(), but its Trainer has no tokenizer as processing_class")
-    side, tokenizer.padding_side = tokenizer.padding_side, "left"  # the next token must follow the prompt, not padding
+    # the next token must follow the prompt, not padding
+    side, tokenizer.padding_side = tokenizer.padding_side, "left"
     try:
         batch = tokenizer(prompts, return_tensors="pt", padding=True)
     finally:
@@ -81,17 +82,17 @@ def tokenized(model: Any, tokenizer: Any, target: Target, prompts: list[str]) ->
 
 @dataclass
 class Scores:
-    """The next-token scores of every forward pass, reduced at once: nothing of the vocabulary's size is kept."""
+    """The next-token scores of every forward pass, reduced immediately: nothing as large as the vocabulary is kept."""
 
     rows: int = 0
-    """Rows of scores."""
-    bad: list[Tensor] | None = None
-    """For each forward pass, how many of its rows are not finite."""
+    """Number of rows of scores."""
+    bad: list[Tensor] = field(default_factory=list)
+    """Number of rows that are not finite, for each forward pass."""
     best: list[tuple[Tensor, Tensor, Tensor]] | None = None
-    """For each, the two best ids, their scores, and the largest absolute score of its first row, where asked for."""
+    """Two best ids of the first row, their scores, and its largest absolute score, for each forward pass; or None."""
 
     def record(self, *, prompts: int, own: bool, zero_ids: int) -> GenerationRecord:
-        """What was seen, as numbers."""
+        """The scores as a record."""
         counts = torch.stack([b.cpu() for b in self.bad]).tolist() if self.bad else []
         return GenerationRecord(
             prompts=prompts,
@@ -106,8 +107,8 @@ class Scores:
 
 @contextlib.contextmanager
 def watched(model: Any, *, best: bool = False) -> Iterator[Scores]:
-    """Look at the last token's scores of every forward pass of `model`; with `best`, keep the two best ids as well."""
-    scores = Scores(bad=[], best=[] if best else None)
+    """Collect the last token's scores of every forward pass of `model`; with `best`, the two best ids as well."""
+    scores = Scores(best=[] if best else None)
 
     def look(module: Any, inputs: Any, output: Any) -> None:
         logits = getattr(output, "logits", None)
@@ -115,13 +116,12 @@ def watched(model: Any, *, best: bool = False) -> Iterator[Scores]:
             return
         last = logits.detach()[:, -1]
         scores.rows += len(last)
-        assert scores.bad is not None
         scores.bad.append(forwards.nonfinite(last).sum())
         if scores.best is not None:
             top = last[0].float().topk(min(2, last.shape[-1]))
             scores.best.append((top.indices.cpu(), top.values.cpu(), last[0].float().abs().max().cpu()))
 
-    # a PeftModel calls the forward method of the model within, past its hooks; `generate` calls the model within
+    # a PeftModel calls the inner model's forward method, without its hooks; `generate` calls the inner model
     hooks = [m.register_forward_hook(look) for m in {id(m): m for m in (model, forwards.inner(model))}.values()]
     try:
         yield scores
@@ -131,15 +131,14 @@ def watched(model: Any, *, best: bool = False) -> Iterator[Scores]:
 
 
 def _zero_ids(model: Any, ids: Tensor) -> int:
-    """How many rows are the id 0 over and over; where 0 ends a text, it fills up what is over."""
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if ids.shape[1] < _TOKENS_OF_A_LOOP or 0 in (ends if isinstance(ends, (list, tuple)) else [ends]):
+    """Number of rows that repeat the id 0; none if 0 is an end token, which fills the rest of a row."""
+    if ids.shape[1] < _TOKENS_OF_A_LOOP or 0 in end_tokens(model, None):
         return 0
     return int((ids == 0).all(dim=1).sum())
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """The ids that generation stops at; empty where there is none."""
+    """The ids at which generation stops; empty if there are none."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if ends is None:
         ends = getattr(tokenizer, "eos_token_id", None)
@@ -149,25 +148,27 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
 
 
 def budget(batches: list[dict[str, Any]]) -> int:
-    """How many new tokens an answer may have: more than usual where the rows of `batches` teach longer ones.
+    """Largest number of new tokens in an answer: more than usual if the rows of `batches` teach longer ones.
 
-    Rows whose prompt is supervised too say nothing of an answer's length.
+    Rows with a supervised prompt do not tell the length of an answer, and are ignored.
     """
-    longest = 0
-    for batch in batches:
-        labels, ids = batch.get("labels"), batch.get("input_ids")
-        if not (isinstance(labels, torch.Tensor) and isinstance(ids, torch.Tensor) and labels.shape == ids.shape):
-            continue
-        taught = labels != -100
-        if labels.dim() == 2 and not taught[:, :2].any():
-            longest = max(longest, int(taught.sum(1).max()))
+    taught = [labels != -100 for _, labels in labelled(batches)]
+    longest = max((int(t.sum(1).max()) for t in taught if not t[:, :2].any()), default=0)
     return min(_LONGEST, max(_MAX_NEW_TOKENS, longest + _ROOM))
+
+
+def labelled(batches: Iterable[dict[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ids and labels of the batches with a label for each id, both of shape (rows, tokens)."""
+    for batch in batches:
+        ids, labels = batch.get("input_ids"), batch.get("labels")
+        if isinstance(ids, Tensor) and isinstance(labels, Tensor) and labels.dim() == 2 and ids.shape == labels.shape:
+            yield ids, labels
 
 
 def _answer(target: Target, prompt: str, text: str, expected: float, stopped: bool | None) -> AnswerRecord:
     assert target.parse_answer is not None
     parsed = target.parse_answer(text)
     if parsed is not None and (isinstance(parsed, bool) or not isinstance(parsed, (int, float))):
-        raise TargetError(f"parse_answer of target {target.path} must give a number or None, and gave {parsed!r}")
+        raise TargetError(f"parse_answer of target {target.path} must return a number or None, and returned {parsed!r}")
     number = None if parsed is None else float(parsed)
     return AnswerRecord(prompt=prompt, text=text, expected=expected, parsed=number, stopped=stopped)

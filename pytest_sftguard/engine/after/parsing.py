@@ -1,7 +1,7 @@
-"""Trying the target's own `parse_answer`: the guard has its numbers from it, so that it must not make any up.
+"""Tests of the target's own `parse_answer`, on which the guard relies for its numbers.
 
-A parser may be as strict as it likes, and read decimals, thousands separators or units or not. What it must never do
-is find a number where none is, or another than the one that is written.
+A parser may be strict, and accept or refuse decimals, thousands separators and units. It must never find a number where
+there is none, or another number than the one that is written.
 """
 
 from __future__ import annotations
@@ -11,21 +11,23 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from pytest_sftguard.engine.after.generation import labelled
 from pytest_sftguard.engine.building.targets import Target
 from pytest_sftguard.records import Names, ParserRecord
 
 _NOT_A_NUMBER = ("", " ", "nan", "NaN", "inf", "-inf", "Infinity", "None", "N/A", "unknown")
-"""What may stand in the place of the number without being one."""
+"""Texts in place of the number that are not numbers."""
 _REFUSALS = ("", " ", "\n", "nan", "inf", "I do not know.", "There is no answer.", "Sorry, I cannot help with that.")
-"""Whole texts without a number."""
-_WRITTEN_OTHERWISE: dict[str, tuple[float, ...]] = {
+"""Complete texts without a number."""
+_SPELLINGS: dict[str, tuple[float, ...]] = {
     "5.": (5.0,),
-    "1,234": (1234.0, 1.234),  # where the comma is a thousands separator, and where it is the decimal point
+    # the comma is a thousands separator in one language, and the decimal point in another
+    "1,234": (1234.0, 1.234),
     "\uff11\uff12": (12.0,),
     "-7": (-7.0,),
     "+7": (7.0,),
 }
-"""Numbers as they may be written, and what each may be read as."""
+"""Spellings of numbers, with the values that a parser may read in each."""
 _NUMBER = re.compile(r"[+-]?[0-9][0-9,]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?", re.ASCII)
 _ROWS_TRIED = 8
 
@@ -33,7 +35,7 @@ _ROWS_TRIED = 8
 def tried(
     target: Target, tokenizer: Any, pairs: list[tuple[str, float]], batches: list[dict[str, Any]]
 ) -> ParserRecord | None:
-    """Give the parser texts without an answer, and answers of the training rows with junk in the number's place."""
+    """Test the parser with texts without an answer, and with taught answers whose number is replaced."""
     if target.parse_answer is None or not pairs:
         return None
     found: dict[str, list[str]] = {"junk": [], "misread": [], "raised": []}
@@ -43,7 +45,8 @@ def tried(
         count += 1
         try:
             value = target.parse_answer(text)
-        except Exception as error:  # the user's code may raise anything
+        # the user's code may raise anything
+        except Exception as error:
             found["raised"].append(f"{text[:60]!r}: {type(error).__name__}")
             continue
         if value is not None and value not in allowed:
@@ -54,7 +57,7 @@ def tried(
 def _texts(
     target: Target, pairs: list[tuple[str, float]], forms: Iterable[tuple[str, str]]
 ) -> Iterator[tuple[str, tuple[float, ...]]]:
-    """Texts, each with the numbers that may be read in it; none where it is junk."""
+    """Texts, each with the numbers that a parser may read in it; none for junk."""
     prefix = target.answer_prefix
     for text in _REFUSALS:
         yield text, ()
@@ -65,12 +68,12 @@ def _texts(
     for before, after in forms:
         for junk in _NOT_A_NUMBER:
             yield f"{before}{junk}{after}", ()
-        for written, readings in _WRITTEN_OTHERWISE.items():
+        for written, readings in _SPELLINGS.items():
             yield f"{before}{written}{after}", readings
 
 
 def _forms(target: Target, tokenizer: Any, batches: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    """What stands before and after the number in the answers that the rows teach, and that the parser reads."""
+    """Text before and after the number, in those taught answers that the parser reads."""
     assert target.parse_answer is not None
     for text in _taught(tokenizer, batches):
         for whole in (text, target.answer_prefix + text):
@@ -85,18 +88,14 @@ def _read(target: Target, text: str) -> float | None:
     assert target.parse_answer is not None
     try:
         value = target.parse_answer(text)
-    except Exception:  # told of where the text is junk; here it only gives no form
+    # `tried` reports it for junk; here the text only gives no form
+    except Exception:
         return None
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def _taught(tokenizer: Any, batches: list[dict[str, Any]]) -> list[str]:
     """The supervised texts of the first rows."""
-    texts = []
-    for batch in batches[:_ROWS_TRIED]:
-        labels, ids = batch.get("labels"), batch.get("input_ids")
-        if getattr(labels, "dim", int)() != 2 or getattr(ids, "shape", None) != labels.shape:  # type: ignore[union-attr]
-            continue
-        rows = zip(ids[:_ROWS_TRIED], labels[:_ROWS_TRIED], strict=True)  # type: ignore[index]
-        texts += [tokenizer.decode(i[lab != -100], skip_special_tokens=True) for i, lab in rows]
-    return texts
+    pairs = labelled(batches[:_ROWS_TRIED])
+    rows = [row for ids, labels in pairs for row in zip(ids[:_ROWS_TRIED], labels[:_ROWS_TRIED], strict=True)]
+    return [tokenizer.decode(ids[labels != -100], skip_special_tokens=True) for ids, labels in rows]

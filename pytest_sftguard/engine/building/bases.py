@@ -1,11 +1,11 @@
-"""Base models read from disk once: every later cell of the process gets the same bytes, and a model of its own.
+"""Base models read from disk once per process: every later cell gets a model of its own with the same bytes.
 
-The tensors of a checkpoint that `from_pretrained` has loaded are kept in a file that models map into their memory,
-privately: all of them share the pages, and what one of them writes is its own, copied by the kernel at that moment. So
-no cell can leave a trace in the next, whatever it does to its base, and there is nothing to take off a base again.
+The tensors of a loaded checkpoint are written to one file, which every model maps into its memory privately. All models
+share the pages, and the kernel copies a page when a model writes to it. So no cell can leave a trace in the next,
+whatever it does to its base.
 
-Only what a second load would give bit for bit is kept: local folders, whole checkpoints that drew no random numbers,
-plain tensors on the CPU.
+A checkpoint is kept only if a second load would give the same bits: a local folder, complete, loaded without random
+numbers, with plain tensors on the CPU.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ import torch
 from torch import Tensor, nn
 
 LARGEST_BYTES = 4 << 30
-"""Checkpoints above are read each time: their copy would take more of the disk than it saves."""
+"""Larger checkpoints are read each time, because their copy would cost more disk than it saves."""
 _ALIGNMENT = 64
 
 
 class Bases:
-    """Keeps the checkpoints that are loaded within `shared()`."""
+    """The checkpoints that were loaded within `shared()`."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[Any, Any], _Kept] = {}
+        self._kept: dict[tuple[Any, Any], _Checkpoint] = {}
         self.reused = 0
-        """How many models were given out without reading their checkpoint."""
+        """Number of models that were made without reading their checkpoint."""
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
-        """Let `from_pretrained` of transformers' models read each checkpoint once."""
+        """Make `from_pretrained` of transformers' models read each checkpoint once."""
         from transformers import PreTrainedModel
 
         original = PreTrainedModel.__dict__["from_pretrained"]
@@ -48,15 +48,15 @@ class Bases:
             key = _key(cls, name, args, kwargs)
             if key is None:
                 return load(name, *args, **kwargs, **({"output_loading_info": True} if asked else {}))
-            # a loading that somebody has wrapped meanwhile, as a fault does, is another one
+            # the function is a part of the key: a fault may have wrapped it since
             kept = self._kept.get((original.__func__, key))
             if kept is not None:
                 self.reused += 1
-                return kept.again() if asked else kept.again()[0]
+                return kept.model() if asked else kept.model()[0]
             before = torch.get_rng_state()
             model, info = load(name, *args, **kwargs, output_loading_info=True)
             if torch.equal(before, torch.get_rng_state()) and _can_be_kept(model, info):
-                self._kept[original.__func__, key] = _Kept(model, info)
+                self._kept[original.__func__, key] = _Checkpoint(model, info)
             return (model, info) if asked else model
 
         PreTrainedModel.from_pretrained = classmethod(from_pretrained)
@@ -66,44 +66,44 @@ class Bases:
             PreTrainedModel.from_pretrained = original
 
 
-class _Kept:
-    """One loaded checkpoint: its tensors in a file, and the modules that hold them."""
+class _Checkpoint:
+    """One loaded checkpoint: its tensors in a file, and a model that maps them."""
 
     def __init__(self, model: Any, info: Any) -> None:
         folder = tempfile.TemporaryDirectory(prefix="sftguard-base-", ignore_cleanup_errors=True)
         weakref.finalize(self, folder.cleanup)
         self._path, self._info = Path(folder.name) / "tensors", info
-        places = []
+        self._offsets = []
         with self._path.open("wb") as file:
             for tensor in _tensors(model):
                 file.write(b"\0" * (-file.tell() % _ALIGNMENT))
-                places.append(file.tell())
+                self._offsets.append(file.tell())
                 file.write(tensor.detach().flatten().view(torch.uint8).numpy().data)
             self._bytes = file.tell()
-        self._model = self._mapped(model, places)  # the one that was loaded may be changed from now on
-        self._places = places
+        # `model` belongs to the cell that loaded it, which may change it
+        self._model = self._mapped(model)
 
-    def again(self) -> tuple[Any, Any]:
-        """Another model of the same bytes, and what was said of its loading."""
-        return self._mapped(self._model, self._places), copy.deepcopy(self._info)
+    def model(self) -> tuple[Any, Any]:
+        """Another model with the same bytes, and the loading info of the first."""
+        return self._mapped(self._model), copy.deepcopy(self._info)
 
-    def _mapped(self, model: Any, places: list[int]) -> Any:
+    def _mapped(self, model: Any) -> Any:
         storage = torch.UntypedStorage.from_file(str(self._path), False, self._bytes)
         memo: dict[int, Any] = {}
-        for tensor, place in zip(_tensors(model), places, strict=True):
+        for tensor, offset in zip(_tensors(model), self._offsets, strict=True):
             bare = torch.empty(0, dtype=tensor.dtype)
-            bare.set_(storage, place // tensor.element_size(), tensor.shape)  # type: ignore[call-overload]
+            bare.set_(storage, offset // tensor.element_size(), tensor.shape)  # type: ignore[call-overload]
             memo[id(tensor)] = nn.Parameter(bare, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare
         return copy.deepcopy(model, memo)
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
-    """Every parameter and buffer, once."""
+    """Every parameter and buffer, each once."""
     return [*model.parameters(), *model.buffers()]
 
 
 def _can_be_kept(model: Any, info: Any) -> bool:
-    """Whether a second load would give the same, and a copy of the tensors is all that there is to it."""
+    """Whether a second load would give the same bits, and the model consists of nothing but plain tensors."""
     tensors = _tensors(model)
     plain = all(
         type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.is_contiguous() and not t.is_complex()
@@ -119,24 +119,25 @@ def _can_be_kept(model: Any, info: Any) -> bool:
 
 
 def _key(cls: Any, name: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """What a load depends on; None where that is not known to the last bit."""
+    """Everything that the result of a load depends on; None if that is not known completely."""
     if args or not isinstance(name, (str, Path)) or not Path(name).is_dir():
         return None
     try:
-        said = _said(kwargs)
+        arguments = _comparable(kwargs)
     except TypeError:
         return None
     files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(Path(name).iterdir()) if p.is_file()]
-    return cls, str(name), said, tuple(files), torch.get_default_dtype(), str(torch.get_default_device())
+    return cls, str(name), arguments, tuple(files), torch.get_default_dtype(), str(torch.get_default_device())
 
 
-def _said(value: Any) -> Any:
-    """A value of an argument as something to compare. Raises TypeError for what cannot be told from another."""
+def _comparable(value: Any) -> Any:
+    """An argument as a value that can be hashed and compared. Raises TypeError if its type has none."""
     if isinstance(value, dict):
-        return tuple((k, _said(v)) for k, v in sorted(value.items()))
+        return tuple((k, _comparable(v)) for k, v in sorted(value.items()))
     if isinstance(value, (list, tuple)):
-        return tuple(map(_said, value))
-    if hasattr(value, "to_json_string"):  # a configuration
+        return tuple(map(_comparable, value))
+    # a configuration
+    if hasattr(value, "to_json_string"):
         return type(value), value.to_json_string(use_diff=False)
     if value is None or isinstance(value, (bool, int, float, str, Path, torch.dtype)):
         return value

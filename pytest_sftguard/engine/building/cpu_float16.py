@@ -1,7 +1,7 @@
-"""Real float16 mixed precision on a CPU, where accelerate sets up nothing and says nothing.
+"""Real float16 mixed precision on a CPU, where accelerate silently sets up none.
 
-`Accelerator.__init__` of accelerate 1.15 leaves out its fp16 branch on a CPU: no autocast, no GradScaler, and yet every
-label reads fp16 (read in its `Accelerator.__init__`). torch itself can do both there.
+On a CPU, `Accelerator.__init__` of accelerate 1.15 skips its fp16 branch: there is no autocast and no GradScaler, and
+yet every label says fp16. torch itself supports both there.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 
 
 def make_real(trainer: Trainer) -> None:
-    """Give a Trainer that was asked for fp16 on a CPU the autocast and the loss scaler that it lacks.
+    """Give a Trainer with fp16 on a CPU the autocast and the loss scaler that it lacks.
 
-    Does nothing where fp16 was not asked for, the device is another, or a scaler is already there.
+    Does nothing without fp16, on another device, or if there is already a scaler.
     """
     accelerator = trainer.accelerator
     if not trainer.args.fp16 or accelerator.device.type != "cpu" or accelerator.scaler is not None:
         return
-    accelerator.state._mixed_precision = "fp16"  # what `mixed_precision` reads, and autocast's choice of type
+    # `mixed_precision` returns this, and autocast takes its type from there
+    accelerator.state._mixed_precision = "fp16"
     accelerator.native_amp = True
     accelerator.scaler = torch.amp.GradScaler("cpu")

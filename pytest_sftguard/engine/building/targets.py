@@ -1,4 +1,4 @@
-"""Targets: the code under test, found by its dotted path and held to the contract of docs/targets.md."""
+"""Targets: the code under test, found by its dotted path and checked against the contract in docs/targets.md."""
 
 from __future__ import annotations
 
@@ -15,39 +15,33 @@ if TYPE_CHECKING:
 
 
 class TargetError(Exception):
-    """A target that does not keep to the contract; the message says in a line or two how, and what to write."""
+    """A target that breaks the contract; the message says how, and what to write instead."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A function that builds a ready Trainer, and what its module offers beside it."""
+    """A function that builds a ready Trainer, and what else its module offers."""
 
     path: str
-    """Dotted path it was found at."""
+    """Dotted path of the function."""
     build: Callable[..., Any]
-    """The function: keyword arguments in the Trainer's words in, a ready Trainer out."""
+    """The function: takes keyword arguments named as in `TrainingArguments`, returns a ready Trainer."""
     questions: Callable[..., Any] | None
-    """Gives (prompt, expected number) pairs; None where the module has no `questions`."""
+    """Returns (prompt, expected number) pairs; None if the module has no `questions`."""
     parse_answer: Callable[[str], float | None] | None
-    """Reads the number of a generated text, strictly; None where the module has no `parse_answer`."""
+    """Parses the number in a generated text, strictly; None if the module has no `parse_answer`."""
     answer_prefix: str
-    """Text that every answer is seeded with, such as `<answer>`; empty where the module has no `answer_prefix`."""
+    """Text that begins every answer, such as `<answer>`; empty if the module has no `answer_prefix`."""
     generate: Callable[..., Any] | None = None
-    """The target's own way to answer prompts; None where the module has no `generate`."""
+    """Answers prompts with the target's own code; None if the module has no `generate`."""
 
     def trainer(self, **arguments: Any) -> Trainer:
-        """Call the function. TargetError where it refuses the keywords or returns something else than a Trainer."""
+        """Call the function. Raises TargetError if it refuses the keywords or does not return a complete Trainer."""
         from peft import PeftModel
         from transformers import Trainer
 
-        try:
-            inspect.signature(self.build).bind(**arguments)
-        except TypeError as error:
-            raise TargetError(
-                f"target {self.path} cannot be called: {error}. "
-                "It must take model, dtype and any **training_arguments by keyword"
-            ) from None
-        trainer = self.build(**arguments)
+        must = "It must take model, dtype and any **training_arguments by keyword"
+        trainer = _call(self.build, f"target {self.path}", must, arguments)
         if not isinstance(trainer, Trainer):
             raise TargetError(f"target {self.path} returned {_described(trainer)}, not a transformers.Trainer")
         if trainer.train_dataset is None:
@@ -59,28 +53,22 @@ class Target:
         return trainer
 
     def texts(self, model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
-        """What the target's own `generate` answers to `prompts`. TargetError where these are not as many texts."""
+        """Answers of the target's own `generate` to `prompts`. Raises TargetError unless it returns a text for each."""
         assert self.generate is not None
-        given = {"model": model, "tokenizer": tokenizer, "prompts": list(prompts)}
-        try:
-            inspect.signature(self.generate).bind(**given)
-        except TypeError as error:
-            raise TargetError(
-                f"generate of target {self.path} cannot be called: {error}. A function of that name in a target's"
-                " module must take model, tokenizer and prompts by keyword, and give a list of texts"
-            ) from None
-        texts = self.generate(**given)
+        arguments = {"model": model, "tokenizer": tokenizer, "prompts": list(prompts)}
+        must = "It must take model, tokenizer and prompts by keyword, and return a list of texts"
+        texts = _call(self.generate, f"generate of target {self.path}", must, arguments)
         if not isinstance(texts, (list, tuple)) or [type(t) for t in texts] != [str] * len(prompts):
             raise TargetError(
-                f"generate of target {self.path} must give a list of {len(prompts)} texts, one for each prompt, and"
-                f" gave {_described(texts)}"
+                f"generate of target {self.path} must return a list of {len(prompts)} texts, one for each prompt, and"
+                f" returned {_described(texts)}"
             )
         return list(texts)
 
     def pairs(self, count: int, tokenizer: Any = None) -> list[tuple[str, float]]:
-        """The first `count` questions. TargetError where they are not (prompt, number) pairs.
+        """The first `count` questions. Raises TargetError if they are not (prompt, number) pairs.
 
-        `questions` is handed the tokenizer where it has a parameter of that name, for prompts by chat template.
+        `questions` receives the tokenizer if it has a parameter with this name, for prompts by chat template.
         """
         if self.questions is None:
             return []
@@ -93,13 +81,13 @@ class Target:
                 pairs.append((str(prompt), float(expected)))
             except (TypeError, ValueError):
                 raise TargetError(
-                    f"questions() of target {self.path} must give (prompt, number) pairs, and gave {_described(item)}"
+                    f"questions() of target {self.path} must return (prompt, number) pairs, not {_described(item)}"
                 ) from None
         return pairs
 
 
 def resolve(path: str) -> Target:
-    """The target at `module:function`; TargetError with the reason where there is none."""
+    """The target at `module:function`. Raises TargetError, with the reason, if there is none."""
     try:
         build = registry.load_path(path)
     except registry.NotFoundError as error:
@@ -115,6 +103,15 @@ def resolve(path: str) -> Target:
         answer_prefix=getattr(module, "answer_prefix", ""),
         generate=getattr(module, "generate", None),
     )
+
+
+def _call(function: Callable[..., Any], name: str, must: str, arguments: dict[str, Any]) -> Any:
+    """Call a target's function. Raises TargetError, which says what it `must` take, if it refuses the keywords."""
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        raise TargetError(f"{name} cannot be called: {error}. {must}") from None
+    return function(**arguments)
 
 
 def _described(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Building the Trainer of a cell: the arguments that every target is called with."""
+"""Building the Trainer of a cell, and the arguments that every target receives."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def build(target: Target, config: RunConfig, mode: PrecisionMode, device_type: str, folder: Path) -> Trainer:
-    """The Trainer of the cell of `config` on a device of `device_type`; what it writes goes to `folder`.
+    """Build the Trainer for the cell of `config` on a device of `device_type`; it writes into `folder`.
 
-    Raises TargetError where the target breaks its contract, and whatever its own code raises.
+    Raises TargetError if the target breaks its contract, and whatever its own code raises.
     """
     arguments: dict[str, Any] = {
         "model": config.model,
@@ -47,6 +47,7 @@ def build(target: Target, config: RunConfig, mode: PrecisionMode, device_type: s
                 f"target {target.path} was asked for {name}={arguments[name]}, and its Trainer has"
                 f" {getattr(trainer.args, name)}: what it is given must win over its own defaults"
             )
-    trainer.args._n_gpu = min(1, trainer.args.n_gpu)  # a cell is one device: no DataParallel over all of them
+    # a cell is one device: no DataParallel over all of them
+    trainer.args._n_gpu = min(1, trainer.args.n_gpu)
     make_real(trainer)
     return trainer

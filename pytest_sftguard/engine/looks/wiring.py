@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pytest_sftguard.engine.adapter import attachment, foundation, initial
+from pytest_sftguard.engine.adapter import adapters, attachment, foundation, initial
 from pytest_sftguard.engine.looks import InapplicableError, Look, Scene
 from pytest_sftguard.engine.looks._rows import attended_ids, micro_batches
 from pytest_sftguard.records import FoundationRecord, InitialRecord, Names, WiringRecord
@@ -23,7 +23,7 @@ class Wiring(Look):
         """Read the tensors; no forward pass goes through the model that is to be trained."""
         assert scene.trainer is not None
         model = scene.trainer.model
-        config = attachment.config_of(model)
+        config = adapters.config_of(model)
         if getattr(config, "is_prompt_learning", False):
             raise InapplicableError("the adapter is a prompt, and attached to no layer")
         self._wiring = attachment.wiring(model, scene.trainer.optimizer)

@@ -1,4 +1,4 @@
-"""The device: what the real one says of itself, and a simulated one that torch answers for.
+"""Devices: profiles of the real ones, and simulated ones for which torch answers.
 
-Runs before a cell is trained, and in tests of code that chooses by hardware.
+Runs before a cell is trained, and in tests of code that depends on the hardware.
 """

@@ -1,26 +1,27 @@
-"""Reading the real machine into a HardwareProfile."""
+"""HardwareProfiles of the real machine's devices, and the versions of its libraries."""
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
+from pytest_sftguard.engine.surroundings.errors import first_line
 from pytest_sftguard.hardware import FailedQuery, HardwareProfile
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "pytest-sftguard")
 
 
 def choose_device(asked: str) -> tuple[str, str | None]:
-    """The device type that `asked` means here, and why it cannot be had (None if it can).
+    """The device type that `asked` means on this machine, and why it is not available (None if it is).
 
-    `auto` is CUDA (or ROCm) where torch finds it, and else the CPU; other accelerators are used where they are named.
-    A driver that fails at the question is no reason to train on the CPU instead.
+    `auto` is CUDA (or ROCm) if torch finds it, and the CPU otherwise; other accelerators are used only if they are
+    named. A driver that fails at the query is no reason to train on the CPU. Raises ValueError for an unknown device.
     """
     available: dict[str, Callable[[], bool]] = {
         "cuda": torch.cuda.is_available,
@@ -33,37 +34,38 @@ def choose_device(asked: str) -> tuple[str, str | None]:
     device_type = "cuda" if asked == "auto" else asked
     try:
         there = available[device_type]()
-    except Exception as error:  # whatever a broken driver raises
-        return (
-            device_type,
-            f"torch {torch.__version__} cannot tell whether there is a {device_type} device: {_words(error)}",
-        )
+    # a broken driver may raise anything
+    except Exception as error:
+        reason = f"torch {torch.__version__} cannot tell whether there is a {device_type} device: {_text(error)}"
+        return device_type, reason
     if asked == "auto":
         return ("cuda" if there else "cpu"), None
-    if not there:
-        return asked, f"torch {torch.__version__} finds no {asked} device on this machine"
-    return asked, None
+    return asked, None if there else f"torch {torch.__version__} finds no {asked} device on this machine"
 
 
 def device_profile(device_type: str) -> HardwareProfile:
-    """The profile of the first device of `device_type` (`cuda`, `mps`, `xpu` or `cpu`), which must be there.
+    """The profile of the first device of `device_type` (`cuda`, `mps`, `xpu` or `cpu`), which must be available.
 
-    A question that raises leaves its fields None, and is told in the profile's `unanswered`.
+    The fields of a query that raises stay None, and the profile's `unanswered` has the query.
     """
-    asking = _Asking()
-    host = _host_memory()
+    queries = _Queries()
+    memory = psutil.virtual_memory()
     if device_type == "cpu":
         return HardwareProfile(
-            device_type="cpu", name=_cpu_name(), total_memory_bytes=host, threads=torch.get_num_threads(),
-            free_memory_bytes=available_host_memory(), host_memory_bytes=host,
-        )  # fmt: skip
+            device_type="cpu",
+            name=_cpu_name(),
+            total_memory_bytes=memory.total,
+            threads=torch.get_num_threads(),
+            free_memory_bytes=memory.available,
+            host_memory_bytes=memory.total,
+        )
     if device_type == "mps":
-        return _probe_mps(asking, host)
+        return _mps_profile(queries, memory.total)
     module: Any = {"cuda": torch.cuda, "xpu": torch.xpu}[device_type]
     rocm = device_type == "cuda" and torch.version.hip is not None
-    count = asking.ask("device_count", module.device_count)
-    properties = asking.ask("get_device_properties", lambda: module.get_device_properties(0))
-    free = asking.ask("mem_get_info", lambda: int(module.mem_get_info(0)[0]))
+    count = queries.ask("device_count", module.device_count)
+    properties = queries.ask("get_device_properties", lambda: module.get_device_properties(0))
+    free = queries.ask("mem_get_info", lambda: int(module.mem_get_info(0)[0]))
     return HardwareProfile(
         device_type="rocm" if rocm else device_type,
         name=device_type if properties is None else properties.name,
@@ -73,39 +75,45 @@ def device_profile(device_type: str) -> HardwareProfile:
         architecture=_architecture(properties) if rocm else None,
         emulates=_emulated_by_xpu(properties) if device_type == "xpu" else (),
         free_memory_bytes=free,
-        host_memory_bytes=host,
-        unanswered=tuple(asking.failed),
+        host_memory_bytes=memory.total,
+        unanswered=tuple(queries.failed),
     )
 
 
-class _Asking:
-    """Puts questions to a driver, and keeps those that it did not answer."""
+class _Queries:
+    """Queries to a driver, and a list of those that failed."""
 
     def __init__(self) -> None:
         self.failed: list[FailedQuery] = []
 
-    def ask(self, query: str, question: Callable[[], Any]) -> Any:
-        """The answer, or None."""
+    def ask(self, name: str, query: Callable[[], Any]) -> Any:
+        """Result of the query, or None if it raises."""
         try:
-            return question()
-        except Exception as error:  # whatever a broken driver raises
-            self.failed.append(FailedQuery(query, _words(error)))
+            return query()
+        # a broken driver may raise anything
+        except Exception as error:
+            self.failed.append(FailedQuery(name, _text(error)))
             return None
 
 
-def _probe_mps(asking: _Asking, host: int | None) -> HardwareProfile:
+def _mps_profile(queries: _Queries, host_memory: int) -> HardwareProfile:
     def memory() -> tuple[int, int]:
         total = int(torch.mps.recommended_max_memory())
         return total, max(0, total - int(torch.mps.driver_allocated_memory()))
 
-    total, free = asking.ask("mem_get_info", memory) or (None, None)
-    get_name = getattr(torch.backends.mps, "get_name", None)  # from torch 2.9 on
+    total, free = queries.ask("mem_get_info", memory) or (None, None)
+    # from torch 2.9 on
+    get_name = getattr(torch.backends.mps, "get_name", None)
     name = get_name() if get_name else platform.processor() or "mps"
     return HardwareProfile(
-        device_type="mps", name=name, total_memory_bytes=total, free_memory_bytes=free, host_memory_bytes=host,
+        device_type="mps",
+        name=name,
+        total_memory_bytes=total,
+        free_memory_bytes=free,
+        host_memory_bytes=host_memory,
         emulates=("bfloat16",) if name.startswith(("Apple M1", "Apple M2")) else (),
-        unanswered=tuple(asking.failed),
-    )  # fmt: skip
+        unanswered=tuple(queries.failed),
+    )
 
 
 def _capability(properties: Any) -> str | None:
@@ -122,9 +130,8 @@ def _emulated_by_xpu(properties: Any) -> tuple[str, ...]:
     return () if getattr(properties, "has_bfloat16_conversions", True) else ("bfloat16",)
 
 
-def _words(error: BaseException) -> str:
-    lines = str(error).splitlines() or [""]
-    return lines[0][:200] or type(error).__name__
+def _text(error: BaseException) -> str:
+    return first_line(error)[:200] or type(error).__name__
 
 
 def versions() -> dict[str, str]:
@@ -145,19 +152,3 @@ def _cpu_name() -> str:
         lines = []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return name or platform.processor() or platform.machine()
-
-
-def _host_memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not a POSIX system
-        return None
-
-
-def available_host_memory() -> int | None:
-    """What programs can still get without swapping, as Linux reckons it; None elsewhere."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError, StopIteration):
-        return None

@@ -1,8 +1,8 @@
-"""simulated_hardware: torch answers for a device that is not there, so that code which asks it can be tested.
+"""simulated_hardware: torch answers for a device that is not there, to test code that depends on the hardware.
 
-Only the lowest questions are answered here; torch's own code derives the rest from them, so that its quirks stay (a T4
-that "supports" bfloat16). Names that other modules have imported are replaced where they are found, and what
-transformers and accelerate have cached is forgotten on the way in and on the way out.
+Only the lowest-level queries are replaced. torch's own code derives the rest from them, so that its quirks stay (a T4
+that "supports" bfloat16). Functions that other modules have imported are replaced there as well, and the caches of
+transformers and accelerate are cleared at the beginning and at the end.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from pytest_sftguard.hardware import HardwareProfile, device_named
 
 CUDA_VERSION = "12.8"
-"""`torch.version.cuda` of a simulated NVIDIA device: the first that knows every known device."""
+"""`torch.version.cuda` of a simulated NVIDIA device: the first version that supports every known device."""
 HIP_VERSION = "6.4.43482"
 """`torch.version.hip` of a simulated AMD device."""
 XPU_VERSION = "20250101"
@@ -47,21 +47,21 @@ _ACCELERATOR = re.compile(r"(cuda|hip|xpu|mps)(:\d+)?")
 
 
 class SimulatedDeviceError(RuntimeError):
-    """Something would really compute, or allocate, on a device that is only simulated."""
+    """An attempt to compute or allocate on a device that is only simulated."""
 
 
 class SimulatedQueryError(RuntimeError):
-    """The answer of a driver that fails at a query, as the simulated profile says."""
+    """The error of a query that fails according to the simulated profile."""
 
 
 @contextlib.contextmanager
 def simulated_hardware(profile: HardwareProfile | str) -> Iterator[HardwareProfile]:
-    """While this is active, torch, transformers and accelerate answer for `profile`; a text names a known device.
+    """Make torch, transformers and accelerate answer for `profile`, or for the known device with this name.
 
     Queries in `profile.unanswered` raise SimulatedQueryError. Allocating or computing on any accelerator raises
-    SimulatedDeviceError, fake tensors excepted. Simulations nest, the inner one answers; at the end everything is the
-    very same object as before, also after an exception. The answers are the whole process's, the guard against
-    computing on an MPS device is the thread's. Raises ValueError for a profile that leaves open what a driver tells.
+    SimulatedDeviceError, except with fake tensors. Simulations nest; the inner one answers. At the end every replaced
+    object is back, also after an exception. The answers hold for the whole process, the guard against computing on an
+    MPS device for the thread. Raises ValueError for a profile without values that every driver reports.
     """
     known = device_named(profile) if isinstance(profile, str) else profile
     machine = _Machine(known)
@@ -72,45 +72,45 @@ def simulated_hardware(profile: HardwareProfile | str) -> Iterator[HardwareProfi
         undo: list[tuple[Any, str, Any]] = []
         fakes: dict[int, Any] = {}
         stack.callback(_restore, undo, fakes, loaded)
-        places = _scan()
+        imported = _scan()
         for owner, name, answer in machine.answers():
-            _replace(owner, name, answer, places, undo, fakes)
+            _replace(owner, name, answer, imported, undo, fakes)
         _forget_caches()
-        _set_flags(places, undo)
+        _set_flags(imported, undo)
         stack.enter_context(_NothingReal(known))
         yield known
 
 
-class _Places(NamedTuple):
-    """What other modules have taken from torch when they were imported."""
+class _Imported(NamedTuple):
+    """What other modules have imported or derived from torch's functions."""
 
     aliases: dict[int, list[tuple[Any, str]]]
-    """Modules and names that hold a function, by its id."""
+    """Modules and names that refer to a function, by its id."""
     flags: list[tuple[Any, str]]
-    """Modules and names that hold a constant."""
+    """Modules and names of constants that are results of a function."""
 
 
 class _Properties(types.SimpleNamespace):
-    """What `get_device_properties` gives: the properties that a profile knows."""
+    """Result of `get_device_properties`: the properties that a profile has."""
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"the simulated properties (simulated_hardware) have no {name!r}: {self} is what is known")
+        raise AttributeError(f"the simulated properties (simulated_hardware) have no {name!r}, only {self}")
 
 
 class _Machine:
-    """What torch's questions are answered with."""
+    """The answers to torch's queries."""
 
     def __init__(self, profile: HardwareProfile) -> None:
         self.profile = profile
         self.current = 0
-        told = profile.failure_of("get_device_properties") is None
-        if profile.device_type != "cpu" and told and profile.total_memory_bytes is None:
-            raise ValueError(f"{profile.name} cannot be simulated: its profile has no total_memory_bytes")
-        if profile.device_type == "cuda" and told and profile.capability is None:
-            raise ValueError(f"{profile.name} cannot be simulated: its profile has no capability")
+        device_type = profile.device_type
+        required = {"cpu": (), "cuda": ("total_memory_bytes", "capability")}.get(device_type, ("total_memory_bytes",))
+        absent = [name for name in required if getattr(profile, name) is None]
+        if absent and profile.failure_of("get_device_properties") is None:
+            raise ValueError(f"{profile.name} cannot be simulated: its profile has no {absent[0]}")
 
     def answers(self) -> Iterator[tuple[Any, str, Any]]:
-        """Every attribute to replace: its owner, its name, its value for now."""
+        """Every attribute to replace: its owner, its name, its new value."""
         device_type, nothing = self.profile.device_type, _Machine.__new__(_Machine)
         nothing.profile, nothing.current = HardwareProfile(device_type="cpu", name=self.profile.name), 0
         cuda = self if device_type in ("cuda", "rocm") else nothing
@@ -125,11 +125,12 @@ class _Machine:
             version = {"cuda": CUDA_VERSION, "rocm": HIP_VERSION, "xpu": XPU_VERSION}[owner]
             yield torch.version, name, version if device_type == owner else None
         yield from self._accelerator()
-        if "torch._subclasses.fake_tensor" in sys.modules:  # it would allocate on the device to wake it up
+        # it would allocate on the device to initialise it
+        if "torch._subclasses.fake_tensor" in sys.modules:
             yield sys.modules["torch._subclasses.fake_tensor"], "init_gpu_context", lambda device=None: None
 
     def _module(self, module: Any) -> Iterator[tuple[Any, str, Any]]:
-        """`torch.cuda` or `torch.xpu`."""
+        """Attributes of `torch.cuda` or `torch.xpu`."""
         there = self.profile.device_type != "cpu"
         queries: dict[str, Callable[..., Any]] = {
             "is_available": lambda: there,
@@ -167,7 +168,7 @@ class _Machine:
         yield torch.mps, "current_allocated_memory", lambda: 0
 
     def _accelerator(self) -> Iterator[tuple[Any, str, Any]]:
-        """What `torch.accelerator` asks below its own functions."""
+        """The functions of torch._C that `torch.accelerator` calls."""
         device_type = "cuda" if self.profile.device_type == "rocm" else self.profile.device_type
         device = None if device_type == "cpu" else torch.device(device_type)
         module: Any = {"cuda": torch.cuda, "xpu": torch.xpu}.get(device_type)
@@ -201,21 +202,17 @@ class _Machine:
     def _properties(self, device: Any, module: Any) -> _Properties:
         self._index(device, module)
         profile = self.profile
+        common = {"name": profile.name, "total_memory": profile.total_memory_bytes}
         if profile.device_type == "xpu":
-            return _Properties(
-                name=profile.name, total_memory=profile.total_memory_bytes, type="gpu", has_fp16=True,
-                has_bfloat16_conversions="bfloat16" not in profile.emulated,
-                has_subgroup_matrix_multiply_accumulate="bfloat16" not in profile.emulated,
-            )  # fmt: skip
+            bfloat16 = "bfloat16" not in profile.emulated
+            has = {"has_bfloat16_conversions": bfloat16, "has_subgroup_matrix_multiply_accumulate": bfloat16}
+            return _Properties(**common, type="gpu", has_fp16=True, **has)
         if profile.architecture is not None:
             digits = profile.architecture.removeprefix("gfx")
             major, minor = int(digits[:-2] or 0), int(digits[-2], 16)
         else:
             major, minor = profile.compute_capability or (0, 0)
-        return _Properties(
-            name=profile.name, total_memory=profile.total_memory_bytes, major=major, minor=minor,
-            gcnArchName=profile.architecture or profile.name,
-        )  # fmt: skip
+        return _Properties(**common, major=major, minor=minor, gcnArchName=profile.architecture or profile.name)
 
     def _memory(self, device: Any, module: Any = None) -> tuple[int, int]:
         self._index(device, module)
@@ -256,14 +253,14 @@ def _refusal(profile: HardwareProfile, what: str) -> SimulatedDeviceError:
 
 
 class _NothingReal(TorchFunctionMode):
-    """Refuses what would allocate on an accelerator before torch tries; fake tensors pass."""
+    """Refuses calls that would allocate on an accelerator, before torch tries; fake tensors pass."""
 
     def __init__(self, profile: HardwareProfile) -> None:
         super().__init__()
         self.profile = profile
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Look at the arguments, and at what comes back."""
+        """Check the arguments and the result."""
         kwargs = kwargs or {}
         if func is torch.device or _fake_mode():
             return func(*args, **kwargs)
@@ -293,14 +290,9 @@ def _fake_mode() -> bool:
 
 
 def _replace(
-    owner: Any,
-    name: str,
-    value: Any,
-    places: _Places,
-    undo: list[tuple[Any, str, Any]],
-    fakes: dict[int, Any],
+    owner: Any, name: str, value: Any, imported: _Imported, undo: list[tuple[Any, str, Any]], fakes: dict[int, Any]
 ) -> None:
-    """Replace `owner.name`, and the same function wherever a module has imported it; absent names stay absent."""
+    """Replace `owner.name`, and the same function in every module that has imported it; absent names stay absent."""
     if name not in vars(owner):
         return
     original = vars(owner)[name]
@@ -309,7 +301,7 @@ def _replace(
     if not callable(original):
         return
     fakes[id(value)] = (value, original)
-    for module, alias in places.aliases.get(id(original), ()):
+    for module, alias in imported.aliases.get(id(original), ()):
         if vars(module).get(alias) is original:
             undo.append((module, alias, original))
             setattr(module, alias, value)
@@ -320,7 +312,8 @@ def _restore(undo: list[tuple[Any, str, Any]], fakes: dict[int, Any], loaded: se
         setattr(owner, name, value)
     new = [m for n, m in list(sys.modules.items()) if n not in loaded and isinstance(m, types.ModuleType)]
     for module in new:
-        for name, value in list(vars(module).items()):  # imported meanwhile, with a simulated answer in its hands
+        # a module that was imported within the simulation may refer to simulated functions
+        for name, value in list(vars(module).items()):
             if id(value) in fakes:
                 setattr(module, name, fakes[id(value)][1])
     _forget_caches()
@@ -330,21 +323,22 @@ def _restore(undo: list[tuple[Any, str, Any]], fakes: dict[int, Any], loaded: se
                 setattr(module, name, function())
 
 
-def _set_flags(places: _Places, undo: list[tuple[Any, str, Any]]) -> None:
-    """Set the constants that transformers' modules took from a question when they were imported."""
-    for module, name, function in _flags(places):
+def _set_flags(imported: _Imported, undo: list[tuple[Any, str, Any]]) -> None:
+    """Set the constants that transformers' modules computed from a query when they were imported."""
+    for module, name, function in _flags(imported):
         undo.append((module, name, vars(module)[name]))
         with contextlib.suppress(SimulatedQueryError):
             setattr(module, name, function())
 
 
-_scanned: tuple[tuple[frozenset[str], int], _Places] | None = None
+_scanned: tuple[tuple[frozenset[str], int], _Imported] | None = None
 
 
-def _scan() -> _Places:
-    """Where torch's functions are imported to, and transformers' constants are; looked up anew after an import."""
+def _scan() -> _Imported:
+    """Modules that have imported torch's functions, or have constants of transformers; cached until the next import."""
     global _scanned
-    key = frozenset(sys.modules), id(torch.cuda.is_available)  # within another simulation the functions are that one's
+    # within another simulation the functions are its own
+    key = frozenset(sys.modules), id(torch.cuda.is_available)
     if _scanned is not None and _scanned[0] == key:
         return _scanned[1]
     wanted = {
@@ -353,26 +347,26 @@ def _scan() -> _Places:
         for value in vars(owner).values()
         if callable(value) and not isinstance(value, type)
     }
-    places = _Places({}, [])
+    imported = _Imported({}, [])
     for module in [m for m in list(sys.modules.values()) if isinstance(m, types.ModuleType)]:
         ours = module.__name__.partition(".")[0] in _FLAGS_IN
         for name, value in list(vars(module).items()):
             if id(value) in wanted:
-                places.aliases.setdefault(id(value), []).append((module, name))
+                imported.aliases.setdefault(id(value), []).append((module, name))
             elif ours and type(value) is bool and _FLAG.fullmatch(name):
-                places.flags.append((module, name))
-    _scanned = key, places
-    return places
+                imported.flags.append((module, name))
+    _scanned = key, imported
+    return imported
 
 
-def _flags(places: _Places) -> list[tuple[Any, str, Callable[[], bool]]]:
+def _flags(imported: _Imported) -> list[tuple[Any, str, Callable[[], bool]]]:
     source = sys.modules.get("transformers.utils.import_utils")
-    found = [(m, n, getattr(source, n.lstrip("_"), None)) for m, n in places.flags]
+    found = [(m, n, getattr(source, n.lstrip("_"), None)) for m, n in imported.flags]
     return [(m, n, f) for m, n, f in found if f is not None]
 
 
 def _forget_caches() -> None:
-    """Clear what transformers, accelerate and torch remember of the device."""
+    """Clear the caches of transformers, accelerate and torch about the device."""
     for name in _CACHES:
         module = sys.modules.get(name)
         for attribute, value in list(vars(module).items()) if module else ():
@@ -382,22 +376,20 @@ def _forget_caches() -> None:
 
 @contextlib.contextmanager
 def _accelerate_forgets() -> Iterator[None]:
-    """Set accelerate's process-wide states aside: they hold the device that was found first."""
-    state = sys.modules.get("accelerate.state")
-    names = ("PartialState", "AcceleratorState", "GradientState")
-    before: list[dict[str, Any]] = [dict(getattr(state, name)._shared_state) for name in names] if state else []
-    _set_states(names, [{} for _ in before])
+    """Set accelerate's process-wide states aside, which refer to the first device that it found."""
+    before = {name: dict(state) for name, state in _accelerate_states().items()}
+    for state in _accelerate_states().values():
+        state.clear()
     try:
         yield
     finally:
-        _set_states(names, before if state else [{} for _ in names])
+        for name, state in _accelerate_states().items():
+            state.clear()
+            state.update(before.get(name, {}))
 
 
-def _set_states(names: tuple[str, ...], contents: list[dict[str, Any]]) -> None:
-    state = sys.modules.get("accelerate.state")
-    if state is None:
-        return
-    for name, content in zip(names, contents, strict=False):
-        shared = getattr(state, name)._shared_state
-        shared.clear()
-        shared.update(content)
+def _accelerate_states() -> dict[str, dict[str, Any]]:
+    """The process-wide states of accelerate by class name; none before it is imported."""
+    module = sys.modules.get("accelerate.state")
+    names = ("PartialState", "AcceleratorState", "GradientState") if module else ()
+    return {name: getattr(module, name)._shared_state for name in names}

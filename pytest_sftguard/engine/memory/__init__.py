@@ -1,4 +1,4 @@
-"""Will it fit: a rehearsal of the training on fake tensors, and the largest batch that a device holds.
+"""Peak memory: a rehearsal of the training on fake tensors, and the largest batch that fits a device.
 
 Runs before a cell is trained, and for `python -m pytest_sftguard fit`.
 """

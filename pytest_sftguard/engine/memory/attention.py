@@ -1,18 +1,17 @@
-"""Attention as a CUDA device computes it: whether a fused kernel takes it, or the plain products and a softmax.
+"""Attention as a CUDA device computes it: with a fused kernel, or with plain products and a softmax.
 
-The plain way keeps what the fused ones never hold, a number for each pair of tokens and head, so that a rehearsal on
-the CPU must take it where the device would. The rules are those of torch's sdp_utils.cpp (in
-aten/src/ATen/native/transformers/cuda): flash attention wants half precision, no mask and compute capability 8.0, and
-knows grouped heads; the memory-efficient kernel takes float32 and masks too, and knows none. So grouped heads in
-float32 are computed plainly. That is so up to torch 2.13; cuDNN's kernel, which some devices prefer, keeps as much as
-flash attention does.
+Plain attention stores a number for each head and pair of tokens, and fused attention does not, so that a rehearsal on
+the CPU must choose between them as the device does. The rules are those of torch's sdp_utils.cpp (in
+aten/src/ATen/native/transformers/cuda) up to torch 2.13. Flash attention requires half precision, no mask and compute
+capability 8.0, and supports grouped heads. The memory-efficient kernel also supports float32 and masks, but no grouped
+heads, so that grouped heads in float32 are computed plainly. cuDNN's kernel, which some devices prefer, stores as much
+as flash attention.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,15 +27,9 @@ _ALIGNED_BYTES = 16
 
 
 def fused(
-    query: Tensor,
-    value: Tensor,
-    *,
-    dtype: torch.dtype,
-    masked: bool,
-    grouped: bool,
-    capability: tuple[int, int],
+    query: Tensor, value: Tensor, *, dtype: torch.dtype, masked: bool, grouped: bool, capability: tuple[int, int]
 ) -> bool:
-    """Whether a fused kernel of a device of that compute capability takes the attention, computed in `dtype`."""
+    """Whether a device with this compute capability has a fused kernel for attention in `dtype`."""
     heads = (query.shape[-1], value.shape[-1])
     if dtype not in (*_HALVES, torch.float32) or query.dim() != 4:
         return False
@@ -52,17 +45,35 @@ def fused(
 
 @contextlib.contextmanager
 def as_on_cuda(capability: tuple[int, int]) -> Iterator[None]:
-    """Compute attention on the CPU plainly wherever a device of `capability` would do so.
+    """Compute attention on the CPU plainly whenever a device of `capability` would.
 
-    The function is exchanged, as a TorchFunctionMode is not there while a backward pass computes a layer anew.
+    The function itself is replaced, because no TorchFunctionMode is active when a backward pass recomputes a layer.
     """
     functional: Any = torch.nn.functional
     original = functional.scaled_dot_product_attention
 
     @functools.wraps(original)
-    def attention(*args: Any, **kwargs: Any) -> Tensor:
-        with contextlib.nullcontext() if _fused(args, kwargs, capability) else sdpa_kernel(SDPBackend.MATH):
-            out: Tensor = original(*args, **kwargs)
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        # without `enable_gqa` grouped heads are broadcast, which no fused kernel supports
+        grouped = query.shape[-3] != key.shape[-3]
+        use_fused = (not grouped or kwargs.get("enable_gqa")) and fused(
+            query,
+            value,
+            dtype=_compute_dtype(query),
+            masked=attn_mask is not None,
+            grouped=grouped,
+            capability=capability,
+        )
+        with contextlib.nullcontext() if use_fused else sdpa_kernel(SDPBackend.MATH):
+            out: Tensor = original(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
             return out
 
     functional.scaled_dot_product_attention = attention
@@ -72,30 +83,9 @@ def as_on_cuda(capability: tuple[int, int]) -> Iterator[None]:
         functional.scaled_dot_product_attention = original
 
 
-def _fused(args: Any, kwargs: Any, capability: tuple[int, int]) -> bool:
-    given = _SIGNATURE.bind(*args, **kwargs).arguments
-    query, key, value = given["query"], given["key"], given["value"]
-    kind, dtype = query.device.type, query.dtype
-    if torch.is_autocast_enabled(kind) and dtype is torch.float32:
-        dtype = torch.get_autocast_dtype(kind)
-    grouped = query.shape[-3] != key.shape[-3]
-    if grouped and not given.get("enable_gqa"):
-        return False  # broadcast, which no fused kernel does
-    masked = given.get("attn_mask") is not None
-    return fused(query, value, dtype=dtype, masked=masked, grouped=grouped, capability=capability)
-
-
-def _signature(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> None:
-    """How attention is called; the builtin does not tell."""
-
-
-_SIGNATURE = inspect.signature(_signature)
+def _compute_dtype(query: Tensor) -> torch.dtype:
+    """The type in which attention is computed, with autocast."""
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type) and query.dtype is torch.float32:
+        return torch.get_autocast_dtype(device_type)
+    return query.dtype

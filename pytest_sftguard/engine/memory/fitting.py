@@ -1,4 +1,4 @@
-"""Which micro-batches of a target fit into a device's memory."""
+"""The micro-batches of a target that fit into a device's memory."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from pytest_sftguard.sizes import fits, format_bytes, largest
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A target, a device, and the micro-batches to try."""
+    """A target, a device, and the micro-batches to predict."""
 
     target: str
     """Dotted path of the function that builds the Trainer."""
     model: str | None
-    """Model that it loads; None: its own."""
+    """Model that it loads; None for its own default."""
     profile: HardwareProfile
     """The device."""
     free: int
-    """Bytes that the training can have there."""
+    """Bytes that the training can use there."""
     margin: float
-    """Share of them to leave alone."""
+    """Share of them to leave unused."""
     batches: tuple[int, ...]
     """Micro-batches to show."""
     accumulation: int
     """Micro-batches per optimizer step."""
     longest: bool
-    """Whether each micro-batch is made of the longest rows, or else is the first that the Trainer draws."""
+    """Whether each micro-batch consists of the longest rows; otherwise it is the first that the Trainer draws."""
     limit: int
     """Largest micro-batch to try."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What fits in one precision; `str` gives it as lines of a report."""
+    """The micro-batches that fit in one precision; `str` formats them as lines of a report."""
 
     precision: str
     """Name of the precision mode."""
     peaks: dict[int, int]
-    """Predicted peak for each micro-batch that was asked for."""
+    """Predicted peak in bytes for each requested micro-batch."""
     question: Question
-    """What was asked."""
+    """The question."""
     largest: int = 0
     """Largest micro-batch that fits; 0 if none does."""
     tokens: int = 0
-    """Length of the rows that this holds for."""
+    """Length of the rows, in tokens."""
     unknown: str | None = None
     """Why there is no answer."""
 
@@ -72,7 +72,7 @@ class Answer:
 
 
 def free(profile: HardwareProfile, *, here: bool) -> int | None:
-    """Bytes that a training can have on the device: what is free if it is `here`, else what the profile says."""
+    """Bytes that a training can use on the device: measured if it is `here`, and otherwise those of the profile."""
     if here:
         return free_bytes("cuda" if profile.device_type == "rocm" else profile.device_type)
     stated = profile.free_memory_bytes
@@ -80,13 +80,12 @@ def free(profile: HardwareProfile, *, here: bool) -> int | None:
 
 
 def ask(question: Question, mode: PrecisionMode) -> Answer:
-    """Rehearse the training in `mode`. Raises TargetError where the target breaks its contract."""
+    """Rehearse the training in `mode`. Raises TargetError if the target breaks its contract."""
     unknown = question.profile.lacks(mode)
     if unknown is not None:
         return Answer(precision=mode.name, peaks={}, question=question, unknown=unknown)
-    config = RunConfig(
-        cell=Cell(mode.name, 1, question.accumulation), target=question.target, model=question.model, device="cpu"
-    )
+    cell = Cell(mode.name, 1, question.accumulation)
+    config = RunConfig(cell=cell, target=question.target, model=question.model, device="cpu")
     try:
         with _quiet(), rehearsal(config, question.profile) as ready:
             return _rehearsed(question, mode, ready)
@@ -107,18 +106,13 @@ def _rehearsed(question: Question, mode: PrecisionMode, ready: Rehearsal) -> Ans
         return known[rows]
 
     best = largest(peak, question.free * (1 - question.margin), question.limit)
-    return Answer(
-        precision=mode.name,
-        question=question,
-        peaks={b: peak(b) for b in question.batches},
-        largest=best,
-        tokens=tokens,
-    )
+    peaks = {b: peak(b) for b in question.batches}
+    return Answer(precision=mode.name, question=question, peaks=peaks, largest=best, tokens=tokens)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the libraries' progress bars and advice: the answer is a table."""
+    """Suppress the libraries' progress bars and warnings, because the output is a table."""
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()

@@ -1,14 +1,13 @@
 """Predicting the peak memory of a training without allocating it.
 
-The target's own Trainer is built on the CPU, its weights are replaced by torch's fake tensors, which have a shape and a
-type and no memory, and its own `train()` is run for two optimizer steps. Below autograd and autocast, where every
-kernel passes, each storage is counted from its making to its end: weights, adapters, what is kept for the backward
-pass, logits, casts, gradients and the optimizer's states. The second step is there because Adam's moments, which the
-first one makes, then live beside the activations; with accumulation, a second micro-batch meets the first one's
-gradients.
+The target's own Trainer is built on the CPU, its weights are replaced with torch's fake tensors, which have a shape and
+a type but no memory, and its own `train()` runs for two optimizer steps. Each storage is counted from its creation to
+its end, below autograd and autocast, where every kernel passes: weights, adapters, saved activations, logits, casts,
+gradients and optimizer states. The second step is necessary because the first one creates Adam's moments, which then
+exist together with the activations; with accumulation, a second micro-batch meets the gradients of the first.
 
-Building needs host memory for the weights, once; nothing else is allocated. The batch is small and stays real, and so
-does what is computed from it alone: whether a mask can be left out depends on its values.
+Building needs host memory for the weights, once; nothing else is allocated. The batch is small and stays real, like
+everything that is computed from it alone, because its values decide whether a mask can be left out.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -33,7 +33,6 @@ from torch.utils._pytree import tree_flatten
 
 from pytest_sftguard.engine.building.targets import TargetError, resolve
 from pytest_sftguard.engine.building.trainers import build
-from pytest_sftguard.engine.machine.profiles import available_host_memory
 from pytest_sftguard.engine.memory.attention import as_on_cuda
 from pytest_sftguard.engine.surroundings.errors import first_line
 from pytest_sftguard.engine.surroundings.isolation import isolated
@@ -50,15 +49,17 @@ CUDA_ROUNDING = 512
 """Bytes that CUDA's caching allocator rounds every block up to (kMinBlockSize in CUDACachingAllocator.cpp)."""
 
 CUBLAS_WORKSPACE = 4096 * 2 * 1024 + 16 * 8 * 1024
-"""Bytes of a cuBLAS workspace, taken from the caching allocator (CUDABlas.cpp), by each of two threads."""
+"""Bytes of a cuBLAS workspace in the caching allocator (CUDABlas.cpp), one for each of two threads."""
 
 CUBLAS_WORKSPACE_HOPPER = 4096 * 8 * 1024
 """The same from compute capability 9.0 on."""
 
 _STEPS = 2
 _REAL_BYTES = 1 << 24
-_FULL_EVALUATION = ("bf16_full_eval", "fp16_full_eval")  # with these the Trainer moves the weights again
-_ROWS_LOOKED_AT = 10_000
+_FULL_EVALUATION = ("bf16_full_eval", "fp16_full_eval")
+"""Arguments with which the Trainer moves the weights again."""
+_ROWS_SEARCHED = 10_000
+"""Rows of a data set among which the longest are searched."""
 
 
 class PredictionError(Exception):
@@ -67,27 +68,27 @@ class PredictionError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What a training will need."""
+    """Predicted memory of a training."""
 
     peak_bytes: int
-    """Largest sum of live tensors at one moment, each rounded as the allocator does, and what its libraries take."""
+    """Largest sum of live tensors at one moment, rounded like the allocator, with the workspaces of its libraries."""
     weights_bytes: int
-    """All parameters and buffers, the adapter's included."""
+    """All parameters and buffers, with the adapter's."""
     trainable_bytes: int
-    """The parameters that train."""
+    """The trainable parameters."""
     scratch_bytes: int
-    """What the guard's looks at a trained model need beside the weights: digests, and logits of three models."""
+    """Memory of the guard's checks of a trained model apart from the weights: digests, and logits of three models."""
     tokens: tuple[int, ...]
     """Shape of the first input of the batch: rows, tokens."""
     seconds: float
-    """What the rehearsal took, without the building."""
+    """Wall time of the rehearsal, without building."""
 
     @property
     def cell_bytes(self) -> int:
-        """What a cell of the matrix needs: the training, and what the guard does beside and after it.
+        """Memory of a cell of the matrix: the training, and what the guard adds during and after it.
 
-        The guard keeps two copies of the adapter while it trains. Afterwards it loads the base a second time, beside
-        the trained one and its optimizer, for the way through a file.
+        The guard keeps two copies of the adapter during the training. After it, the round trip loads the base a second
+        time, while the trained one and its optimizer still exist.
         """
         copies = 2 * self.trainable_bytes
         moments = 2 * self.trainable_bytes
@@ -96,7 +97,7 @@ class Prediction:
 
 
 class Rehearsal:
-    """A Trainer on fake weights, whose training can be run at any micro-batch; made by `rehearsal`."""
+    """A Trainer with fake weights, which can train with any micro-batch; made by `rehearsal`."""
 
     def __init__(self, trainer: Trainer, device: HardwareProfile) -> None:
         self.trainer, self.device = trainer, device
@@ -109,9 +110,9 @@ class Rehearsal:
         _exchange_weights(trainer, self._fakes)
 
     def predict(self, micro_batch: int, accumulation: int = 1, *, longest: bool = True) -> Prediction:
-        """Peak of training with `micro_batch` rows at a time, the longest of the dataset or else the first drawn.
+        """Predict training with `micro_batch` rows at a time: the `longest` of the dataset, or the first drawn.
 
-        Raises PredictionError where the training does something that needs real numbers.
+        Raises PredictionError if the training needs real numbers.
         """
         trainer, arguments = self.trainer, self.trainer.args
         arguments.per_device_train_batch_size = trainer._train_batch_size = micro_batch
@@ -128,7 +129,8 @@ class Rehearsal:
                 meter.add(tensor)
             with self._fakes, meter, self._attention():
                 trainer.train()
-        except Exception as error:  # the code under test, on tensors that it was not written for
+        # the code under test was not written for fake tensors
+        except Exception as error:
             raise PredictionError(
                 f"the rehearsal on fake tensors ended in {type(error).__name__}: {first_line(error)}"
             ) from error
@@ -145,13 +147,13 @@ class Rehearsal:
         )
 
     def _attention(self) -> contextlib.AbstractContextManager[Any]:
-        """Attention as the device computes it; where its compute capability is not known, as a recent one does."""
+        """Compute attention as the device does, or as a recent one if its compute capability is not known."""
         if self.device.device_type != "cuda":
             return contextlib.nullcontext()
         return as_on_cuda(self.device.compute_capability or AMPERE)
 
     def _batch(self, rows: int, longest: bool) -> Any:
-        """One micro-batch as the Trainer's own loader makes it."""
+        """One micro-batch from the Trainer's own loader."""
         trainer = self.trainer
         trainer.__dict__.pop("get_train_dataloader", None)
         trainer.train_dataset = self._longest(rows) if longest else self._dataset
@@ -161,18 +163,19 @@ class Rehearsal:
             trainer.train_dataset = self._dataset
 
     def _longest(self, rows: int) -> Any:
-        """The `rows` longest rows, from the longest on, taken again where there are too few."""
+        """The `rows` longest rows, the longest first, repeated if there are too few."""
         if isinstance(self._dataset, torch.utils.data.IterableDataset):
-            self._dataset = list(islice(self._dataset, _ROWS_LOOKED_AT))
-        looked_at = range(min(len(self._dataset), _ROWS_LOOKED_AT))
-        self._order = self._order or sorted(looked_at, key=lambda i: -_length(self._dataset[i]))
-        places = list(islice(cycle(self._order), rows))
-        if hasattr(self._dataset, "select"):  # so that a datasets.Dataset stays one, and its columns are chosen
-            return self._dataset.select(places)
-        return torch.utils.data.Subset(self._dataset, places)
+            self._dataset = list(islice(self._dataset, _ROWS_SEARCHED))
+        searched = range(min(len(self._dataset), _ROWS_SEARCHED))
+        self._order = self._order or sorted(searched, key=lambda i: -_length(self._dataset[i]))
+        indices = list(islice(cycle(self._order), rows))
+        # a datasets.Dataset must stay one, so that the Trainer selects its columns
+        if hasattr(self._dataset, "select"):
+            return self._dataset.select(indices)
+        return torch.utils.data.Subset(self._dataset, indices)
 
     def _rewind(self) -> None:
-        """As before the training, but for accelerate's wrapping of the model, which it does once."""
+        """Reset the Trainer to before the training, but for accelerate's wrapper of the model, which is permanent."""
         trainer = self.trainer
         trainer.__dict__.pop("get_train_dataloader", None)
         trainer.model.zero_grad()
@@ -183,18 +186,17 @@ class Rehearsal:
 
 @contextlib.contextmanager
 def rehearsal(config: RunConfig, device: HardwareProfile) -> Iterator[Rehearsal]:
-    """The Trainer of `config`'s precision, ready to be rehearsed for `device`; nothing is left behind.
+    """A rehearsal of the Trainer in the precision of `config`, for `device`; leaves nothing behind.
 
-    Raises TargetError where the target breaks its contract, PredictionError where it cannot be built on the CPU.
+    Raises TargetError if the target breaks its contract, PredictionError if it cannot be built on the CPU.
     """
-    mode = mode_named("fp32" if config.cell.precision == "tf32" else config.cell.precision)  # the same bytes
+    # tf32 takes the same bytes as float32
+    mode = mode_named("fp32" if config.cell.precision == "tf32" else config.cell.precision)
     arguments = {k: v for k, v in config.training_arguments.items() if k not in ("tf32", "use_cpu")}
-    target = resolve(config.target)
+    config, target = dataclasses.replace(config, training_arguments=arguments), resolve(config.target)
     with isolated(), tempfile.TemporaryDirectory(prefix="sftguard-") as folder:
         try:
-            trainer = build(
-                target, dataclasses.replace(config, training_arguments=arguments), mode, "cpu", Path(folder)
-            )
+            trainer = build(target, config, mode, "cpu", Path(folder))
         except TargetError:
             raise
         except Exception as error:
@@ -203,23 +205,23 @@ def rehearsal(config: RunConfig, device: HardwareProfile) -> Iterator[Rehearsal]
 
 
 def predict(config: RunConfig, device: HardwareProfile, *, longest: bool = True) -> Prediction:
-    """Peak of training the cell of `config` on `device`; raises what `rehearsal` and `predict` raise."""
+    """Predict training the cell of `config` on `device`. Raises what `rehearsal` and `Rehearsal.predict` raise."""
     with rehearsal(config, device) as ready:
         cell = config.cell
         return ready.predict(cell.per_device_train_batch_size, cell.gradient_accumulation_steps, longest=longest)
 
 
 class Forecast:
-    """Says of one cell after the other whether it will fit, and remembers, so that most cost nothing."""
+    """Predictions for many cells, which reuses rehearsals, so that most cells cost nothing."""
 
     def __init__(self) -> None:
         self._rehearsed: dict[str, tuple[Cell, int]] = {}
 
     def need(self, config: RunConfig, device: HardwareProfile, enough: float) -> int | None:
-        """What the cell of `config` needs; None where it needs less than `enough` for sure, or cannot be rehearsed.
+        """Bytes that the cell of `config` needs; None if these are at most `enough`, or the cell cannot be rehearsed.
 
-        For sure: memory at b rows is made of parts that are constant and parts that grow with b, so that it is at most
-        b/a times that at a rows, which may have been rehearsed already; and accumulation never takes any away.
+        The memory of b rows consists of constant parts and parts that grow with b, so that it is at most b/a times that
+        of a rows, which may have been rehearsed. Accumulation never lowers it.
         """
         cell = config.cell
         key = f"{device.device_type} {dataclasses.replace(config, cell=Cell(cell.precision, 1, 1))!r}"
@@ -239,7 +241,7 @@ class Forecast:
 
 
 def _overhead_bytes(device: HardwareProfile) -> int:
-    """What the device's libraries take from the allocator for themselves, whatever is trained."""
+    """Memory that the device's libraries allocate for themselves, whatever is trained."""
     if device.device_type not in ("cuda", "rocm"):
         return 0
     capability = device.compute_capability
@@ -247,22 +249,24 @@ def _overhead_bytes(device: HardwareProfile) -> int:
 
 
 def free_bytes(device_type: str) -> int | None:
-    """Memory that a training can still have on this machine's device of `device_type`; None where it cannot be read."""
+    """Memory that a training can still use on this machine's device of `device_type`; None if it cannot be read."""
     if device_type == "cuda":
         free, _ = torch.cuda.mem_get_info()
         cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return int(free + cached)
     if device_type != "cpu":
         return None
-    sizes = [size for size in (available_host_memory(), _control_group()) if size is not None]
-    return min(sizes, default=None)
+    available: int = psutil.virtual_memory().available
+    left = _control_group()
+    return available if left is None else min(available, left)
 
 
 def _control_group() -> int | None:
-    """Memory that a container's limit leaves, its page cache counted as free."""
+    """Memory that a container's limit leaves, with its page cache; None without a limit."""
     folder = Path("/sys/fs/cgroup")
     try:
-        limit = int((folder / "memory.max").read_text(encoding="ascii"))  # `max` where there is none
+        # `max` without a limit, which is a ValueError
+        limit = int((folder / "memory.max").read_text(encoding="ascii"))
         used = int((folder / "memory.current").read_text(encoding="ascii"))
         statistics = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
     except (OSError, ValueError):
@@ -271,8 +275,9 @@ def _control_group() -> int | None:
     return max(0, limit - used + cache)
 
 
-class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does not type its construction
-    """Counts the bytes of all storages that are alive, and keeps the highest sum. Goes inside a FakeTensorMode."""
+# torch does not type its construction
+class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all live storages, and keeps the highest sum. Use it within a FakeTensorMode."""
 
     def __init__(self, rounding: int = 1) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -280,7 +285,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does no
         self._storages: dict[int, Any] = {}
 
     def add(self, tensor: Tensor) -> None:
-        """Count the storage of `tensor` from now to its end; once, however many tensors share it."""
+        """Count the storage of `tensor` until its end, once for all tensors that share it."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._storages:
@@ -296,12 +301,12 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does no
         self.peak = max(self.peak, self.live)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one kernel on fake tensors, or for real where it has only small real ones."""
+        """Run one kernel on fake tensors, or on real ones if it has only small real inputs."""
         kwargs = kwargs or {}
         if any(isinstance(t, FakeTensor) for t in _tensors((args, kwargs))):
             if func is torch.ops.aten._local_scalar_dense.default:
                 return _unknown(args[0])
-            out = func(*(_as_places(func, args)), **kwargs)
+            out = func(*(_as_indices(func, args)), **kwargs)
         else:
             out = self._of_real(func, args, kwargs)
         for tensor in _tensors(out):
@@ -311,7 +316,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does no
     def _of_real(self, func: Any, args: Any, kwargs: Any) -> Any:
         try:
             fake = func(*args, **kwargs)
-        except Exception:  # it depends on values, which are there
+        # the result depends on values, which real tensors have
+        except Exception:
             fake = None
         if sum(t.numel() * t.element_size() for t in _tensors(fake)) > _REAL_BYTES:
             return fake
@@ -320,7 +326,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does no
 
 
 class _Loader:
-    """Gives one batch again and again, in place of a DataLoader."""
+    """Replaces a DataLoader and repeats one batch."""
 
     def __init__(self, batch: Any, times: int) -> None:
         self.batch, self.times = batch, times
@@ -334,7 +340,7 @@ class _Loader:
 
 
 def _still(trainer: Trainer) -> None:
-    """Keep the rehearsal to itself: no logs, no evaluation, no saving, no callback that could print or write."""
+    """Switch off logs, evaluation, saving, and every callback that could print or write."""
     from transformers import DefaultFlowCallback
     from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
@@ -346,13 +352,15 @@ def _still(trainer: Trainer) -> None:
     handler = trainer.callback_handler
     handler.callbacks = [c for c in handler.callbacks if isinstance(c, DefaultFlowCallback)]
     trainer.log = lambda *_, **__: None
-    trainer.accelerator.device_placement = False  # all is where it should be, and fake weights cannot be moved
+    # everything is on its device, and fake weights cannot be moved
+    trainer.accelerator.device_placement = False
 
 
 def _exchange_weights(trainer: Trainer, fakes: FakeTensorMode) -> None:
-    """Put fake tensors in the place of all parameters and buffers; tied ones stay tied."""
+    """Replace all parameters and buffers with fake tensors; tied ones stay tied."""
     made: dict[int, Tensor] = {}
-    kept: list[Tensor] = []  # so that no id is used twice
+    # kept so that Python reuses no id
+    kept: list[Tensor] = []
 
     def fake(tensor: Tensor) -> Tensor:
         if id(tensor) not in made:
@@ -375,7 +383,7 @@ def _length(row: Any) -> int:
 
 
 def _scratch(trainer: Trainer, tokens: tuple[int, ...]) -> int:
-    """Of the round trip: float32 logits of one evaluation batch, three times and two differences, or 64-bit digests."""
+    """Bytes of the round trip: five times the float32 logits of an evaluation batch, or the digests' integers."""
     elements = max((t.numel() for t in trainer.model.parameters()), default=0)
     head = trainer.model.get_output_embeddings() if hasattr(trainer.model, "get_output_embeddings") else None
     vocabulary = int(getattr(head, "out_features", 0))
@@ -383,29 +391,30 @@ def _scratch(trainer: Trainer, tokens: tuple[int, ...]) -> int:
     return max(5 * 4 * int(trainer.args.eval_batch_size) * length * vocabulary, 4 * 8 * min(elements, 1 << 22))
 
 
-def _as_places(func: Any, args: Any) -> Any:
-    """Where a fake tensor is indexed with real masks: the same index as places, whose number is known."""
+def _as_indices(func: Any, args: Any) -> Any:
+    """Replace real masks that index a fake tensor with indices, whose number is known."""
     if func is not torch.ops.aten.index.Tensor:
         return args
-    places: list[Any] = []
+    indices: list[Any] = []
     for index in args[1]:
         if isinstance(index, Tensor) and not isinstance(index, FakeTensor) and index.dtype is torch.bool:
             with unset_fake_temporarily():
-                places.extend(index.nonzero(as_tuple=True))
+                indices.extend(index.nonzero(as_tuple=True))
         else:
-            places.append(index)
-    return (args[0], places, *args[2:])
+            indices.append(index)
+    return (args[0], indices, *args[2:])
 
 
 def _unknown(tensor: Tensor) -> Any:
-    """What a number is taken to be that only a real training would have."""
+    """Stand-in for a number that only a real training has."""
     if tensor.dtype is torch.bool:
         return False
     return 0.0 if tensor.is_floating_point() else 0
 
 
 def _tensors(tree: Any) -> Iterable[Tensor]:
-    plain = dict(tree) if isinstance(tree, Mapping) else tree  # a BatchEncoding is a mapping, and no dict
+    # a BatchEncoding is a mapping, but not a dict
+    plain = dict(tree) if isinstance(tree, Mapping) else tree
     return [t for t in tree_flatten(plain)[0] if isinstance(t, Tensor)]
 
 

@@ -1,4 +1,4 @@
-"""What is observed while the training runs: a Recorder, and the hooks that tell it what happens.
+"""Observing the training while it runs: a Recorder, and the hooks that call it.
 
 Runs during the training, at each micro-batch and each optimizer step.
 """

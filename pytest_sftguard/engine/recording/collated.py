@@ -1,8 +1,7 @@
-"""What the micro-batches held: a fingerprint of the rows of each step, and how many tokens its loss is taken of.
+"""Contents of the micro-batches: a fingerprint of the rows of each step, and the number of tokens in its loss.
 
-Nothing of it is needed before the training is over, so that it is worked out for dozens of micro-batches together. A
-training step pushes all other code out of the processor's caches; the first call of anything after it takes five times
-as long as the next ones.
+Nobody reads them before the training is over, so that they are computed for dozens of micro-batches together;
+`gathering` says why that is faster.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from torch import Tensor
 from pytest_sftguard.engine.tensors import fingerprints
 from pytest_sftguard.engine.tensors.reductions import to_host
 
-_TOGETHER = 64
-"""Micro-batches that wait, with copies of their integers: some hundred kilobytes."""
-_COUNTED = ("input_ids", "attention_mask", "labels")
-_NEITHER = -1.0
-"""In the place of what a micro-batch lacks; fingerprints and counts are never negative."""
+_BATCHED = 64
+"""Micro-batches that are computed together; copies of their integers take a few hundred kilobytes."""
+_COPIED = ("input_ids", "attention_mask", "labels")
+_ABSENT = -1.0
+"""Stands for what a micro-batch lacks; fingerprints and counts are never negative."""
 
 
 class Collated:
-    """Takes the inputs of one micro-batch after the other, by the number of their step."""
+    """Collects the inputs of micro-batches, each with the number of its step."""
 
     def __init__(self, padding: int | None = None) -> None:
         self._padding = padding
@@ -35,19 +34,19 @@ class Collated:
         self._tokens: dict[int, list[float]] = defaultdict(list)
 
     def add(self, step: int, inputs: Mapping[str, Any]) -> None:
-        """Copy what is needed of a micro-batch: loops write the next one into the same memory."""
-        there = {key: t.detach().clone() for key in _COUNTED if isinstance(t := inputs.get(key), Tensor)}
-        self._waiting.append((step, there))
+        """Copy the relevant inputs of a micro-batch, because a loop may write the next one into the same memory."""
+        copies = {key: t.detach().clone() for key in _COPIED if isinstance(t := inputs.get(key), Tensor)}
+        self._waiting.append((step, copies))
 
     def due(self) -> Tensor:
-        """Numbers of the micro-batches that wait, shape (2 n,), where enough of them do; else shape (0,).
+        """Two numbers for each waiting micro-batch if there are enough of these, shape (2 n,), or else shape (0,).
 
-        They leave the device with whatever else does, and come back by `take`.
+        The caller transfers them to the host together with other numbers, and passes them to `take`.
         """
-        return self._worked_out() if len(self._waiting) >= _TOGETHER else torch.empty(0)
+        return self._computed() if len(self._waiting) >= _BATCHED else torch.empty(0)
 
     def take(self, numbers: Sequence[float]) -> None:
-        """What `due` gave, on the host."""
+        """Store the numbers from `due`, now on the host."""
         pairs = zip(self._steps, numbers[::2], numbers[1::2], strict=True) if numbers else ()
         for step, rows, tokens in pairs:
             self._rows[step].append(rows)
@@ -55,21 +54,21 @@ class Collated:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Work out whatever still waits."""
+        """Compute the numbers of all micro-batches that still wait."""
         if self._waiting:
-            self.take(to_host([self._worked_out()])[0])
+            self.take(to_host([self._computed()])[0])
 
     def rows(self, step: int) -> str | None:
-        """Fingerprint of the rows of a step that is settled; None where a micro-batch of it has none."""
+        """Fingerprint of a settled step's rows; None if one of its micro-batches has none."""
         seen = self._rows.get(step)
-        return None if not seen or _NEITHER in seen else fingerprints.joined(seen)
+        return None if not seen or _ABSENT in seen else fingerprints.joined(seen)
 
     def tokens(self, step: int) -> int | None:
-        """Tokens that the loss of a step that is settled is taken of; None where no micro-batch of it has labels."""
-        seen = [n for n in self._tokens.get(step, ()) if n != _NEITHER]
+        """Number of tokens in a settled step's loss; None if none of its micro-batches has labels."""
+        seen = [n for n in self._tokens.get(step, ()) if n != _ABSENT]
         return int(sum(seen)) if seen else None
 
-    def _worked_out(self) -> Tensor:
+    def _computed(self) -> Tensor:
         numbers: list[Tensor] = []
         batches = [inputs for _, inputs in self._waiting]
         for inputs, rows in zip(batches, fingerprints.fingerprints(batches, self._padding), strict=True):
@@ -81,4 +80,4 @@ class Collated:
 
 
 def _number(counted: Tensor | None) -> Tensor:
-    return torch.tensor(_NEITHER, dtype=torch.float64) if counted is None else counted.double()
+    return torch.tensor(_ABSENT, dtype=torch.float64) if counted is None else counted.double()

@@ -1,7 +1,7 @@
-"""A closer look at the forward passes of the first step: do they draw random numbers, and what does the loss average.
+"""The forward passes of the first step: whether they draw random numbers, and what the loss averages.
 
-In the first step every run of a target still has the same weights, so that it is there that runs can be compared
-exactly; what is seen here says whether they can. Nothing is drawn, changed or kept on the graph.
+In the first step every run of a target still has the same weights, so that runs can be compared exactly, unless its
+forward passes are random. Nothing here draws a number, changes a tensor or keeps the graph.
 """
 
 from __future__ import annotations
@@ -11,21 +11,23 @@ import random
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pytest_sftguard.engine.adapter.adapters import lora_layers
+from pytest_sftguard.engine.after import forwards
 from pytest_sftguard.records import FirstStepRecord
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 _TOKENS = 256
-"""Rows of logits that are widened at a time: 150 MB for a vocabulary of 150,000."""
+"""Rows of logits that are widened to float32 together: 150 MB for a vocabulary of 150,000."""
 
 
 class FirstStep:
-    """Looks on while the loss of the first step's micro-batches is computed."""
+    """Observes the loss of the first step's micro-batches."""
 
     def __init__(self, trainer: Trainer, model: nn.Module) -> None:
         self._model = model
@@ -40,8 +42,8 @@ class FirstStep:
 
     @contextlib.contextmanager
     def watching(self, inputs: Any) -> Iterator[None]:
-        """Look on while the loss of `inputs` is computed."""
-        labels = inputs.get("labels") if hasattr(inputs, "get") and "shift_labels" not in inputs else None  # before pop
+        """Observe the computation of the loss of `inputs`, which may pop the labels."""
+        labels = inputs.get("labels") if hasattr(inputs, "get") and "shift_labels" not in inputs else None
         outputs: list[Any] = []
         hooks = [self._model.register_forward_hook(lambda module, args, output: outputs.append(output))]
         hooks += self._watch_random() if not self._begun else []
@@ -57,7 +59,7 @@ class FirstStep:
         self._average(logits, labels)
 
     def record(self) -> FirstStepRecord | None:
-        """What was seen; None if there was no step."""
+        """Record of the first step; None if there was none."""
         if not self._begun:
             return None
         known = self._complete and bool(self._sums)
@@ -85,7 +87,7 @@ class FirstStep:
         return hooks + [d.register_forward_hook(lambda *a: self._note("adapter")) for d in dropouts]
 
     def _note(self, where: str) -> None:
-        """The generators are looked at: what was drawn since the last time was drawn at `where`."""
+        """Compare the generators with their last state: numbers drawn since then were drawn at `where`."""
         if self._random == "model":
             return
         now = _random_state(self._model)
@@ -110,13 +112,14 @@ class FirstStep:
         self._sums.append((total, (labels != -100).sum()))
 
     def _rows(self, logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]] | None:
-        """Logits, shape (tokens, words), with the label that each of them is to predict; None where they do not fit."""
+        """Logits, shape (tokens, words), and the label that each predicts; None if their shapes do not match."""
         if logits.shape[:-1] == labels.shape:
             pairs = list(zip(logits, labels, strict=True))
             return [(row[:-1], marks[1:]) for row, marks in pairs] if self._shifts else pairs
         wanted = labels[:, 1:] if self._shifts else labels
         there = wanted[wanted != -100]
-        if logits.shape[:-1].numel() == len(there):  # computed where a label is, and nowhere else
+        # the model may compute logits only for tokens with a label
+        if logits.shape[:-1].numel() == len(there):
             return [(logits.flatten(0, -2), there)]
         return None
 
@@ -130,10 +133,10 @@ class FirstStep:
 
 
 def _shifts(model: Any) -> bool:
-    """Whether the model's loss predicts the following token; asked of its own function, as the Trainer may be wrong."""
+    """Whether the model's own loss function predicts the next token; the Trainer may be wrong about it."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = forwards.inner(model)
     causal = getattr(inner, "loss_function", None) is ForCausalLMLoss
     return causal and not getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
 
@@ -148,10 +151,6 @@ def _random_state(model: nn.Module) -> tuple[Any, ...]:
     states: list[Any] = [torch.get_rng_state().numpy().tobytes(), random.getstate()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device).numpy().tobytes())
-    try:
-        from numpy import random as numpy_random
-    except ImportError:
-        return tuple(states)
-    state: Any = numpy_random.get_state()
-    kind, keys, *rest = state
-    return (*states, kind, keys.tobytes(), *rest)
+    state: Any = np.random.get_state()
+    name, keys, *rest = state
+    return (*states, name, keys.tobytes(), *rest)

@@ -1,8 +1,8 @@
-"""Records of steps, made of the numbers that each of them left.
+"""Step records, made together from the numbers of dozens of steps.
 
-A training step pushes all other code out of the processor's caches; the first call of anything after it takes five
-times as long as the next ones. Nobody asks for the record of a step before the training is over, so that a step leaves
-its numbers, and the records of dozens are made together.
+A training step evicts all other code from the processor's caches, so that the first call of any function after it takes
+five times as long as the next ones. Nobody reads the record of a step before the training is over. So a step only
+stores its numbers.
 """
 
 from __future__ import annotations
@@ -18,56 +18,62 @@ from pytest_sftguard.engine.recording import updates
 from pytest_sftguard.engine.tensors.layouts import ordered
 from pytest_sftguard.records import NONE, Names, StepRecord
 
-_TOGETHER = 64
-"""Steps that wait, with a few hundred numbers each."""
+_BATCHED_STEPS = 64
+"""Steps whose records are made together, from a few hundred numbers each."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Numbers:
-    """What one step left: numbers that are on the host, and what they are of."""
+    """The numbers of one step, on the host."""
 
     order: Sequence[int]
-    """Of `update` and `weights`: that of a layout's blocks, which would keep its memory alive."""
+    """Indices of the tensors in `update` and `weights`; not the layout itself, whose memory it would keep alive."""
     scale: list[float]
-    """Of the loss, before and after; empty where none is scaled."""
+    """Loss scale before the step; empty without one."""
     scale_after: list[float]
+    """Loss scale after the step; empty without one."""
     loss: list[float]
-    """What the loop adds up, by micro-batch."""
+    """Summands of the step's loss, one for each micro-batch."""
     micro: list[float]
-    """The raw loss of each micro-batch."""
-    there: list[int]
-    """Places of the parameters that have a gradient."""
-    order_of_gradients: Sequence[int] | None
-    """Of `norm` and `most`; None where the gradients were not seen."""
+    """Raw loss of each micro-batch."""
+    places: list[int]
+    """Indices of the parameters that have a gradient."""
+    gradient_order: Sequence[int] | None
+    """Indices of the tensors in `norm` and `most`; None if the gradients were not seen."""
     norm: list[float]
     """L2 norm of each gradient."""
     most: list[float]
-    """The largest element of each."""
+    """Largest absolute element of each gradient."""
     moved: list[float]
-    """How far the weights were changed before the step; empty where there was none before."""
+    """Changes of the weights since the previous step, of which the largest counts; empty in the first step."""
     stale_names: list[str]
-    """Parameters that had a gradient when the step began, and its largest element."""
+    """Names of the parameters that had a gradient when the step began."""
     stale: list[float]
+    """Largest absolute element of each such gradient."""
     update: list[float]
-    """The largest change of each tensor, and its largest element after the step."""
+    """Largest absolute change of each tensor in the step."""
     weights: list[float]
-    given: list[float]
-    """Parts of the L2 norm of the gradients that the optimizer got."""
-    received: bool
-    """Whether these were seen."""
+    """Largest absolute element of each tensor after the step."""
+    received: list[float] | None
+    """L2 norms of the gradients that the optimizer received; None if they were not seen."""
     rates: updates.Rates | None
+    """Learning rates of the tensors; None outside the Adam family."""
     dtypes: Sequence[torch.dtype]
     """Types of the parameters."""
     idle: list[str]
     """Tensors of layers that no token of the step passed through."""
     nonfinite_moments: Names
+    """Optimizer states that are not finite."""
     learning_rate: float | None
+    """Learning rate of the first group."""
     seconds: float | None
+    """Wall time of the step."""
     memory: int | None
+    """Peak of the device allocator in bytes; None on a CPU."""
 
 
 class Gathered:
-    """Takes the numbers of one step after the other; `weights` are the largest elements of the tensors before them."""
+    """Collects the numbers of steps; `weights` are the largest absolute elements of the tensors before the first."""
 
     def __init__(self, names: list[str], weights: list[float]) -> None:
         self._names, self._weights = names, weights
@@ -79,20 +85,20 @@ class Gathered:
         return len(self._records) + len(self._waiting)
 
     def add(self, numbers: Numbers) -> None:
-        """Another step is done."""
+        """Add the numbers of the next step."""
         self._waiting.append(numbers)
-        if len(self._waiting) >= _TOGETHER:
+        if len(self._waiting) >= _BATCHED_STEPS:
             self.records()
 
     def records(self) -> list[StepRecord]:
-        """Every step so far, but for the rows and tokens of its micro-batches."""
+        """Records of the steps so far, without the rows and tokens of their micro-batches."""
         for numbers in self._waiting:
             self._records.append(self._record(numbers))
         self._waiting = []
         return self._records
 
     def first_norms(self) -> dict[str, float]:
-        """L2 norms of the gradients of the first step in which all were finite, by parameter."""
+        """L2 norm of each gradient in the first step with finite gradients only, by parameter."""
         self.records()
         return self._first_norms
 
@@ -101,7 +107,8 @@ class Gathered:
         with_gradient, most = self._of_gradients(seen, seen.most)
         if not self._first_norms and finite(seen.norm):
             self._first_norms = dict(zip(*self._of_gradients(seen, seen.norm), strict=True))
-        sound = finite(weights)  # nearly always, so that nothing needs to be asked of each
+        # nearly always, so that there is no check of each
+        sound = finite(weights)
         usable = [True] * len(weights) if sound else [math.isfinite(w) for w in weights]
         ratio, furthest = updates.largest(seen.rates, seen.dtypes, self._names, update, self._weights, weights)
         self._weights = weights
@@ -109,8 +116,8 @@ class Gathered:
             step=len(self._records) + 1,
             micro_losses=tuple(seen.micro),
             loss=_added_up(seen.loss),
-            grad_norm=None if seen.order_of_gradients is None else _hypot(seen.norm),
-            max_abs_gradient=None if seen.order_of_gradients is None else _largest(most),
+            grad_norm=None if seen.gradient_order is None else _hypot(seen.norm),
+            max_abs_gradient=None if seen.gradient_order is None else _largest(most),
             nonfinite_gradients=NONE if finite(most) else _named(with_gradient, most, lambda v: not math.isfinite(v)),
             missing_gradients=self._missing_gradients(seen),
             zero_gradients=_zeros(with_gradient, most),
@@ -127,29 +134,29 @@ class Gathered:
             max_update=_largest(update),
             max_update_ratio=ratio,
             max_update_tensor=furthest,
-            received_grad_norm=_hypot(seen.given) if seen.received else None,
+            received_grad_norm=None if seen.received is None else _hypot(seen.received),
             seconds=seen.seconds,
             peak_memory_bytes=seen.memory,
         )
 
     def _of_gradients(self, seen: Numbers, numbers: list[float]) -> tuple[list[str], list[float]]:
-        """Names of the parameters that have a gradient, and of `numbers` the one of each, in the same order."""
-        if seen.order_of_gradients is None:
+        """Names of the parameters with a gradient, and the number of each from `numbers`, in the same order."""
+        if seen.gradient_order is None:
             return [], []
-        placed = ordered(seen.order_of_gradients, numbers)
-        if len(placed) != len(seen.there):
-            placed = [placed[i] for i in seen.there]
-        return [self._names[i] for i in seen.there], placed
+        placed = ordered(seen.gradient_order, numbers)
+        if len(placed) != len(seen.places):
+            placed = [placed[i] for i in seen.places]
+        return [self._names[i] for i in seen.places], placed
 
     def _missing_gradients(self, seen: Numbers) -> Names:
-        if seen.order_of_gradients is None or len(seen.there) == len(self._names):
+        if seen.gradient_order is None or len(seen.places) == len(self._names):
             return NONE
-        there = set(seen.there)
+        there = set(seen.places)
         return Names.of(n for i, n in enumerate(self._names) if i not in there)
 
 
 def finite(values: list[float]) -> bool:
-    """Whether all of `values` are finite, but for sums that overflow: what is not is found out one by one."""
+    """Whether the sum of `values` is finite, and so all of them; if it overflows, check each."""
     return math.isfinite(sum(values))
 
 
@@ -168,13 +175,13 @@ def _zeros(names: list[str], values: list[float]) -> Names:
 
 
 def _largest(values: list[float]) -> float:
-    """The largest value, NaN if there is one: `max` would drop it or keep it by its place."""
-    if not finite(values) and any(math.isnan(v) for v in values):
-        return math.nan
-    return max(values, default=0.0)
+    """The largest value, or NaN if there is one; with `max`, that would depend on its position."""
+    return math.nan if _has_nan(values) else max(values, default=0.0)
 
 
 def _hypot(values: list[float]) -> float:
-    if not finite(values) and any(math.isnan(v) for v in values):
-        return math.nan
-    return math.hypot(*values)
+    return math.nan if _has_nan(values) else math.hypot(*values)
+
+
+def _has_nan(values: list[float]) -> bool:
+    return not finite(values) and any(map(math.isnan, values))

@@ -1,4 +1,4 @@
-"""Watching the layers of a model: which of them a token passed through, and in which type they compute."""
+"""Hooks on the layers of a model: which of them a token passed through, and in which type they compute."""
 
 from __future__ import annotations
 
@@ -14,89 +14,89 @@ from pytest_sftguard.engine.recording.recorder import Recorder
 from pytest_sftguard.engine.tensors.reductions import dtype_name
 
 _Hook = tuple[Callable[..., Any], Callable[..., None]]
-"""What puts a hook in its place, and the hook."""
+"""The method that registers a hook, and the hook."""
 
 
 class LayerWatch:
-    """Hooks on the layers of the model that `recorder` sees, until `detach`.
+    """Hooks on the layers of the recorder's model, until `detach`.
 
-    In the first step there is one on every layer. From then on, a hook on a decoder layer stands for those of its
-    layers that were computed with it, and one decoder layer after the other, a step each, is looked at closely again.
-    What is chosen within a decoder layer, as experts are, keeps hooks of its own.
+    In the first step every layer has a hook. After it, one hook on a decoder layer replaces those of the layers that
+    are always computed with it; in each step another decoder layer has its detailed hooks back. Layers that a decoder
+    layer chooses between, such as experts, keep their hooks.
     """
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
         self.looking = True
-        """Whether a forward pass now is one of the training's, whose types count."""
+        """Whether a forward pass is one of the training, whose types count."""
         self.autocast_dtype: str | None = None
         self._returned: dict[str, set[int]] = {}
         layers = lora_layers(recorder.model)
         self._blocks = _blocks(recorder.model, layers)
-        self._on_layers, self._on_others = self._watch_layers(layers)
-        self._turns: list[list[_Hook]] = []
-        self._closely: list[Any] = []
-        self._standing = _put([*self._on_layers.values(), *self._on_others])
-        self._arranged: list[_Hook] | None = None
+        self._layer_hooks, self._product_hooks = self._watch_layers(layers)
+        self._rotation: list[list[_Hook]] = []
+        self._detailed: list[Any] = []
+        self._registered = _register([*self._layer_hooks.values(), *self._product_hooks])
+        self._every_step: list[_Hook] | None = None
         self._buffer_hooks = self._watch_buffers()
 
     @property
     def compute_dtypes(self) -> dict[str, int]:
-        """Types of what the adapted layers' products returned, with the number of layers."""
+        """Result types of the adapted layers' products, with the number of layers."""
         return {dtype: len(layers) for dtype, layers in self._returned.items()}
 
     def detach(self) -> None:
-        """Take the hooks off the model."""
-        for hooks in (self._standing, self._closely, self._buffer_hooks):
-            _take_off(hooks)
-        self._on_layers, self._on_others, self._arranged, self._turns = {}, [], [], []
+        """Remove all hooks."""
+        for hooks in (self._registered, self._detailed, self._buffer_hooks):
+            _remove(hooks)
+        self._layer_hooks, self._product_hooks, self._every_step, self._rotation = {}, [], [], []
 
     def begin_micro_batch(self, *, first: bool) -> None:
-        """Another micro-batch of the training begins, the `first` of its step or a later one.
+        """Begin a micro-batch of the training, the `first` of its step or a later one.
 
-        Where a token has passed through every layer in this step, there is nothing more to learn in it: a hook costs
-        its call, and the module its fast way. In the first step all micro-batches are seen, for their types.
+        Once a token has passed through every layer, the hooks have nothing more to find in the step, and are removed: a
+        hook costs its call, and the fast path of its module's. In the first step they stay, for the types.
         """
         if not self.recorder.taken:
             return
         if first:
-            self._stand()
-        elif self._standing and self.recorder.all_layers_used:
-            _take_off(self._standing)
-            _take_off(self._closely)
+            self._hook_step()
+        elif self._registered and self.recorder.all_layers_used:
+            _remove(self._registered)
+            _remove(self._detailed)
 
-    def _stand(self) -> None:
-        """The hooks for a step after the first one."""
-        if self._arranged is None:
-            _take_off(self._standing)
-            self._arranged, self._turns = self._arrange()
-        if not self._standing:
-            self._standing = _put(self._arranged)
-        _take_off(self._closely)
-        if self._turns:
-            self._closely = _put(self._turns[self.recorder.taken % len(self._turns)])
+    def _hook_step(self) -> None:
+        """Register the hooks for a step after the first one."""
+        if self._every_step is None:
+            _remove(self._registered)
+            self._every_step, self._rotation = self._arrange()
+        if not self._registered:
+            self._registered = _register(self._every_step)
+        _remove(self._detailed)
+        if self._rotation:
+            self._detailed = _register(self._rotation[self.recorder.taken % len(self._rotation)])
 
     def _arrange(self) -> tuple[list[_Hook], list[list[_Hook]]]:
-        """What stands in every step, and what takes turns."""
-        standing: list[_Hook] = []
-        alone, turns = dict(self._on_layers), []
+        """The hooks of every step, and lists of detailed hooks, one of which each step has in rotation."""
+        blocks: list[_Hook] = []
+        alone, rotation = dict(self._layer_hooks), []
         for block, names in self._blocks:
             if not self.recorder.ever_used.issuperset(names):
                 continue
-            standing.append((block.register_forward_pre_hook, self._note_block(frozenset(names))))
-            turns.append([alone.pop(name) for name in names])
-        if turns and self._on_others:
-            turns.append(self._on_others)
-        return [*standing, *alone.values(), *([] if turns else self._on_others)], turns
+            blocks.append((block.register_forward_pre_hook, self._note_use(*names)))
+            rotation.append([alone.pop(name) for name in names])
+        if rotation and self._product_hooks:
+            rotation.append(self._product_hooks)
+        return [*blocks, *alone.values(), *([] if rotation else self._product_hooks)], rotation
 
     def _watch_layers(self, layers: dict[str, nn.Module]) -> tuple[dict[str, _Hook], list[_Hook]]:
-        """Hooks that note which layers a token passed through: an expert without one has no gradient, soundly.
+        """Hooks of the layers by name, and hooks of products outside of them.
 
-        And of what type their products are. Where the product is a module within the layer, one hook does for both. A
-        class that computes both in its own way is watched from outside: it may do so only where nobody looks at the
-        product, and other ways round otherwise. Then the type is that of its result; and it counts as passed through
-        where another such layer of its block was, so that one that a block leaves out is not taken for an expert.
-        Those of the layers by name, and those of products that belong to none.
+        They record the layers that a token passed through, because an expert without a token rightly has no gradient,
+        and the types of the products. If the product is a module in the layer, one hook on it records both. A fused
+        class has its hook outside, because a hook on its product could switch it to an unfused path; its type is that
+        of its result. It counts as used if another fused layer of its block was, so that a layer that the block does
+        without is not mistaken for an expert.
         """
         products = {id(layer): layer for layer in product_layers(self.recorder.model)}
         fused = {name for name, layer in layers.items() if _is_fused(layer)}
@@ -113,22 +113,18 @@ class LayerWatch:
                 hooks[name] = product.register_forward_hook, self._note_product(name)
         return hooks, [(layer.register_forward_hook, self._note_product()) for layer in products.values()]
 
-    def _note_block(self, names: frozenset[str]) -> Callable[..., None]:
+    def _note_use(self, *names: str) -> Callable[..., None]:
+        """Record that a token passed through the layers `names`."""
+        used = frozenset(names)
+
         def note(module: Any, inputs: Any) -> None:
             if not (inputs and isinstance(inputs[0], torch.Tensor) and not inputs[0].numel()):
-                self.recorder.used_layers |= names
-
-        return note
-
-    def _note_use(self, name: str) -> Callable[..., None]:
-        def note(module: Any, inputs: Any, output: Any = None) -> None:
-            if not (inputs and isinstance(inputs[0], torch.Tensor) and not inputs[0].numel()):
-                self.recorder.used_layers.add(name)
+                self.recorder.used_layers |= used
 
         return note
 
     def _note_product(self, *names: str) -> Callable[..., None]:
-        """Note the type of what the layer returned, and that a token passed through the layers called `names`."""
+        """Record the type of the layer's result, and that a token passed through the layers `names`."""
         seen: set[Any] = set()
 
         def note(module: Any, inputs: Any, output: Any) -> None:
@@ -147,17 +143,19 @@ class LayerWatch:
         return note
 
     def _watch_buffers(self) -> list[Any]:
-        """Hooks that note which buffers outside the state dict the model's own forward pass rewrites.
+        """Hooks that record which buffers outside the state dict the model's own forward pass rewrites.
 
-        Rotary frequencies that follow the length of the batch (dynamic, longrope) are such: working memory, no base.
+        Such buffers, like rotary frequencies that follow the length of the batch (dynamic, longrope), are not part of
+        the base.
         """
         model = self.recorder.model
         places = [(n, m, b) for n, m in model.named_modules() for b in m._non_persistent_buffers_set]
         before: list[Any] = []
 
         def versions() -> list[Any]:
+            # the tensors themselves, because Python reuses ids
             tensors = [m._buffers.get(b) for _, m, b in places]
-            return [t if t is None else (t, t._version) for t in tensors]  # the tensor itself: ids are used again
+            return [t if t is None else (t, t._version) for t in tensors]
 
         def remember(module: Any, inputs: Any) -> None:
             before[:] = versions()
@@ -173,26 +171,26 @@ class LayerWatch:
 
 
 def _is_fused(layer: nn.Module) -> bool:
-    """Whether it is one of peft's linear LoRA layers, but of a class with a forward of its own."""
+    """Whether a layer is a subclass of peft's linear LoRA layer with a forward method of its own."""
     from peft.tuners.lora import Linear
 
     return isinstance(layer, Linear) and type(layer).forward is not Linear.forward and "forward" not in vars(layer)
 
 
-def _put(hooks: Iterable[_Hook]) -> list[Any]:
+def _register(hooks: Iterable[_Hook]) -> list[Any]:
     return [register(hook) for register, hook in hooks]
 
 
-def _take_off(hooks: list[Any]) -> None:
+def _remove(hooks: list[Any]) -> None:
     for hook in hooks:
         hook.remove()
     hooks.clear()
 
 
 def _blocks(model: nn.Module, names: Iterable[str]) -> list[tuple[nn.Module, list[str]]]:
-    """Elements of lists of modules, such as decoder layers, with those of `names` that are computed with them.
+    """Elements of module lists, such as decoder layers, with those of `names` that are always computed with them.
 
-    What lies in a list within the element is not: an element is what a model chooses, or leaves out.
+    Layers in a nested list are left out, because a model may choose between the elements of a list.
     """
     modules = dict(model.named_modules())
     held: dict[str, list[str]] = {}

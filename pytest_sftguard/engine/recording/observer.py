@@ -1,7 +1,7 @@
-"""Observing a loop of the user's own: a bare torch loop, by explicit calls, or one of accelerate.
+"""Observing a loop of the user's own: a plain torch loop by explicit calls, or one of accelerate.
 
-A Trainer is watched from inside (see watching.py). Any other loop tells an `Observer` four things: the loss of each
-micro-batch, that all gradients of a step are there, that the step is over, and that the training is.
+A Trainer is watched from inside (see watching.py). Any other loop tells an `Observer` the loss of each micro-batch,
+that all gradients of a step are complete, that the step is over, and that the training is over.
 """
 
 from __future__ import annotations
@@ -37,16 +37,19 @@ from pytest_sftguard.records import ErrorRecord, Names, RoundTripRecord, RunReco
 
 
 class Observer:
-    """Sees one training of `model`, from its making on; best used as a context manager around the loop.
+    """Observes one training of `model`; best used as a context manager around the loop.
 
-    `model` is complete: the adapter is attached, and what shall be trained has `requires_grad`. `optimizer`, `scaler`
-    (a torch GradScaler) and `scheduler` are those of the loop; they can also be given to `before_step`.
+    `model` is complete: the adapter is attached, and trainable parameters have `requires_grad=True`. `optimizer`,
+    `scaler` (a torch GradScaler) and `scheduler` are those of the loop. Optimizer and scaler can also be passed to
+    `before_step`.
 
-    `precision` says which mode of the matrix is meant, such as `bf16-mixed`, and is held against what really
-    happened; unset, it is the mode that was seen. `steps` is the number of optimizer steps that the loop must take;
-    unset, any number from one on. `max_grad_norm` is the threshold of clipping, held against the gradients that the
-    optimizer really got; 0: no clipping. `fresh` builds the model once more, untrained: with it the adapter is saved
-    with `model.save_pretrained` (or `save`, which is given a folder) and loaded onto a fresh base at the end.
+    `precision` is the expected mode of the matrix, such as `bf16-mixed`; without it, the observed mode is expected.
+    `steps` is the number of optimizer steps that the loop must take; without it, any number from one on is right.
+    `max_grad_norm` is the clipping threshold, compared with the gradients that the optimizer received; 0 means no
+    clipping. `fresh` builds the model again, untrained: with it the adapter is saved at the end, by
+    `model.save_pretrained` or by `save` (which receives a folder), and loaded onto a fresh base.
+
+    Raises ValueError for an unknown precision.
     """
 
     def __init__(
@@ -96,16 +99,16 @@ class Observer:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, type_: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, Exception):
             self._error = raised(error, "train")
         self.detach()
 
     def micro_batch(self, loss: Tensor, *, inputs: Any = None, labels: Tensor | None = None) -> None:
-        """The loss of a micro-batch, before its backward pass: as the model gave it, not yet divided or scaled.
+        """Record the loss of a micro-batch before its backward pass, as the model returned it: not divided or scaled.
 
-        Its `inputs` and `labels` need not be given where the model itself is called with them.
+        `inputs` and `labels` are not necessary if the model itself was called with them.
         """
         given = inputs if isinstance(inputs, Mapping) else self._inputs
         if labels is None:
@@ -114,16 +117,17 @@ class Observer:
             self._first_inputs = {k: v for k, v in given.items() if isinstance(v, Tensor)}
         self.recorder.start_clock()
         if not self._losses and loss.requires_grad:
-            loss.register_hook(self._backward_begins)  # type: ignore[no-untyped-call] # torch leaves it untyped
+            # torch leaves it untyped
+            loss.register_hook(self._backward_begins)  # type: ignore[no-untyped-call]
         self._losses.append(loss.detach())
         self.recorder.collated({"labels": labels})
         self.recorder.micro_batch(loss)
         self._inputs, self._labels = {}, None
 
     def before_step(self, optimizer: Any = None, scaler: Any = None) -> None:
-        """All gradients of the step are there. Call it after the last backward pass, and before they are clipped.
+        """Record the gradients of the step. Call it after the last backward pass, and before clipping.
 
-        Whether `scaler.unscale_` has been called makes no difference.
+        It may come before or after `scaler.unscale_`.
         """
         self._adopt(optimizer)
         self.scaler = self.scaler if scaler is None else scaler
@@ -131,9 +135,9 @@ class Observer:
         self._rate = _rate(self.optimizer)
 
     def after_step(self, optimizer: Any = None) -> None:
-        """The step is over: call it after `optimizer.step()`, or after `scaler.update()` where there is a scaler.
+        """Record the step. Call it after `optimizer.step()`, or after `scaler.update()` if there is a scaler.
 
-        Call it also where the scaler has kept the optimizer from stepping.
+        Call it also for a step that the scaler skipped. Raises TypeError if the Observer has no optimizer.
         """
         self._adopt(optimizer)
         if self.optimizer is None:
@@ -147,7 +151,7 @@ class Observer:
         self._seen = None
 
     def detach(self) -> None:
-        """The training is over: take all hooks off again. The context manager does it by itself."""
+        """End the observation and remove all hooks, as the context manager does at its end."""
         if self._seconds is None:
             self._seconds = time.perf_counter() - self._started
         for undo in self._undo:
@@ -155,11 +159,11 @@ class Observer:
         self._undo = []
 
     def on_detach(self, undo: Callable[[], Any]) -> None:
-        """Call `undo` when the training is over."""
+        """Call `undo` when the observation ends."""
         self._undo.append(undo)
 
     def record(self) -> RunRecord:
-        """Everything that was seen; with `fresh`, the adapter's way through a file too."""
+        """The record of the training; with `fresh`, it includes the round trip of the adapter."""
         self.detach()
         if self._seen is None:
             self._seen = self._recorded()
@@ -202,7 +206,7 @@ class Observer:
         )
 
     def _seen_precision(self, weights: Mapping[str, int], tf32: bool | None) -> str:
-        """The mode whose promises the training came nearest to."""
+        """The mode that matches the training best."""
         seen = (
             next(iter(self._layers.compute_dtypes), "float32"),
             self._layers.autocast_dtype is not None,
@@ -211,14 +215,14 @@ class Observer:
             bool(tf32),
         )
 
-        def near(mode: Any) -> tuple[bool, ...]:
+        def matches(mode: Any) -> tuple[bool, ...]:
             promised = (mode.compute_dtype, mode.autocast, mode.weights_dtype, mode.scaler, mode.name == "tf32")
             return tuple(p == s for p, s in zip(promised, seen, strict=True))
 
-        return max(MODES.values(), key=near).name
+        return max(MODES.values(), key=matches).name
 
     def _round_trip(self) -> RoundTripRecord | None:
-        """The adapter saved, and loaded onto the base of a fresh model."""
+        """Save the adapter, and load it onto the base of a fresh model."""
         recorder, trained = self.recorder, self.recorder.model
         if self._fresh is None or self._error is not None or not recorder.taken:
             return None
@@ -226,13 +230,15 @@ class Observer:
         try:
             with isolated(), tempfile.TemporaryDirectory(prefix="sftguard-") as folder:
                 saved = Path(folder) / "adapter"
-                (self._save or trained.save_pretrained)(str(saved))  # type: ignore[operator] # a PeftModel's own
+                # a PeftModel's own method
+                (self._save or trained.save_pretrained)(str(saved))  # type: ignore[operator]
                 fresh = self._fresh()
                 compared = redrawing.redrawn(recorder.base_before, trained, fresh)
                 asked = finiteness.probe_of(self._first_inputs, trained)
                 found, _ = round_trip(trained, saved, fresh, asked, recorder.unused)
                 digest, drawn = compared.without(trained, saved)
-        except Exception as error:  # whatever saving, building and loading raise is evidence
+        # whatever saving, building and loading raise is evidence
+        except Exception as error:
             self._error = raised(error, "round_trip")
             return None
         finally:
@@ -240,7 +246,7 @@ class Observer:
         return dataclasses.replace(found, fresh_base_digest=digest, drawn=Names.of(drawn))
 
     def _adopt(self, optimizer: Any) -> None:
-        """Keep to `optimizer` from now on, without the wrapper that accelerate puts around it."""
+        """Observe `optimizer` from now on, without the wrapper of accelerate."""
         while (inner := getattr(optimizer, "optimizer", None)) is not None:
             optimizer = inner
         if optimizer is not None and optimizer is not self.optimizer:
@@ -249,7 +255,8 @@ class Observer:
 
     def _optimizer_begins(self, optimizer: Any, *_: Any) -> None:
         scaled = scales.still_on(self.scaler, optimizer)
-        if not self.recorder.gradients_seen:  # nobody said that they were complete: late is better than never
+        # nobody called `before_step`: late is better than never
+        if not self.recorder.gradients_seen:
             self.recorder.before_step(scales.current(self.scaler), scaled=scaled)
             self._rate = _rate(optimizer)
         self.recorder.at_optimizer(scales.current(self.scaler) if scaled else None)
@@ -258,7 +265,7 @@ class Observer:
         self.recorder.look_for_stale_gradients()
 
     def _forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The model is called: with what, if it is in training."""
+        """Keep the inputs of a forward pass in training mode."""
         self._layers.looking = model.training
         if not model.training:
             return
@@ -274,19 +281,14 @@ class Observer:
 
 
 def observe_accelerate(accelerator: Any, model: nn.Module, optimizer: Any, **more: Any) -> Observer:
-    """An Observer of a plain accelerate loop, which stays as it is; `model` and `optimizer` are the prepared ones.
+    """Observe a plain accelerate loop without changing it; `model` and `optimizer` are the prepared ones.
 
-    `accelerator.backward` and `optimizer.step` tell it what happens until it is detached. `more` goes to Observer.
+    `accelerator.backward` and `optimizer.step` report to the Observer until it is detached. `more` are arguments of
+    Observer.
     """
-    observer = Observer(
-        accelerator.unwrap_model(model),
-        optimizer,
-        **{
-            "scaler": accelerator.scaler,
-            "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
-            **more,
-        },
-    )
+    steps = accelerator.gradient_accumulation_steps
+    known = {"scaler": accelerator.scaler, "gradient_accumulation_steps": steps}
+    observer = Observer(accelerator.unwrap_model(model), optimizer, **(known | more))
 
     def backward(original: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> Any:
         observer.micro_batch(loss)
@@ -307,7 +309,7 @@ def observe_accelerate(accelerator: Any, model: nn.Module, optimizer: Any, **mor
 
 
 def _wrapped(thing: Any, name: str, around: Callable[..., Any]) -> Callable[[], None]:
-    """Put `around(original, ...)` into the place of a method of `thing`; call the result to undo it."""
+    """Replace a method of `thing` with `around(original, ...)`; returns a function that restores it."""
     original, own = getattr(thing, name), vars(thing).get(name)
 
     @functools.wraps(original)
@@ -315,8 +317,9 @@ def _wrapped(thing: Any, name: str, around: Callable[..., Any]) -> Callable[[], 
         return around(original, *args, **kwargs)
 
     def undo() -> None:
+        # somebody else may have wrapped it again
         if vars(thing).get(name) is not wrapped:
-            return  # somebody else has put theirs around ours since
+            return
         if own is None:
             delattr(thing, name)
         else:

@@ -1,4 +1,4 @@
-"""How far an optimizer of Adam's kin moved its tensors, in learning rates."""
+"""Updates of an optimizer of the Adam family, in units of the learning rate."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from torch import Tensor
 
 from pytest_sftguard.engine.tensors.reductions import identical
 
-_KIN = re.compile(r"(Paged|Fused|CPU|DeepSpeedCPU|AnyPrecision)?AdamW?(4bit|8bit|32bit|Fp8)?")
-"""Classes whose update is a first moment over the root of a second one: Adam, AdamW, PagedAdamW8bit, FusedAdam, ..."""
+_ADAM_FAMILY = re.compile(r"(Paged|Fused|CPU|DeepSpeedCPU|AnyPrecision)?AdamW?(4bit|8bit|32bit|Fp8)?")
+"""Classes that divide a first moment by the root of a second one: Adam, AdamW, PagedAdamW8bit, FusedAdam, ..."""
 
 
 def betas(optimizer: torch.optim.Optimizer) -> tuple[float, ...]:
-    """Decay rates of the moments, of the group that can move furthest; empty where it is none of Adam's kin."""
-    if not _kin(type(optimizer).__mro__):
+    """Decay rates of the group with the largest possible update; empty outside the Adam family."""
+    if not _is_adam(type(optimizer).__mro__):
         return ()
-    pairs = [tuple(float(b) for b in group["betas"]) for group in optimizer.param_groups if "betas" in group]
-    return max(
-        (p for p in pairs if len(p) == 2), key=lambda p: (1 - p[0]) / math.sqrt(max(1 - p[1], 1e-12)), default=()
-    )
+    every = [tuple(float(b) for b in group["betas"]) for group in optimizer.param_groups if "betas" in group]
+    pairs = [b for b in every if len(b) == 2]
+    return max(pairs, key=lambda b: (1 - b[0]) / math.sqrt(max(1 - b[1], 1e-12)), default=())
 
 
 class Groups:
-    """Which of an optimizer's groups each of some tensors belongs to."""
+    """The parameter group of each of `tensors`, found again only when the groups change."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
@@ -37,7 +36,7 @@ class Groups:
         self._group_of: list[int] = []
 
     def rates(self, optimizer: torch.optim.Optimizer) -> Rates | None:
-        """What the groups have now; None where the optimizer is none of Adam's kin."""
+        """Present rates of the groups; None outside the Adam family."""
         if not betas(optimizer):
             return None
         groups = optimizer.param_groups
@@ -51,10 +50,10 @@ class Groups:
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates and weight decays of some tensors, in one step."""
+    """Learning rates and weight decays of tensors in one step."""
 
     group_of: Sequence[int]
-    """The place of each tensor's group; -1 where none holds it."""
+    """Index of each tensor's group; -1 if no group has it."""
     of_groups: Sequence[tuple[float, float]]
     """Learning rate and weight decay of each group."""
 
@@ -67,11 +66,11 @@ def largest(
     before: Sequence[float],
     after: Sequence[float],
 ) -> tuple[float | None, str]:
-    """The largest change of an element in learning rates of its own group, and the tensor that it is in.
+    """Largest change of an element in units of its group's learning rate, and the name of its tensor.
 
-    `moved`, `before` and `after` are each tensor's largest absolute change and its largest absolute element before and
-    after. What weight decay and one rounding in the tensor's type explain is taken off. None where there are no
-    `rates`; NaN where a change is.
+    `moved`, `before` and `after` are each tensor's largest absolute change, and its largest absolute element before and
+    after the step. The change that weight decay and one rounding explain is subtracted. None without `rates`, NaN if a
+    change is NaN.
     """
     if rates is None:
         return None, ""
@@ -80,7 +79,8 @@ def largest(
     every = zip(names, dtypes, rates.group_of, moved, before, after, strict=True)
     for name, dtype, group, change, old, new in every:
         rate, decay = of_groups[group]
-        if change <= worst * rate:  # what is taken off would only make it less
+        # subtraction would only make it smaller
+        if change <= worst * rate:
             continue
         if math.isnan(change):
             return math.nan, name
@@ -91,8 +91,8 @@ def largest(
 
 
 @functools.lru_cache(maxsize=64)
-def _kin(classes: tuple[type, ...]) -> bool:
-    return any(_KIN.fullmatch(kind.__name__) for kind in classes)
+def _is_adam(classes: tuple[type, ...]) -> bool:
+    return any(_ADAM_FAMILY.fullmatch(class_.__name__) for class_ in classes)
 
 
 @functools.cache

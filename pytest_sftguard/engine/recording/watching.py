@@ -1,9 +1,9 @@
-"""Watching a Trainer: tells a Recorder what happens, from inside the training loop.
+"""Watching a Trainer: wrappers that report to a Recorder from inside the training loop.
 
-Some methods of the one Trainer at hand are wrapped, none is replaced: `compute_loss` (the raw loss, before
-`logging_nan_inf_filter`), `training_step` (what the loop adds up), `accelerator.backward` (the last one of a step
-leaves complete, unclipped gradients, before a callback or clipping can touch them) and `optimizer.step`. Where a
-subclass does its own backward, gradients are looked at before clipping, or else before the optimizer's step.
+Some methods of this one Trainer are wrapped, none is replaced: `compute_loss` (the raw loss, before
+`logging_nan_inf_filter`), `training_step` (the summands of the step's loss), `accelerator.backward` (the last call of a
+step leaves complete, unclipped gradients, before a callback or clipping can change them) and `optimizer.step`. If a
+subclass has its own backward pass, gradients are read before clipping, or else before the optimizer's step.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ from pytest_sftguard.records import LogRecord
 if TYPE_CHECKING:
     from transformers import Trainer
 
+_Method = Callable[..., Any]
 
 _BATCHES_KEPT = 32
-"""Micro-batches that are remembered for the looks after the training; a few hundred rows of integers."""
+"""Micro-batches that are kept for the looks after the training: a few hundred rows of integers."""
 STEP = "sftguard_step"
-"""Key of a remembered micro-batch that holds the number of its optimizer step."""
+"""Key of a kept micro-batch for the number of its optimizer step."""
 
 
-class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its callbacks as Any
-    """Attaches a Recorder to `trainer`; `progress` is told the number of each step that is done."""
+# transformers types its callbacks as Any
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Attaches a Recorder to `trainer`; calls `progress` with the number of each finished step."""
 
     def __init__(self, trainer: Trainer, recorder: Recorder, progress: Callable[[int], None] | None = None) -> None:
         self.trainer, self.recorder, self.progress = trainer, recorder, progress
@@ -46,143 +48,123 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers types its cal
         self.batches: list[dict[str, Any]] = []
         self._copies: list[dict[str, Any]] = []
         self.first_step = FirstStep(trainer, recorder.model)
-        trainer.compute_loss = self._compute_loss(trainer.compute_loss)
-        trainer.training_step = self._training_step(trainer.training_step)
-        trainer.accelerator.backward = self._backward(trainer.accelerator.backward)
-        trainer.accelerator.clip_grad_norm_ = self._before(trainer.accelerator.clip_grad_norm_)
+        trainer.compute_loss = _wrapped(trainer.compute_loss, self._compute_loss)
+        trainer.training_step = _wrapped(trainer.training_step, self._training_step)
+        trainer.accelerator.backward = _wrapped(trainer.accelerator.backward, self._backward)
+        trainer.accelerator.clip_grad_norm_ = _wrapped(trainer.accelerator.clip_grad_norm_, self._before)
         trainer.add_callback(self)
         self.micro_batches_per_epoch: int | None = None
         self.layers = LayerWatch(recorder)
         self.layers.looking = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The optimizer is there now, and wrapped by accelerate."""
+        """Wrap the optimizer, which accelerate has prepared by now."""
         self.micro_batches_per_epoch = _length(kwargs.get("train_dataloader"))
         prepared = self.trainer.optimizer
         self.optimizer = getattr(prepared, "optimizer", prepared)
-        if prepared is not self._watched:  # a retry after out-of-memory begins the training again
+        # a retry after out-of-memory begins the training again
+        if prepared is not self._watched:
             self._watched = prepared
             self.schedule = Schedule(kwargs.get("lr_scheduler"))
-            prepared.step = self._optimizer_step(self._before(prepared.step))
+            prepared.step = _wrapped(_wrapped(prepared.step, self._before), self._optimizer_step)
 
     def detach(self) -> None:
-        """Take the hooks off the model; the Trainer at hand stays wrapped."""
+        """Remove the hooks from the model; the Trainer stays wrapped."""
         self.layers.detach()
 
     def settle(self) -> None:
-        """The training is over, and the device answers: from now on the copies on the host need it no more."""
+        """Make the host copies of the batches independent of the device, which must still answer."""
         self._copies = devices.settled(self._copies)
 
     def give_up_device(self) -> None:
-        """Go by the copies on the host from now on."""
+        """Replace the batches with their host copies, after the device was lost."""
         self.batches = devices.rescued(self._copies)
 
     def log(self) -> tuple[LogRecord, ...]:
-        """What the Trainer logged, line by line, without its summary."""
+        """The Trainer's log, line by line, without its summary."""
         return tuple(
             LogRecord(step=line["step"], **{k: _float(line.get(k)) for k in ("loss", "grad_norm", "learning_rate")})
             for line in self.trainer.state.log_history
             if "loss" in line
         )
 
-    def _compute_loss(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def wrapped(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            if not self._in_training_step:  # an evaluation
-                return original(model, inputs, *args, **kwargs)
-            self._keep(inputs)
-            self.layers.looking = True
-            look = contextlib.nullcontext() if self.recorder.taken else self.first_step.watching(inputs)
-            try:
-                with look:
-                    result = original(model, inputs, *args, **kwargs)
-            finally:
-                self.layers.looking = False
-            loss = result[0] if isinstance(result, tuple) else result
-            self.recorder.micro_batch(loss)
-            return result
-
-        return wrapped
+    def _compute_loss(self, original: _Method, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        # an evaluation
+        if not self._in_training_step:
+            return original(model, inputs, *args, **kwargs)
+        self._keep(inputs)
+        self.layers.looking = True
+        try:
+            with contextlib.nullcontext() if self.recorder.taken else self.first_step.watching(inputs):
+                result = original(model, inputs, *args, **kwargs)
+        finally:
+            self.layers.looking = False
+        self.recorder.micro_batch(result[0] if isinstance(result, tuple) else result)
+        return result
 
     def _keep(self, inputs: Any) -> None:
-        """Remember what the model is given, and the first micro-batches whole: the tensors themselves.
+        """Record the inputs, and keep the first micro-batches: the tensors themselves.
 
-        Of what lies on a CUDA device there are copies on the host besides, in case it is lost to an index that they
-        hold.
+        CUDA tensors also have copies on the host, in case one of their indices loses the device.
         """
         self.recorder.collated(inputs if hasattr(inputs, "get") else {})
         if len(self.batches) < _BATCHES_KEPT and hasattr(inputs, "items"):
             self.batches.append({**inputs, STEP: self.recorder.taken + 1})
             self._copies.append(devices.copied(self.batches[-1]))
 
-    def _training_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            self.layers.begin_micro_batch(first=self.recorder.begin_micro_batch())
-            self._in_training_step = True
-            try:
-                returned = original(*args, **kwargs)
-            finally:
-                self._in_training_step = False
-            self.recorder.micro_batch_done(returned)
-            return returned
+    def _training_step(self, original: _Method, *args: Any, **kwargs: Any) -> Any:
+        self.layers.begin_micro_batch(first=self.recorder.begin_micro_batch())
+        self._in_training_step = True
+        try:
+            returned = original(*args, **kwargs)
+        finally:
+            self._in_training_step = False
+        self.recorder.micro_batch_done(returned)
+        return returned
 
-        return wrapped
+    def _backward(self, original: _Method, *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if self.trainer.accelerator.sync_gradients:
+            self.recorder.before_step(scales.current(self.scaler))
+        return result
 
-    def _backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            if self.trainer.accelerator.sync_gradients:
-                self.recorder.before_step(self._loss_scale())
-            return result
+    def _before(self, original: _Method, *args: Any, **kwargs: Any) -> Any:
+        """Record the gradients before `original`, unless they were recorded when complete."""
+        if not self.recorder.gradients_seen:
+            self.recorder.before_step(scales.current(self.scaler))
+        return original(*args, **kwargs)
 
-        return wrapped
-
-    def _before(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Look at the gradients before `original`, unless they were seen when they were complete."""
-
-        @functools.wraps(original)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            if not self.recorder.gradients_seen:
-                self.recorder.before_step(self._loss_scale())
-            return original(*args, **kwargs)
-
-        return wrapped
-
-    def _optimizer_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            optimizer = self.optimizer
-            assert optimizer is not None  # set in on_train_begin, where this wrapper is put in place
-            groups = optimizer.param_groups
-            rate = float(groups[0]["lr"]) if groups else None
-            self.recorder.at_optimizer(self._loss_scale() if self._still_scaled() else None)
-            result = original(*args, **kwargs)
-            self.recorder.after_step(optimizer, rate, self._loss_scale())
-            if self.progress is not None:
-                self.progress(self.recorder.taken)
-            return result
-
-        return wrapped
+    def _optimizer_step(self, original: _Method, *args: Any, **kwargs: Any) -> Any:
+        optimizer = self.optimizer
+        # on_train_begin sets it together with this wrapper
+        assert optimizer is not None
+        groups = optimizer.param_groups
+        rate = float(groups[0]["lr"]) if groups else None
+        still_scaled = scales.still_on(self.scaler, optimizer)
+        self.recorder.at_optimizer(scales.current(self.scaler) if still_scaled else None)
+        result = original(*args, **kwargs)
+        self.recorder.after_step(optimizer, rate, scales.current(self.scaler))
+        if self.progress is not None:
+            self.progress(self.recorder.taken)
+        return result
 
     @property
     def scaler(self) -> Any:
-        """The loss scaler, where there is one and it is switched on: one that is off scales by 1 and skips nothing."""
+        """The loss scaler, if it is enabled: a disabled one scales by 1 and skips nothing."""
         scaler = self.trainer.accelerator.scaler
         return scaler if scaler is not None and scaler.is_enabled() else None
 
-    def _loss_scale(self) -> torch.Tensor | None:
-        return scales.current(self.scaler)
 
-    def _still_scaled(self) -> bool:
-        return scales.still_on(self.scaler, self.optimizer)
+def _wrapped(original: _Method, around: _Method) -> _Method:
+    """`around(original, ...)` in place of `original`, with its name and signature."""
+    return functools.update_wrapper(functools.partial(around, original), original)
 
 
 def _length(dataloader: Any) -> int | None:
+    """Number of batches; None for a stream."""
     try:
         return len(dataloader)
-    except TypeError:  # a stream has none
+    except TypeError:
         return None
 
 

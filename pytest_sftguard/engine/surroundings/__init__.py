@@ -1,4 +1,4 @@
 """Process state that a run must leave as it found it: switches, generators, threads, garbage, a lost device.
 
-Wrapped around every cell and every look; nothing here knows what is being trained.
+Wrapped around every cell and every look; nothing here depends on what is trained.
 """

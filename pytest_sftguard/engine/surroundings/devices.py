@@ -1,7 +1,7 @@
-"""Whether this process can still use its CUDA device.
+"""Whether this process can still use its CUDA device, and copies of a batch that survive the device.
 
-Some failures of a kernel, an index out of range above all, end the process's use of the device: from then on every call
-raises the same error, wherever it is made. What is on the host is left.
+After some failures of a kernel, most often an index out of range, the process loses the device: every later call raises
+the same error, wherever it is made. Only the data on the host is left.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _lost: str | None = None
 
 
 class LostError(RuntimeError):
-    """Something that needs the device after it was lost; says what the device said when it was."""
+    """A use of the device after it was lost; the message quotes the error that lost it."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -28,12 +28,12 @@ class LostError(RuntimeError):
 
 
 def lost() -> str | None:
-    """How this process lost its CUDA device, in one line; None as long as it has not been seen to."""
+    """First line of the error that lost this process its CUDA device; None if no such error was seen."""
     return _lost
 
 
 def answers(device_type: str) -> bool:
-    """Whether the device of `device_type` still computes; waits until it has done what it was given."""
+    """Whether the device of `device_type` still computes; waits for the work that it was given."""
     global _lost
     if device_type != "cuda" or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return True
@@ -41,25 +41,26 @@ def answers(device_type: str) -> bool:
         return False
     try:
         torch.cuda.synchronize()
-    except RuntimeError as error:  # torch.AcceleratorError, from 2.8 on; what was out of memory is not raised again
+    # torch.AcceleratorError from 2.8 on; an error for lack of memory is not raised again
+    except RuntimeError as error:
         _lost = first_line(error) or type(error).__name__
     return _lost is None
 
 
 def copied(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """`batch`, with what lies on a CUDA device copied to the host in its turn; nothing is waited for."""
+    """`batch` with its CUDA tensors copied to the host asynchronously."""
     return {key: _copy(value) for key, value in batch.items()}
 
 
 def settled(copies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What `copied` gave, in memory that has nothing to do with a device any more, which must still answer."""
+    """The batches of `copied` in memory that is independent of the device, which must still answer."""
     return [{k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in copies]
 
 
 def rescued(copies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The same after the device was lost.
+    """The same as `settled`, after the device was lost.
 
-    The memory of the copies themselves is never given back: their release would ask the device, and end the process.
+    The memory of `copies` is leaked on purpose: to free it, torch would call the device, which would end the process.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object([value for batch in copies for value in batch.values()]))
     return settled(copies)

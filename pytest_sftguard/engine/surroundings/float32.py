@@ -1,8 +1,8 @@
-"""Whether products of float32 are computed in tf32, by either of torch's two ways to say so, and putting that back.
+"""torch's switches for products of float32 in tf32: reading and restoring them, in both of torch's APIs.
 
-From torch 2.9 on there is `fp32_precision` for everything, for each library, and for each of its operations, where
-"none" asks the wider one; transformers sets the widest. The older `allow_tf32` and `set_float32_matmul_precision` set
-single operations, which from then on no longer ask, and raise RuntimeError where both ways disagree.
+Since torch 2.9 there is `fp32_precision` for everything, for each library, and for each of its operations; "none"
+inherits the wider switch, and transformers sets the widest. The older `allow_tf32` and `set_float32_matmul_precision`
+set single operations, which then no longer inherit, and reading them raises RuntimeError if the two APIs disagree.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 _NEW = hasattr(torch.backends, "fp32_precision")
 _WIDER = (("generic", "all"), ("cuda", "all"), ("mkldnn", "all"))
 _OPERATIONS = tuple((library, of) for library in ("cuda", "mkldnn") for of in ("matmul", "conv", "rnn"))
-"""Library and operation, as torch._C names them: its public switch for all of oneDNN sets the widest instead."""
+"""Library and operation as torch._C names them; the public switch for all of oneDNN sets the widest instead."""
 
 
 def products_in_tf32() -> bool:
@@ -29,8 +29,7 @@ def products_in_tf32() -> bool:
 def forget_requests() -> None:
     """Let `TrainingArguments(tf32=...)` set the switches, as it does in a fresh process.
 
-    transformers remembers what it was asked for once, and does nothing when it is asked for the same again, though the
-    switches have been set otherwise since.
+    transformers caches the request and ignores the same request later, even if the switches have changed since.
     """
     from transformers.utils import import_utils
 
@@ -39,31 +38,32 @@ def forget_requests() -> None:
         clear()
 
 
-def remembered() -> Callable[[], None]:
-    """What puts every switch back as it is now."""
+def snapshot() -> Callable[[], None]:
+    """Return a function that restores every switch to its present value."""
     if not _NEW:
-        return _remembered_by_flags()
-    older, newer = _older(), _set_values()
+        return _snapshot_of_flags()
+    older, newer = _older(), _own_values()
 
-    def put_back() -> None:
+    def restore() -> None:
         if older is not None and older != _older():
-            torch.set_float32_matmul_precision(older)  # sets operations of two libraries besides; they come next
-        for place, value in _set_values().items():
+            # sets operations of two libraries as well; they come next
+            torch.set_float32_matmul_precision(older)
+        for place, value in _own_values().items():
             if value != newer[place]:
                 _set(place, newer[place])
 
-    return put_back
+    return restore
 
 
 def _older() -> str | None:
-    """The older setting; None where it cannot be read, because it disagrees with the newer one."""
+    """The setting of the older API; None if it cannot be read because the newer one disagrees."""
     with contextlib.suppress(RuntimeError):
         return torch.get_float32_matmul_precision()
     return None
 
 
-def _set_values() -> dict[tuple[str, str], str]:
-    """What each switch itself is set to: torch tells what comes of all, so that the wider ones are off meanwhile."""
+def _own_values() -> dict[tuple[str, str], str]:
+    """Value of each switch itself. torch only returns the inherited result, so the wider ones are off meanwhile."""
     values = {}
     for place in _WIDER:
         values[place] = _get(place)
@@ -84,12 +84,12 @@ def _set(place: tuple[str, str], value: str) -> None:
     core._set_fp32_precision_setter(*place, value)
 
 
-def _remembered_by_flags() -> Callable[[], None]:
+def _snapshot_of_flags() -> Callable[[], None]:
     products, others = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     precision = torch.get_float32_matmul_precision()
 
-    def put_back() -> None:
+    def restore() -> None:
         torch.set_float32_matmul_precision(precision)
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = products, others
 
-    return put_back
+    return restore

@@ -1,4 +1,4 @@
-"""Garbage collection within a cell: over what the cell makes, and not over everything that the process has imported."""
+"""Garbage collection within a cell: of the objects that the cell makes, not of everything that the process imported."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def set_aside(device_type: str) -> Iterator[None]:
-    """Let collections pass over every object that is there now; collect what was made within, at the end.
+    """Exclude every existing object from garbage collection, and collect what was made within at the end.
 
-    A process that trains holds a million objects, modules for the most part, and accelerate collects garbage before
-    each training: a quarter of a second on a CPU, as long as several steps of a small model. What is garbage already
-    when the cell begins stays until it ends; on a device other than the CPU, whose memory is scarce, it is
-    collected first. Somebody who has set objects aside himself (`gc.freeze`) is not disturbed.
+    A process that trains has a million objects, most of them of imported modules, and accelerate collects garbage
+    before each training. That takes a quarter of a second on a CPU, as long as several steps of a small model. Objects
+    that are already garbage stay until the cell ends; on other devices, whose memory is scarce, they are collected
+    first. Does nothing if somebody else has called `gc.freeze`.
     """
     if gc.get_freeze_count():
         yield

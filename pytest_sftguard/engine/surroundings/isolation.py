@@ -1,4 +1,4 @@
-"""Leaving no trace: global state that a training touches, put back as it was."""
+"""Leaving no trace: the global state that a training changes, restored afterwards."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import contextlib
 import os
 import random
 from collections.abc import Callable, Iterator
-from typing import Any
 
+import numpy as np
 import torch
 
 from pytest_sftguard.engine.surroundings import devices, float32
@@ -15,34 +15,30 @@ from pytest_sftguard.engine.surroundings import devices, float32
 
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
-    """Put the random generators, the environment and torch's switches back at the end, also after an exception."""
-    numpy_random = _numpy_random()
-    state = random.getstate()
-    numpy_state = numpy_random.get_state() if numpy_random else None
-    environment = dict(os.environ)
-    switches = (torch.get_default_dtype(), torch.is_grad_enabled())
-    precisions_back, generators_back = float32.remembered(), _generators()
+    """Restore the random generators, the environment and torch's switches at the end, also after an exception."""
+    state, numpy_state, environment = random.getstate(), np.random.get_state(), dict(os.environ)
+    dtype, gradients = torch.get_default_dtype(), torch.is_grad_enabled()
+    restore_precisions, restore_generators = float32.snapshot(), _generators()
     try:
         yield
     finally:
-        generators_back()
-        precisions_back()
+        restore_generators()
+        restore_precisions()
         random.setstate(state)
-        if numpy_random and numpy_state is not None:
-            numpy_random.set_state(numpy_state)
+        np.random.set_state(numpy_state)
         os.environ.clear()
         os.environ.update(environment)
-        torch.set_default_dtype(switches[0])
-        torch.set_grad_enabled(switches[1])
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(gradients)
 
 
 def _generators() -> Callable[[], None]:
-    """What puts torch's generators back; those of a device that is lost, where `fork_rng` would raise, stay."""
+    """Return a function that restores torch's generators, but for those of a lost device, where `fork_rng` raises."""
     host = torch.get_rng_state()
     there = torch.cuda.is_available() and devices.lost() is None
     states = torch.cuda.get_rng_state_all() if there else []
 
-    def put_back() -> None:
+    def restore() -> None:
         torch.set_rng_state(host)
         try:
             torch.cuda.set_rng_state_all(states)
@@ -50,12 +46,4 @@ def _generators() -> Callable[[], None]:
             if devices.answers("cuda"):
                 raise
 
-    return put_back
-
-
-def _numpy_random() -> Any:
-    try:
-        from numpy import random as numpy_random
-    except ImportError:
-        return None
-    return numpy_random
+    return restore

@@ -1,4 +1,4 @@
-"""Threads of a training: the cores of the machine, shared with the workers of xdist that train beside it."""
+"""Threads of a training: a share of the machine's cores for each worker of xdist."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Iterator
 
 import torch
 
-from pytest_sftguard.cores import usable_cores
+from pytest_sftguard.hardware import usable_cores
 
 _CHOSEN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @contextlib.contextmanager
 def shared_cores() -> Iterator[None]:
-    """Let torch use this process's share of the cores, and put its number of threads back at the end.
+    """Let torch use this process's share of the cores, and restore its number of threads at the end.
 
-    In each worker of xdist torch would take every core, and threads that wait for each other's cores take ten times as
-    long as those that have one each. Whoever sets OMP_NUM_THREADS or MKL_NUM_THREADS has chosen, and is left alone.
+    In each worker of xdist torch would use every core, and threads that compete for a core take ten times as long as
+    threads with one each. Does nothing if OMP_NUM_THREADS or MKL_NUM_THREADS is set.
     """
     before = torch.get_num_threads()
     share = _share()
@@ -33,7 +33,7 @@ def shared_cores() -> Iterator[None]:
 
 
 def _share() -> int | None:
-    """Cores for each worker, at least one; None where this process is alone, or its threads were chosen."""
+    """Cores for each worker, at least one; None outside of xdist, or if the user chose the number of threads."""
     workers = os.environ.get("PYTEST_XDIST_WORKER_COUNT", "")
     if not workers.isdecimal() or int(workers) < 2 or any(os.environ.get(name) for name in _CHOSEN):
         return None

@@ -1,4 +1,4 @@
-"""Looking at many tensors at once: fused reductions that leave the device once, and digests that never round."""
+"""Reductions of many tensors at once, with one transfer to the host, and digests that never round."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ import torch
 from torch import Tensor
 
 _CHUNK = 1 << 22
-_ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # the golden ratio in 64 bits, as a signed number: spreads neighbouring places
+GOLDEN_RATIO = 0x9E3779B97F4A7C15 - (1 << 64)
+"""The golden ratio in 64 bits, as a signed number; a product with it spreads neighbouring integers."""
 
 
 def norms(tensors: Sequence[Tensor], order: float) -> Tensor:
-    """L2 (`order` 2) or largest-absolute (`order` inf) norm of each tensor, float32, shape (len(tensors),).
+    """L2 norm (`order` 2) or largest absolute element (`order` inf) of each tensor, float32, shape (len(tensors),).
 
-    NaN in a tensor gives NaN, infinity gives infinity; nothing is synchronised with the host. Half precision is widened
-    first: its squares overflow from 256 (float16) on.
+    NaN in a tensor gives NaN, infinity gives infinity; nothing synchronises with the host. Half precision is widened
+    first, because the squares of float16 overflow from 256 on.
     """
     if not tensors:
         return torch.empty(0)
     wide = [t if t.dtype in (torch.float32, torch.float64) else t.float() for t in tensors]
-    device = wide[0].device  # a model may be spread over several
+    # a model may be spread over several devices
+    device = wide[0].device
     if order == math.inf and device.type == "cpu" and all(t.numel() for t in wide):
-        # one fused kernel on CUDA; on a CPU its inf norm takes eight times as long as the extremes do
+        # one fused kernel on CUDA; on a CPU its inf norm takes eight times as long as aminmax
         extremes = [torch.aminmax(t) for t in wide]
         least = torch.stack([e.min.to(device, torch.float32) for e in extremes])
         most = torch.stack([e.max.to(device, torch.float32) for e in extremes])
@@ -34,22 +36,23 @@ def norms(tensors: Sequence[Tensor], order: float) -> Tensor:
 
 
 def identical(some: Sequence[object], others: Sequence[object]) -> bool:
-    """Whether two lists hold the very same objects, in the same order."""
+    """Whether two sequences contain the very same objects in the same order."""
     return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`float16` for `torch.float16`: how records name types."""
+    """Name of a type as in records: `float16` for `torch.float16`."""
     return str(dtype).removeprefix("torch.")
 
 
 def to_host(parts: Sequence[Tensor]) -> list[list[float]]:
-    """Each 1-d tensor as a list of Python floats, with one transfer for all of them."""
+    """Each 1-d tensor as a list of Python floats, with one transfer for all."""
     if not parts:
         return []
     device = next((p.device for p in parts if p.numel()), torch.device("cpu"))
     there = [p if p.device == device else p.to(device) for p in parts if p.numel()]
-    flat = torch.cat([torch.empty(0, dtype=torch.float64, device=device), *there]).tolist()  # in the widest type
+    # the empty tensor makes float64 the type of all
+    flat = torch.cat([torch.empty(0, dtype=torch.float64, device=device), *there]).tolist()
     lists, start = [], 0
     for p in parts:
         lists.append(flat[start : start + p.numel()])
@@ -58,10 +61,10 @@ def to_host(parts: Sequence[Tensor]) -> list[list[float]]:
 
 
 def digests(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
-    """A digest of the bits of each tensor, equal on every device and for every number of threads.
+    """Digest of the bits of each tensor, by name; the same on every device and for every number of threads.
 
-    Two sums in wrapping 64-bit integers, one of them weighted by place: integer sums have no order. One changed bit
-    changes the digest; two changes cancel with a chance of about 2**-64.
+    A digest is of two sums in wrapping 64-bit integers, one of them weighted by position, because integer sums do not
+    depend on the order. One changed bit changes it; two changes cancel with a probability of about 2**-64.
     """
     names, sums = [], []
     for name, tensor in named:
@@ -74,7 +77,7 @@ def digests(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
 
 
 def combined(parts: dict[str, str]) -> str:
-    """One digest of many, independent of their order."""
+    """One digest of many, whatever their order."""
     return hashlib.sha256("\n".join(f"{n} {d}" for n, d in sorted(parts.items())).encode()).hexdigest()[:32]
 
 
@@ -88,5 +91,5 @@ def _sums(tensor: Tensor) -> Tensor:
         part = bits[start : start + _CHUNK].to(torch.int64)
         place = torch.arange(start + 1, start + 1 + part.numel(), device=part.device)
         total[0] += part.sum()
-        total[1] += (part * (place * _ODD)).sum()
+        total[1] += (part * (place * GOLDEN_RATIO)).sum()
     return total

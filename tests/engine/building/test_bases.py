@@ -1,4 +1,4 @@
-"""A checkpoint that is read once, and cells that leave nothing to each other."""
+"""Checkpoints are read once per process, and no cell leaves a trace in the next."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ from pytest_sftguard.engine.building.bases import Bases
 from pytest_sftguard.matrix import Cell, RunConfig
 
 SMALL = LlamaConfig(
-    vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
     tie_word_embeddings=True,
-)  # fmt: skip
+)
 HERE = "tests.engine.building.test_bases"
 
 
@@ -31,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def load(bases: Bases, folder: Path, **arguments: Any) -> Any:
-    """A model of the checkpoint, loaded as targets load."""
+    """A model of the checkpoint, loaded like a target does."""
     with bases.shared():
         return AutoModelForCausalLM.from_pretrained(folder, **arguments)
 
@@ -43,7 +47,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def test_the_second_model_is_not_read(folder: Path) -> None:
-    """And it is what transformers would have read: bits, ties, gradients asked for, mode, configuration."""
+    """It equals what transformers would have read: bits, ties, `requires_grad`, mode and configuration."""
     bases, plain = Bases(), AutoModelForCausalLM.from_pretrained(folder)
     first, second = load(bases, folder), load(bases, folder)
     assert bases.reused == 1
@@ -57,7 +61,7 @@ def test_the_second_model_is_not_read(folder: Path) -> None:
 
 
 def test_what_one_model_writes_no_other_sees(folder: Path) -> None:
-    """Neither those that are there, nor those that come."""
+    """Neither existing models nor later ones see it."""
     bases, plain = Bases(), AutoModelForCausalLM.from_pretrained(folder)
     models = [load(bases, folder) for _ in range(3)]
     for i, model in enumerate(models):
@@ -69,7 +73,7 @@ def test_what_one_model_writes_no_other_sees(folder: Path) -> None:
 
 
 def test_what_is_said_of_the_loading_is_said_again(folder: Path) -> None:
-    """To each as a report of its own."""
+    """Each caller gets its own copy of the report."""
     bases = Bases()
     reports = [load(bases, folder, output_loading_info=True)[1] for _ in range(2)]
     assert bases.reused == 1
@@ -78,7 +82,7 @@ def test_what_is_said_of_the_loading_is_said_again(folder: Path) -> None:
 
 
 def test_another_type_is_another_model(folder: Path) -> None:
-    """A checkpoint is kept in each type that was asked for."""
+    """A checkpoint is kept once for each requested type."""
     bases = Bases()
     types = [load(bases, folder, dtype=t).dtype for t in (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16)]
     assert types == [torch.float32, torch.bfloat16] * 2
@@ -86,7 +90,7 @@ def test_another_type_is_another_model(folder: Path) -> None:
 
 
 def test_a_checkpoint_that_changed_is_read(folder: Path) -> None:
-    """Its files say so."""
+    """The modification of its files shows it."""
     bases = Bases()
     first = load(bases, folder)
     torch.manual_seed(1)
@@ -96,7 +100,7 @@ def test_a_checkpoint_that_changed_is_read(folder: Path) -> None:
 
 
 def test_a_checkpoint_that_lacks_tensors_is_read_each_time(folder: Path) -> None:
-    """What it lacks is drawn, under each seed anew, or set by other means."""
+    """The absent tensors are random, so that each load may differ."""
     bases, config = Bases(), LlamaConfig(**{**SMALL.to_dict(), "num_hidden_layers": 3})
     for _ in range(2):
         load(bases, folder, config=config)
@@ -104,7 +108,7 @@ def test_a_checkpoint_that_lacks_tensors_is_read_each_time(folder: Path) -> None
 
 
 def test_a_loading_that_somebody_wrapped_is_another_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fault in it is there while it is there, and no longer."""
+    """A fault in `from_pretrained` affects only the loads while it is injected."""
     bases, original = Bases(), PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
 
     def broken(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -121,7 +125,7 @@ def test_a_loading_that_somebody_wrapped_is_another_one(folder: Path, monkeypatc
 
 
 def writes_its_base(**arguments: Any) -> Any:
-    """The app's target, with noise on its base before the training begins."""
+    """The app's target with noise on its base before the training."""
     trainer = sft.build_trainer(**arguments)
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
@@ -131,7 +135,7 @@ def writes_its_base(**arguments: Any) -> Any:
 
 
 def test_records_are_the_same_in_any_order() -> None:
-    """Bit for bit, whichever cells ran before, those among them that write their base."""
+    """Bit for bit, whichever cells ran before, including cells that write to their base."""
     cells = [Cell("fp32", 2, 1), Cell("bf16-mixed", 2, 1), Cell("fp32", 4, 1)]
     configs = [
         RunConfig(cell=cell, target=target, steps=2, device="cpu", questions=2)
@@ -147,7 +151,7 @@ def test_records_are_the_same_in_any_order() -> None:
 
 
 def timeless(record: Any) -> Any:
-    """A record without what no two runs share."""
+    """A record without the times, which differ in every run."""
     steps = tuple(dataclasses.replace(s, seconds=None) for s in record.steps)
     looks = tuple(dataclasses.replace(look, seconds=None) for look in record.looks)
     return dataclasses.replace(record, seconds=None, steps=steps, looks=looks, device=None)

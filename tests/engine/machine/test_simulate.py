@@ -1,4 +1,4 @@
-"""simulated_hardware: torch, transformers and accelerate answer for a device that is not there, and forget it again."""
+"""simulated_hardware: torch, transformers and accelerate answer for an absent device, until the end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import accelerate.state
 import accelerate.utils
 import pytest
 import torch
-import transformers.integrations.sdpa_attention  # a module that asks for the device when it is imported
+import transformers.integrations.sdpa_attention
 from hypothesis import given, settings
 from transformers.utils import import_utils
 
@@ -23,12 +23,13 @@ from pytest_sftguard.engine.machine.simulate import SimulatedDeviceError, Simula
 from pytest_sftguard.hardware import GIB, KNOWN_DEVICES, FailedQuery, HardwareProfile, device_named
 from pytest_sftguard.strategies import hardware_profiles
 
-WATCHED = (
-    torch, torch.cuda, torch.cuda.memory, torch.xpu, torch.xpu.memory, torch.mps, torch.accelerator, torch.version,
-    torch.accelerator.memory, torch.backends.cuda, torch.backends.mps, torch._C, torch._utils, import_utils,
-    accelerate.utils.imports, accelerate.state, transformers.integrations.sdpa_attention,
-)  # fmt: skip
-"""Modules of which every attribute is compared by identity, whatever the simulation says that it replaces."""
+NAMES = (
+    "torch torch.cuda torch.cuda.memory torch.xpu torch.xpu.memory torch.mps torch.accelerator torch.accelerator.memory"
+    " torch.version torch.backends.cuda torch.backends.mps torch._C torch._utils transformers.utils.import_utils"
+    " accelerate.utils.imports accelerate.state transformers.integrations.sdpa_attention"
+)
+WATCHED = [importlib.import_module(name) for name in NAMES.split()]
+"""Modules whose attributes are all compared by identity, whether or not the simulation replaces them."""
 
 
 def snapshot() -> dict[tuple[str, str], object]:
@@ -42,7 +43,7 @@ def cuda(**fields: Any) -> HardwareProfile:
 
 @contextlib.contextmanager
 def nothing_left() -> Iterator[None]:
-    """Every attribute of WATCHED is the very same object afterwards, and none has come or gone."""
+    """Every attribute of WATCHED is the very same object afterwards, and none is new or absent."""
     importlib.import_module("torch._subclasses.fake_tensor")
     before, modes = snapshot(), torch.overrides._get_current_function_mode_stack()
     yield
@@ -53,7 +54,7 @@ def nothing_left() -> Iterator[None]:
 
 
 def answers() -> dict[str, Any]:
-    """What a training script may ask, whatever the machine."""
+    """Answers to the queries of a training script, on any machine."""
     return {
         "cuda": (torch.cuda.is_available(), torch.cuda.device_count()),
         "xpu": (torch.xpu.is_available(), torch.xpu.device_count()),
@@ -81,6 +82,7 @@ def answers() -> dict[str, Any]:
             accelerate.utils.is_mps_available(),
             accelerate.utils.is_bf16_available(),
         ),
+        # constants of a module that queried the device when it was imported
         "imported": {
             name: value
             for name, value in vars(transformers.integrations.sdpa_attention).items()
@@ -94,31 +96,32 @@ REAL = answers()
 
 
 @pytest.mark.parametrize("name", KNOWN_DEVICES)
-def test_one_kind_of_device_is_there(name: str) -> None:
-    """torch, transformers and accelerate agree on which it is, and on how many."""
+def test_one_device_type_is_there(name: str) -> None:
+    """torch, transformers and accelerate agree on the device type and the number of devices."""
     with simulated_hardware(name) as profile:
-        device_type, said = profile.device_type, answers()
+        device_type, found = profile.device_type, answers()
     on_cuda = device_type in ("cuda", "rocm")
-    assert said["cuda"] == (on_cuda, profile.count if on_cuda else 0)
-    assert said["xpu"] == (device_type == "xpu", int(device_type == "xpu"))
-    assert said["mps"] == (device_type == "mps", device_type == "mps", int(device_type == "mps"))
+    assert found["cuda"] == (on_cuda, profile.count if on_cuda else 0)
+    assert found["xpu"] == (device_type == "xpu", int(device_type == "xpu"))
+    assert found["mps"] == (device_type == "mps", device_type == "mps", int(device_type == "mps"))
     type_ = "cuda" if on_cuda else device_type
-    assert said["accelerator"][:3] == (
+    assert found["accelerator"][:3] == (
         (True, torch.device(type_), profile.count) if device_type != "cpu" else (False, None, 0)
     )
-    assert [bool(version) for version in said["versions"]] == [device_type == k for k in ("cuda", "rocm", "xpu")]
-    assert said["transformers"][:3] == (on_cuda, device_type == "xpu", device_type == "mps")
-    assert said["transformers"][5:] == (device_type == "cuda", device_type == "rocm")
-    assert said["accelerate"][:3] == (on_cuda, device_type == "xpu", device_type == "mps")
-    assert said["imported"]  # which names there are differs between versions
-    for name, value in said["imported"].items():
+    assert [bool(version) for version in found["versions"]] == [device_type == k for k in ("cuda", "rocm", "xpu")]
+    assert found["transformers"][:3] == (on_cuda, device_type == "xpu", device_type == "mps")
+    assert found["transformers"][5:] == (device_type == "cuda", device_type == "rocm")
+    assert found["accelerate"][:3] == (on_cuda, device_type == "xpu", device_type == "mps")
+    # the names differ between versions
+    assert found["imported"]
+    for name, value in found["imported"].items():
         assert value == (name == f"_is_torch_{device_type}_available"), name
-    assert said["state"] == type_
+    assert found["state"] == type_
     assert answers() == REAL
 
 
 @pytest.mark.parametrize("name", [n for n, d in KNOWN_DEVICES.items() if d.profile.device_type in ("cuda", "rocm")])
-def test_what_torch_cuda_says(name: str) -> None:
+def test_torch_cuda_answers(name: str) -> None:
     """Name, capability, memory, and bfloat16 with and without emulation."""
     with simulated_hardware(name) as profile:
         properties = torch.cuda.get_device_properties("cuda:0")
@@ -132,13 +135,14 @@ def test_what_torch_cuda_says(name: str) -> None:
             assert torch.cuda.get_device_capability(0) == profile.compute_capability
             assert torch.cuda.is_bf16_supported(including_emulation=False) == ("bfloat16" in profile.native)
             assert torch.cuda.is_tf32_supported() == ("tf32" in profile.native)
-        else:  # torch's own quirk, kept: it never asks an AMD device
+        else:
+            # torch's own quirk: it never queries an AMD device
             assert torch.cuda.is_bf16_supported(including_emulation=False)
             assert properties.gcnArchName == profile.architecture
 
 
-def test_what_torch_xpu_and_mps_say() -> None:
-    """Intel's and Apple's own questions."""
+def test_torch_xpu_and_mps_answer() -> None:
+    """Intel's and Apple's own queries are answered."""
     with simulated_hardware("Arc A770") as profile:
         assert torch.xpu.get_device_name(0) == profile.name
         assert torch.xpu.is_bf16_supported(including_emulation=False)
@@ -152,14 +156,14 @@ def test_what_torch_xpu_and_mps_say() -> None:
         assert torch.backends.mps.is_macos_or_newer(14, 0)
 
 
-def test_a_tenant_is_seen_in_the_free_memory() -> None:
-    """The total stays."""
+def test_a_tenant_shows_in_the_free_memory() -> None:
+    """The total memory stays the same."""
     with simulated_hardware(dataclasses.replace(device_named("T4"), free_memory_bytes=6 * GIB)):
         assert torch.cuda.mem_get_info() == (6 * GIB, 16 * GIB)
 
 
 def test_devices_are_counted_and_chosen() -> None:
-    """set_device is answered for; an index that is none is refused as torch does."""
+    """set_device works, and an invalid index is refused as by torch."""
     with simulated_hardware("A100 40GB x8"):
         torch.cuda.set_device(3)
         assert torch.cuda.current_device() == torch.accelerator.current_device_index() == 3
@@ -171,7 +175,7 @@ def test_devices_are_counted_and_chosen() -> None:
 
 
 def test_a_property_that_no_profile_knows_is_a_clear_error() -> None:
-    """It is not made up."""
+    """The simulation invents no value."""
     with simulated_hardware("T4"), pytest.raises(AttributeError, match=r"simulated_hardware.*multi_processor_count"):
         _ = torch.cuda.get_device_properties(0).multi_processor_count
 
@@ -200,7 +204,7 @@ COMPUTING: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("name", ["T4", "MI300X", "Arc A770", "M1", "CPU"])
 @pytest.mark.parametrize("compute", COMPUTING.values(), ids=COMPUTING)
 def test_computing_is_refused(name: str, compute: Callable[[], Any]) -> None:
-    """The error names the simulation and its device, whatever accelerator was meant."""
+    """The error names the simulation and its device, whichever accelerator was used."""
     with simulated_hardware(name) as profile, pytest.raises(SimulatedDeviceError) as caught:
         compute()
     assert "simulated_hardware" in str(caught.value)
@@ -208,7 +212,7 @@ def test_computing_is_refused(name: str, compute: Callable[[], Any]) -> None:
 
 
 def test_the_cpu_still_computes() -> None:
-    """So do the meta device and fake tensors, which hold nothing."""
+    """So do the meta device and fake tensors, which have no memory."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with simulated_hardware("T4"):
@@ -231,7 +235,7 @@ class BoomError(Exception):
 
 
 def test_it_leaves_nothing_behind_after_an_exception() -> None:
-    """Nor when the code under test, or torch, raises."""
+    """Also if the code under test, or torch, raises."""
     with nothing_left(), pytest.raises(BoomError), simulated_hardware("T4"):
         raise BoomError
     with nothing_left(), pytest.raises(SimulatedDeviceError), simulated_hardware("T4"):
@@ -242,13 +246,13 @@ def test_it_leaves_nothing_behind_after_an_exception() -> None:
 @given(hardware_profiles())
 @settings(max_examples=25)
 def test_it_leaves_nothing_behind_whatever_the_profile(profile: HardwareProfile) -> None:
-    """Adversarial profiles too, of which answers may raise."""
+    """Also with adversarial profiles, whose queries may raise."""
     with nothing_left(), simulated_hardware(profile), contextlib.suppress(SimulatedQueryError):
         answers()
 
 
 def test_a_profile_that_leaves_something_open_is_refused_and_leaves_nothing() -> None:
-    """A driver would tell the memory and the capability."""
+    """Every driver reports the memory and the capability."""
     for profile, missing in (
         (HardwareProfile(device_type="cuda", name="x", total_memory_bytes=1), "capability"),
         (HardwareProfile(device_type="mps", name="x"), "total_memory_bytes"),
@@ -260,7 +264,7 @@ def test_a_profile_that_leaves_something_open_is_refused_and_leaves_nothing() ->
 
 
 def test_simulations_nest() -> None:
-    """The inner one answers, and the outer one again after it."""
+    """The inner one answers, and after it the outer one again."""
     with nothing_left(), simulated_hardware("T4"):
         with simulated_hardware("M1"):
             assert not torch.cuda.is_available()
@@ -272,7 +276,7 @@ def test_simulations_nest() -> None:
 
 
 def test_names_that_were_imported_are_answered_for_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """`from torch.cuda import is_available`, before the simulation or within it, with a constant taken from it."""
+    """`from torch.cuda import is_available` works before the simulation and within it."""
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("asked_before", "asked_within"):
         (tmp_path / f"{name}.py").write_text("from torch.cuda import is_available, mem_get_info\n", encoding="utf-8")
@@ -291,8 +295,8 @@ def test_names_that_were_imported_are_answered_for_too(monkeypatch: pytest.Monke
         del sys.modules[name]
 
 
-def test_training_arguments_believe_it() -> None:
-    """Transformers' own choice of device and its check of bf16 are made for the simulated device."""
+def test_training_arguments_use_the_simulated_device() -> None:
+    """Transformers' own choice of device and its check of bf16 see the simulated device."""
     from transformers import TrainingArguments
 
     with nothing_left(), simulated_hardware("A100 80GB"):
@@ -318,15 +322,15 @@ def test_training_arguments_believe_it() -> None:
     ],
 )
 def test_a_query_can_fail(query: str, ask: Callable[[], Any]) -> None:
-    """As with a broken driver: the profile says which, and with what words."""
+    """The profile says which query fails, and with which message, as with a broken driver."""
     profile = cuda(unanswered=(FailedQuery(query, "driver gone"),))
     with nothing_left(), simulated_hardware(profile), pytest.raises(SimulatedQueryError, match=r"^driver gone$"):
         ask()
 
 
 @pytest.mark.parametrize("name", [n for n, d in KNOWN_DEVICES.items() if d.profile.device_type != "cpu"])
-def test_probing_a_simulated_device_gives_its_profile(name: str) -> None:
-    """The probe and the simulation speak of the same things."""
+def test_a_simulated_device_has_its_own_profile(name: str) -> None:
+    """Profiles and simulations use the same queries."""
     with simulated_hardware(name) as profile:
         seen = device_profile("cuda" if profile.device_type == "rocm" else profile.device_type)
     free = profile.total_memory_bytes
@@ -337,8 +341,8 @@ def test_probing_a_simulated_device_gives_its_profile(name: str) -> None:
 
 @given(hardware_profiles(("cuda", "rocm", "xpu", "mps")))
 @settings(max_examples=50)
-def test_the_probe_survives_any_driver(profile: HardwareProfile) -> None:
-    """What was not answered is None, and the profile says which query failed, and how."""
+def test_a_profile_survives_any_driver(profile: HardwareProfile) -> None:
+    """The fields of failed queries are None, and the profile lists the failures."""
     with simulated_hardware(profile):
         seen = device_profile("cuda" if profile.device_type == "rocm" else profile.device_type)
     asked = ("device_count", "get_device_properties", "mem_get_info")
@@ -355,8 +359,8 @@ def test_the_probe_survives_any_driver(profile: HardwareProfile) -> None:
         assert seen.capability is None
 
 
-def test_the_probe_reads_this_machine() -> None:
-    """Memory of the host, total and free, and the threads."""
+def test_this_machine_has_a_profile() -> None:
+    """It has the total and free memory of the host, and the threads."""
     profile = device_profile("cpu")
     assert profile.host_memory_bytes == profile.total_memory_bytes
     assert profile.threads == torch.get_num_threads()
@@ -365,7 +369,7 @@ def test_the_probe_reads_this_machine() -> None:
 
 
 def test_a_driver_that_cannot_tell_is_no_reason_for_the_cpu() -> None:
-    """`auto` does not quietly become the CPU when the question for CUDA raises."""
+    """`auto` does not silently become the CPU if the query for CUDA raises."""
     with simulated_hardware(cuda(unanswered=(FailedQuery("is_available", "driver gone"),))):
         device_type, unavailable = choose_device("auto")
     assert device_type == "cuda"
@@ -379,7 +383,7 @@ def test_a_driver_that_cannot_tell_is_no_reason_for_the_cpu() -> None:
 
 
 def test_the_fixture_lasts_as_long_as_the_test(pytester: pytest.Pytester) -> None:
-    """It takes a name or a profile, a second call takes the place of the first, and the next test sees the machine."""
+    """A second call replaces the first, and the next test sees the real machine."""
     pytester.makepyfile(
         f"""
         import torch

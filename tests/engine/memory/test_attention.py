@@ -1,4 +1,4 @@
-"""Which attention a CUDA device computes with a fused kernel, and which it computes plainly."""
+"""The attention that a CUDA device computes with a fused kernel, and the attention that it computes plainly."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ HALF, WIDE = torch.float16, torch.float32
 def test_a_fused_kernel_takes_it(
     dtype: torch.dtype, masked: bool, grouped: bool, capability: tuple[int, int], head: int, expected: bool
 ) -> None:
-    """Flash attention in half precision; the memory-efficient one for masks and float32, but not for grouped heads."""
+    """Flash attention takes half precision; the memory-efficient kernel masks and float32, but no grouped heads."""
     heads = torch.empty(1, 2, 3, head)
     found = fused(heads, heads, dtype=dtype, masked=masked, grouped=grouped, capability=capability)
     assert found is expected
 
 
 class Seen(TorchDispatchMode):
-    """Notes what is computed."""
+    """Collects the names of the kernels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,10 +60,10 @@ def heads() -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("autocast", "plainly"), [(False, True), (True, False)])
-def test_the_plain_way_is_taken_where_the_device_takes_it(
+def test_attention_is_plain_where_the_device_computes_it_plainly(
     heads: tuple[Tensor, Tensor], autocast: bool, plainly: bool
 ) -> None:
-    """Grouped heads in float32; not where autocast makes them half precision. The result is the same."""
+    """Grouped heads in float32 are computed plainly, unless autocast makes them half precision."""
     query, key = heads
     with Seen() as seen, as_on_cuda((8, 0)), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         found = functional.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
@@ -73,7 +73,7 @@ def test_the_plain_way_is_taken_where_the_device_takes_it(
 
 
 def test_one_key_for_all_queries_that_nobody_declares_is_computed_plainly(heads: tuple[Tensor, Tensor]) -> None:
-    """Broadcasting works without `enable_gqa`, and no fused kernel does it."""
+    """Broadcasting works without `enable_gqa`, and no fused kernel supports it."""
     query, key = (t.half() for t in heads)
     with Seen() as seen, as_on_cuda((8, 0)):
         functional.scaled_dot_product_attention(query, key[:, :1], key[:, :1])
@@ -81,7 +81,7 @@ def test_one_key_for_all_queries_that_nobody_declares_is_computed_plainly(heads:
 
 
 def test_torch_has_its_attention_back() -> None:
-    """Also after an exception."""
+    """The function is restored, also after an exception."""
     original = functional.scaled_dot_product_attention
 
     def fail() -> None:

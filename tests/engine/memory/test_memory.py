@@ -1,4 +1,4 @@
-"""Predicting memory: as much as is really allocated, and without allocating it."""
+"""Predictions of memory: equal to what is really allocated, without allocating it."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ SMALL = "tools.benchmarks.memory_targets:small"
 
 @pytest.fixture(autouse=True)
 def row_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of the enlarged model have 48 tokens."""
+    """The rows of the enlarged model have 48 tokens."""
     monkeypatch.setenv(TOKENS, "48")
 
 
 def config(
     precision: str = "fp32", batch: int = 4, accumulation: int = 1, target: str = SMALL, **more: Any
 ) -> RunConfig:
-    """A run on the CPU of two steps."""
+    """A run of two steps on the CPU."""
     return RunConfig(cell=Cell(precision, batch, accumulation), target=target, device="cpu", **{"steps": 2} | more)
 
 
@@ -55,12 +55,12 @@ def config(
     ids=["fp32", "accumulated", "bf16-mixed", "fp16-mixed", "bf16-true", "checkpointed", "sgd"],
 )
 def test_the_prediction_is_what_the_allocator_gives(asked: RunConfig) -> None:
-    """Within one percent of the peak that torch's CPU allocator reports of the real training."""
+    """It is within one percent of the real training's peak, as torch's CPU allocator reports it."""
     assert predict(asked, CPU).peak_bytes == pytest.approx(measured(asked, "cpu"), rel=0.01)
 
 
 def test_the_measure_is_exact() -> None:
-    """Of two megabytes, one of which is gone before the third comes, two are the peak."""
+    """The peak is two megabytes if one of two is freed before a third is allocated."""
 
     def work() -> None:
         kept = torch.empty(1_000_000, dtype=torch.uint8)
@@ -73,7 +73,7 @@ def test_the_measure_is_exact() -> None:
 
 
 def test_a_rehearsal_allocates_next_to_nothing() -> None:
-    """Gigabytes are predicted, and a few megabytes are used."""
+    """It predicts gigabytes and uses a few megabytes."""
     with rehearsal(config(), CPU) as ready:
         found = []
         used = allocator_peak(lambda: found.append(ready.predict(1024)))
@@ -82,7 +82,7 @@ def test_a_rehearsal_allocates_next_to_nothing() -> None:
 
 
 def test_a_trainer_can_be_rehearsed_again() -> None:
-    """Autocast, moments and gradients of one rehearsal do not show in the next."""
+    """Autocast, Adam's moments and gradients of one rehearsal do not affect the next."""
     with rehearsal(config("bf16-mixed"), CPU) as ready:
         several = [ready.predict(*cell).peak_bytes for cell in ((1, 1), (4, 2), (1, 1))]
     assert several[0] == several[2]
@@ -90,7 +90,7 @@ def test_a_trainer_can_be_rehearsed_again() -> None:
 
 
 def test_what_should_cost_more_does() -> None:
-    """More rows, accumulated gradients and CUDA's rounding add; checkpointing takes away."""
+    """More rows, accumulated gradients and CUDA's rounding cost memory; checkpointing saves it."""
     plain = predict(config(), CPU).peak_bytes
     assert predict(config(batch=5), CPU).peak_bytes > plain
     assert predict(config(accumulation=2), CPU).peak_bytes > plain
@@ -99,7 +99,7 @@ def test_what_should_cost_more_does() -> None:
 
 
 def test_the_longest_rows_are_the_default() -> None:
-    """The tiny model's rows are of uneven length, and its first batch is not of the longest."""
+    """The tiny model's rows differ in length, and its first batch does not have the longest."""
     with rehearsal(config(target=TINY), CPU) as ready:
         longest, first = ready.predict(4), ready.predict(4, longest=False)
     assert longest.tokens == (4, 23)
@@ -108,17 +108,17 @@ def test_the_longest_rows_are_the_default() -> None:
 
 
 def test_an_optimizer_of_the_targets_own_is_rehearsed() -> None:
-    """It is given the fake weights in place of the real ones."""
+    """Fake weights replace the real ones in its groups."""
     assert predict(config(target="tests.targets.tiny:optimizer_of_the_base"), CPU).peak_bytes > 0
 
 
 def test_tf32_needs_what_fp32_needs() -> None:
-    """tf32 can be predicted where no device has it: the same bytes go through other arithmetic."""
+    """tf32 can be predicted without a device that has it, because it takes the same bytes."""
     assert predict(config("tf32", target=TINY), CUDA).peak_bytes == predict(config(target=TINY), CUDA).peak_bytes
 
 
 def test_a_rehearsal_leaves_no_trace() -> None:
-    """Random generators and environment are as they were, and tensors are real again."""
+    """Random generators and environment are unchanged, and tensors are real again."""
     torch.manual_seed(1)
     random.seed(2)
     before = (torch.get_rng_state().tolist(), random.getstate(), dict(os.environ))
@@ -128,19 +128,19 @@ def test_a_rehearsal_leaves_no_trace() -> None:
 
 
 def test_what_needs_numbers_cannot_be_predicted() -> None:
-    """A loss that goes through numpy has no value in a rehearsal: the error says where it ended."""
+    """A loss that goes through numpy has no value in a rehearsal, and the error says so."""
     with pytest.raises(PredictionError, match="the rehearsal on fake tensors ended in"):
         predict(config(target="tests.targets.tiny:loss_through_numpy"), CPU)
 
 
 def test_a_target_that_breaks_its_contract_is_refused() -> None:
-    """As it is where it is trained."""
+    """The rehearsal refuses it as the training does."""
     with pytest.raises(TargetError, match="not a transformers"):
         predict(config(target="tests.targets.tiny:no_trainer"), CPU)
 
 
 def test_real_masks_choose_places_of_fake_tensors() -> None:
-    """Indexing by a mask has a known shape where the mask is part of the batch."""
+    """Indexing by a mask has a known shape if the mask is part of the batch."""
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     mask = torch.tensor([True, False, True])
     with fakes, Meter():
@@ -148,7 +148,7 @@ def test_real_masks_choose_places_of_fake_tensors() -> None:
 
 
 def test_a_storage_is_counted_once_and_until_its_end() -> None:
-    """Views share their storage; what is released counts no more; blocks are rounded."""
+    """Views share their storage, freed storages do not count, and blocks are rounded."""
     meter = Meter(rounding=512)
     with FakeTensorMode(allow_non_fake_inputs=True), meter:
         large = torch.empty(2**23, dtype=torch.int32)
@@ -163,7 +163,7 @@ def test_a_storage_is_counted_once_and_until_its_end() -> None:
 
 
 def test_a_cell_that_does_not_fit_is_not_trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its record says need and have, and that nothing was trained."""
+    """Its record has the need and the free memory, and no steps."""
     monkeypatch.setattr(runner, "_forecast", Forecast())
     monkeypatch.setattr(runner, "free_bytes", lambda device_type: 20 * 2**20)
     record = runner.run(config(batch=64, fit_margin=0.1))
@@ -173,7 +173,7 @@ def test_a_cell_that_does_not_fit_is_not_trained(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_cell_that_fits_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it was expected to need stands in its record."""
+    """Its record has the predicted need."""
     monkeypatch.setattr(runner, "_forecast", Forecast())
     record = runner.run(config(target=TINY, fit_margin=0.1))
     assert len(record.steps) == 2
@@ -182,13 +182,13 @@ def test_a_cell_that_fits_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("margin", ["off", "auto"])
 def test_a_cpu_is_not_foreseen_unless_asked(monkeypatch: pytest.MonkeyPatch, margin: str) -> None:
-    """The matrix of a CPU pays nothing for predictions."""
+    """The matrix of a CPU does not spend time on predictions."""
     monkeypatch.setattr(memory, "predict", None)
     assert runner.run(config(target=TINY, steps=1, fit_margin=margin)).predicted_memory_bytes is None
 
 
 def test_a_cell_that_cannot_be_predicted_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not knowing is no reason to leave a training out."""
+    """An unknown need is no reason to skip a training."""
     monkeypatch.setattr(runner, "_forecast", Forecast())
     record = runner.run(config(target="tests.targets.tiny:loss_through_numpy", fit_margin=0.1))
     assert len(record.steps) == 2
@@ -196,7 +196,7 @@ def test_a_cell_that_cannot_be_predicted_is_trained(monkeypatch: pytest.MonkeyPa
 
 
 def test_what_plainly_fits_is_not_rehearsed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice the rows need at most twice the memory; where that is not enough, a rehearsal decides."""
+    """Twice the rows need at most twice the memory; if that is too much, a rehearsal decides."""
     forecast = Forecast()
     need = forecast.need(config(target=TINY), CPU, 0)
     asked: list[RunConfig] = []
@@ -212,13 +212,13 @@ def test_what_plainly_fits_is_not_rehearsed_again(monkeypatch: pytest.MonkeyPatc
     "asked", [config(), config("bf16-mixed", 2), config("bf16-true", 2)], ids=lambda c: str(c.cell)
 )
 def test_a_cell_needs_what_the_guard_needs_too(asked: RunConfig) -> None:
-    """The prediction for a whole cell, round trip and digests included, is within a tenth of the real peak."""
+    """The prediction for a complete cell, with round trip and digests, is within a tenth of the real peak."""
     real = allocator_peak(lambda: runner.run(asked))
     assert predict(asked, CPU).cell_bytes == pytest.approx(real, rel=0.1)
 
 
 def test_this_machine_has_memory() -> None:
-    """What is free on a CPU can be read, on Linux at least."""
+    """The free memory of the host can be read."""
     free = memory.free_bytes("cpu")
     assert free is None or 2**20 < free < 2**50
 

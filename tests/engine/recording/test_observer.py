@@ -1,4 +1,4 @@
-"""Loops of users' own, told to an Observer: sound ones pass, and unsound ones fail at their step."""
+"""An Observer of users' own loops: healthy ones pass, and faulty ones fail at their step."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Loop = Callable[..., Observer]
 
 @pytest.fixture(params=LOOPS)
 def loop(request: pytest.FixtureRequest) -> Loop:
-    """Each kind of loop."""
+    """Each type of loop."""
     return LOOPS[request.param]
 
 
 def run(observer: Observer) -> JudgedRun:
-    """What was seen, judged."""
+    """The judged record of a loop."""
     return judged(observer.record())
 
 
@@ -40,7 +40,7 @@ def failed(verdict: JudgedRun) -> dict[str, int | None]:
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_a_healthy_loop_passes(loop: Loop, accumulation: int) -> None:
-    """Every step is seen, each with its micro-batches and all its numbers."""
+    """The record has every step with its micro-batches."""
     seen = run(loop(loops.model(), steps=4, accumulation=accumulation))
     assert seen.verdict.outcome is Outcome.PASSED, seen.verdict.failures
     assert [len(s.micro_losses) for s in seen.record.steps] == [accumulation] * 4
@@ -48,7 +48,7 @@ def test_a_healthy_loop_passes(loop: Loop, accumulation: int) -> None:
 
 
 def test_the_founding_bug_fails_at_its_second_step(loop: Loop) -> None:
-    """float16 adapters under AdamW, whose eps is zero in float16: NaN from step 2 on."""
+    """AdamW's eps is zero in float16, so that a float16 adapter is NaN from step 2 on."""
     seen = failed(run(loop(loops.model("float16", "float16"))))
     assert seen["raw_loss_finite"] == 2
     assert seen["gradients_finite"] == 2
@@ -68,7 +68,7 @@ def nan_in_a_gradient(at: int) -> loops.Spoil:
 
 
 def test_clipping_spreads_one_nan_and_the_guard_names_its_tensor(loop: Loop) -> None:
-    """clip_grad_norm_ makes every gradient NaN; what was there before it is told."""
+    """clip_grad_norm_ makes every gradient NaN; the record has the gradients from before it."""
     seen = run(loop(loops.model(), spoil=nan_in_a_gradient(3), steps=4))
     assert failed(seen)["gradients_finite"] == 3
     [names] = [s.nonfinite_gradients for s in seen.record.steps if s.step == 3]
@@ -83,7 +83,7 @@ def scaler(scale: float = 1024.0, **more: Any) -> torch.amp.GradScaler:
 
 @pytest.mark.parametrize("unscaled_first", [False, True])
 def test_gradients_are_seen_without_their_scale(unscaled_first: bool) -> None:
-    """Whether `unscale_` came before or not."""
+    """An earlier `unscale_` makes no difference."""
     plain = run(loops.bare(loops.model(), steps=2)).record
     scaled = run(loops.bare(loops.model(), steps=2, scaler=scaler(), unscaled_first=unscaled_first))
     assert scaled.verdict.outcome is Outcome.PASSED, scaled.verdict.failures
@@ -94,7 +94,7 @@ def test_gradients_are_seen_without_their_scale(unscaled_first: bool) -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_that_the_scaler_skips_is_healthy(fused: bool) -> None:
-    """A scale that overflows at first is halved until it fits, and nothing of it is a failure."""
+    """A scale that overflows at first is halved until it fits, which is no failure."""
     model = loops.model()
     seen = run(loops.bare(model, steps=6, scaler=scaler(2.0**19), optimizer=loops.adam(model, fused=fused)))
     effects = [s.effect for s in seen.record.steps]
@@ -104,12 +104,12 @@ def test_a_step_that_the_scaler_skips_is_healthy(fused: bool) -> None:
 
 
 def test_a_forgotten_zero_grad_fails() -> None:
-    """Gradients of the step before are there when the next backward pass begins."""
+    """Gradients of the previous step still exist when the next backward pass begins."""
     assert failed(run(loops.bare(loops.model(), clear=False)))["effective_steps"] == 2
 
 
 def test_gradients_may_be_cleared_right_before_the_backward_pass() -> None:
-    """The usual place between the loss and its backward pass is no fault."""
+    """Clearing between the loss and its backward pass is common, and no fault."""
     model = loops.model()
     optimizer, feed = loops.adam(model), iter(loops.batches())
     with Observer(model, optimizer) as observer:
@@ -125,7 +125,7 @@ def test_gradients_may_be_cleared_right_before_the_backward_pass() -> None:
 
 
 def test_an_optimizer_of_other_parameters_fails() -> None:
-    """What is trainable and what is stepped are not the same."""
+    """The optimizer must own exactly the trainable parameters."""
     model = loops.model()
     half = torch.optim.AdamW(loops.trainable(model)[:4], lr=1e-2)
     assert "optimizer_owns_trainables" in failed(run(loops.bare(model, optimizer=half)))
@@ -138,7 +138,7 @@ def test_a_learning_rate_of_zero_fails() -> None:
 
 
 def test_a_loop_that_takes_too_few_steps_fails() -> None:
-    """As many as were asked for, where a number was."""
+    """The loop must take the number of steps that it states."""
     model = loops.model()
     with Observer(model, loops.adam(model), steps=3) as observer:
         pass
@@ -146,7 +146,7 @@ def test_a_loop_that_takes_too_few_steps_fails() -> None:
 
 
 def test_a_loop_that_takes_no_step_does_not_pass() -> None:
-    """Nothing seen is nothing passed."""
+    """A training without a step does not pass."""
     model = loops.model()
     with Observer(model, loops.adam(model)) as observer:
         pass
@@ -154,14 +154,14 @@ def test_a_loop_that_takes_no_step_does_not_pass() -> None:
 
 
 def test_a_precision_that_was_named_is_held_to_what_happened() -> None:
-    """A loop that forgets autocast is no bf16-mixed one."""
+    """A loop without autocast is not bf16-mixed."""
     seen = run(loops.bare(loops.model(), precision="bf16-mixed"))
     assert seen.verdict.outcome is Outcome.NOT_EVALUATED
     assert [f.invariant for f in seen.verdict.not_evaluated if f.required] == ["precision_is_real"] * 2
 
 
 def test_the_adapter_goes_through_a_file_where_a_fresh_model_can_be_built(loop: Loop) -> None:
-    """Saved, loaded onto another base, and compared; the model is in training mode as before."""
+    """The round trip passes, and leaves the model in training mode."""
     model = loops.model()
     seen = run(loop(model, fresh=loops.model))
     assert seen.verdict.outcome is Outcome.PASSED, seen.verdict.failures
@@ -170,7 +170,7 @@ def test_the_adapter_goes_through_a_file_where_a_fresh_model_can_be_built(loop: 
 
 
 def test_a_file_without_the_adapter_fails(loop: Loop) -> None:
-    """What `save` leaves out is missing."""
+    """Tensors that `save` leaves out are missing."""
 
     def empty(folder: str) -> None:
         model.save_pretrained(folder, state_dict={})  # type: ignore[operator]
@@ -180,7 +180,7 @@ def test_a_file_without_the_adapter_fails(loop: Loop) -> None:
 
 
 def test_an_exception_of_saving_is_told() -> None:
-    """And does not get lost in the guard."""
+    """The record has the exception as its error."""
 
     def broken(folder: str) -> None:
         raise OSError("the disk is full")
@@ -194,7 +194,7 @@ def test_an_exception_of_saving_is_told() -> None:
 
 
 def test_an_exception_of_the_loop_is_told_and_passed_on() -> None:
-    """The steps before it are judged."""
+    """The record has the steps before it."""
 
     def broken(model: nn.Module, step: int) -> None:
         if step == 3:
@@ -216,9 +216,9 @@ def test_an_exception_of_the_loop_is_told_and_passed_on() -> None:
 
 
 def test_a_loop_that_loses_its_device_keeps_what_is_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its steps; the tensors of a lost device can be asked nothing."""
+    """It keeps its steps; the tensors of a lost device cannot be read."""
     observer = loops.bare(loops.model(), steps=3)
-    monkeypatch.setattr("pytest_sftguard.engine.recording.observer.devices.answers", lambda kind: False)
+    monkeypatch.setattr("pytest_sftguard.engine.recording.observer.devices.answers", lambda device_type: False)
     monkeypatch.setattr(observer.recorder, "adapter", lambda: pytest.fail("a tensor was looked at"))
     record = observer.record()
     assert len(record.steps) == 3
@@ -228,7 +228,7 @@ def test_a_loop_that_loses_its_device_keeps_what_is_on_the_host(monkeypatch: pyt
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_observing_changes_nothing(loop: Loop, accumulation: int) -> None:
-    """The same bits come out where nobody looks."""
+    """The trained bits are the same without an observer."""
     observed, alone = loops.model(), loops.model()
     loop(observed, steps=3, accumulation=accumulation, fresh=loops.model).record()
     with pytest.MonkeyPatch.context() as patch:
@@ -252,7 +252,7 @@ def test_everything_is_put_back(loop: Loop) -> None:
 
 
 def test_a_model_may_be_moved_after_it_was_given() -> None:
-    """Half of the loops call `model.to(...)` late."""
+    """Many loops call `model.to(...)` late."""
     model = loops.model()
     optimizer, feed = loops.adam(model), iter(loops.batches())
     with Observer(model, optimizer) as observer:
@@ -270,7 +270,7 @@ def test_a_model_may_be_moved_after_it_was_given() -> None:
 
 
 def test_the_record_survives_its_file(loop: Loop, tmp_path: Path) -> None:
-    """As every record does."""
+    """The record equals the one that is read back."""
     record = loop(loops.model(), steps=2, fresh=loops.model).record()
     record.write(tmp_path / "record.json")
     assert RunRecord.read(tmp_path / "record.json") == record

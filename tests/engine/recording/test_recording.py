@@ -1,4 +1,4 @@
-"""What a Recorder costs: it never waits for the device but once a step."""
+"""A Recorder waits for the device once per step, and its records do not depend on when they are made."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Waits(TorchDispatchMode):
 
 
 def test_a_step_reads_no_single_number() -> None:
-    """Losses, scales, gradients, updates and moments go to the host in one transfer, none of them by itself."""
+    """All numbers of a step go to the host in one transfer, none of them separately."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
     recorder, scale = Recorder(model), torch.tensor(1024.0)
@@ -47,7 +47,7 @@ def test_a_step_reads_no_single_number() -> None:
 
 
 def test_gradients_are_recorded_without_their_scale() -> None:
-    """The norm is that of the unscaled gradient; the scale is kept beside it, as it was."""
+    """The norm is that of the unscaled gradient, and the record has the scale as well."""
     model, scale = nn.Linear(2, 1, bias=False), torch.tensor(8.0)
     recorder = Recorder(model)
     (model(torch.tensor([[3.0, 4.0]])).sum() * scale).backward()
@@ -60,7 +60,7 @@ def test_gradients_are_recorded_without_their_scale() -> None:
 
 
 def trained(*, asked: bool) -> tuple[Recorder, list[int]]:
-    """Seventy steps with two learning rates that fall, an infinite moment in one and NaN in the last."""
+    """Seventy steps with two falling learning rates, an infinite moment in one step and NaN in the last."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     groups = [{"params": model[0].parameters(), "lr": 1e-2}, {"params": model[1].parameters(), "weight_decay": 0.1}]
@@ -88,7 +88,7 @@ def trained(*, asked: bool) -> tuple[Recorder, list[int]]:
 
 
 def test_records_are_the_same_whenever_they_are_made() -> None:
-    """A step leaves all that its record needs: one by one, and dozens together when the training is over."""
+    """Records that are made step by step equal those that are made together after the training."""
     (one_by_one, counted), (together, taken) = trained(asked=True), trained(asked=False)
     assert counted == taken == list(range(1, 71))
     alone, later = ([dataclasses.replace(s, seconds=None) for s in r.finished()] for r in (one_by_one, together))

@@ -1,4 +1,4 @@
-"""What is seen step by step: each fault is caught where it happens, and looks leave the training as it is."""
+"""Faults are reported at the step where they happen, and looks do not change the training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SUMS = "pytest_sftguard.engine.models.sums:build_trainer"
 
 @pytest.fixture
 def run_fault(run_cell: Callable[..., JudgedRun]) -> Callable[..., JudgedRun]:
-    """Trains a target with a fault in it as the fault says, with the look `replay`."""
+    """Trains a target with a fault in the cell of the fault, with the look `replay`."""
 
     def run(name: str, target: str = SUMS) -> JudgedRun:
         fault = fault_named(name)
@@ -50,7 +50,7 @@ def test_the_control_is_green(run_fault: Callable[..., JudgedRun]) -> None:
 @pytest.mark.parametrize("name", ["fp16_forward_overflow", "amp_warmup_skips_are_normal", "vacuous_evidence"])
 @pytest.mark.parametrize("target", ["gpt2", "bert_classifier", "mixtral_experts", "streamed"])
 def test_a_fault_is_made_of_any_target(run_fault: Callable[..., JudgedRun], name: str, target: str) -> None:
-    """A fault that needs something of the model or its data finds it in models and data of many kinds."""
+    """A fault works with models and data of many types."""
     verdict = run_fault(name, f"tests.targets.healthy:{target}").verdict
     reported = {f.invariant for f in verdict.failures}
     expected = set(fault_named(name).reported_by)
@@ -58,7 +58,7 @@ def test_a_fault_is_made_of_any_target(run_fault: Callable[..., JudgedRun], name
 
 
 def test_the_overflow_is_no_fault_in_float32(run_cell: Callable[..., JudgedRun]) -> None:
-    """What leaves the range of float16 is within that of float32: the same base trains there."""
+    """The same base trains in float32, whose range is larger."""
     with injected("fp16_forward_overflow", SUMS) as path:
         run = run_cell(path, questions=0)
     assert run.verdict.passed, run.verdict.failures
@@ -82,7 +82,7 @@ REPLAYED = {
 def test_replaying_changes_no_bit(
     run_cell: Callable[..., JudgedRun], target: str, precision: str, arguments: dict[str, Any]
 ) -> None:
-    """A healthy training is the same with and without the look, and goes as far as its replay does."""
+    """A healthy training has the same bits with and without the look, and moves as far as its replay."""
     with_look, without = (
         run_cell(target, precision=precision, training_arguments=arguments, looks=looks) for looks in (("replay",), ())
     )
@@ -92,7 +92,7 @@ def test_replaying_changes_no_bit(
 
 
 class _Subclassed(torch.optim.AdamW):
-    """Calls its parent's step, whose hooks run too."""
+    """Calls its parent's step, whose hooks run as well."""
 
     def step(self, closure: Any = None) -> Any:
         return super().step(closure)
@@ -113,7 +113,8 @@ class _Noisy(torch.optim.Optimizer):
 
 def subclassed(**arguments: Any) -> Any:
     """A target whose optimizer is a subclass."""
-    torch.optim.AdamW([torch.zeros(1)])  # from here on the parent's step has hooks of its own
+    # from here on the parent's step has hooks of its own
+    torch.optim.AdamW([torch.zeros(1)])
     return _with_optimizer(_Subclassed, arguments)
 
 
@@ -122,9 +123,9 @@ def noisy(**arguments: Any) -> Any:
     return _with_optimizer(_Noisy, arguments)
 
 
-def _with_optimizer(kind: Any, arguments: dict[str, Any]) -> Any:
+def _with_optimizer(optimizer: Any, arguments: dict[str, Any]) -> Any:
     trainer = healthy_targets.built(arguments)
-    trainer.optimizer = kind([p for p in trainer.model.parameters() if p.requires_grad], lr=1e-3)
+    trainer.optimizer = optimizer([p for p in trainer.model.parameters() if p.requires_grad], lr=1e-3)
     return trainer
 
 
@@ -173,8 +174,8 @@ def scheduled(**arguments: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_scheduler_is_foretold(run_cell: Callable[..., JudgedRun], name: str) -> None:
-    """The rates of a scheduler without a closed form come from a copy; one that follows a metric is not evaluated."""
+def test_the_rates_of_every_scheduler_are_known(run_cell: Callable[..., JudgedRun], name: str) -> None:
+    """A scheduler without a closed form is stepped as a copy; one that follows a metric is not evaluated."""
     verdict = run_cell(f"{__name__}:scheduled", training_arguments={"run_name": name}, steps=7).verdict
     assert verdict.passed, verdict.failures
     expected = Outcome.NOT_EVALUATED if name == "plateau" else Outcome.PASSED
@@ -182,13 +183,13 @@ def test_every_scheduler_is_foretold(run_cell: Callable[..., JudgedRun], name: s
 
 
 def scheduled_twice(**arguments: Any) -> Any:
-    """A scheduler without a closed form that a callback steps too."""
+    """A scheduler without a closed form that a callback steps as well."""
     trainer = scheduled(**arguments)
     return on(trainer, "on_step_end", lambda control: trainer.lr_scheduler.step(), None)
 
 
 def rate_set_by_a_callback(**arguments: Any) -> Any:
-    """A callback that halves the learning rate beside the schedule, from the fourth step on."""
+    """A callback that halves the learning rate from the fourth step on, against the schedule."""
     trainer = healthy_targets.built(arguments)
 
     def halve() -> None:
@@ -200,7 +201,7 @@ def rate_set_by_a_callback(**arguments: Any) -> Any:
 
 @pytest.mark.parametrize(("target", "step"), [("scheduled_twice", 2), ("rate_set_by_a_callback", 4)])
 def test_a_rate_beside_the_schedule_is_seen(run_cell: Callable[..., JudgedRun], target: str, step: int) -> None:
-    """The first step whose rate the schedule does not have for it is named."""
+    """The finding names the first step whose rate is not that of the schedule."""
     arguments = {"run_name": "restarts"} if target == "scheduled_twice" else {}
     [finding] = run_cell(f"{__name__}:{target}", training_arguments=arguments).verdict.of("lr_trace")
     assert (finding.outcome, finding.step) == (Outcome.FAILED, step)
@@ -221,7 +222,7 @@ UNLISTED: dict[str, tuple[str, int | None]] = {
 
 
 def clipped_under_the_scale(**arguments: Any) -> Any:
-    """Gradients that are divided by a thousand before clipping, and a logged norm that is made up for it."""
+    """Gradients that are divided by a thousand before clipping, with a logged norm that hides it."""
     trainer = healthy_targets.built(arguments)
     original = trainer.accelerator.clip_grad_norm_
 
@@ -244,7 +245,7 @@ def gradients_scaled_after_clipping(**arguments: Any) -> Any:
 
 @pytest.mark.parametrize("target", UNLISTED)
 def test_an_unlisted_fault_is_seen(run_cell: Callable[..., JudgedRun], target: str) -> None:
-    """The invariant that exists for a fault fails, and names the step where it happened."""
+    """The invariant for the fault fails, and names its step."""
     invariant, step = UNLISTED[target]
     findings = run_cell(target).verdict.of(invariant)
     assert (Outcome.FAILED, step) in {(f.outcome, f.step) for f in findings}, findings
@@ -252,7 +253,7 @@ def test_an_unlisted_fault_is_seen(run_cell: Callable[..., JudgedRun], target: s
 
 @pytest.mark.parametrize("target", ["saved_lm_head", "tied_embeddings_saved", "bias_lora_only"])
 def test_float16_tensors_beside_the_factors_are_seen(run_cell: Callable[..., JudgedRun], target: str) -> None:
-    """Peft widens the factors, and leaves modules_to_save and biases in float16, with Adam's moments."""
+    """Peft widens the factors, but leaves modules_to_save, biases and their Adam moments in float16."""
     run = run_cell(f"tests.targets.healthy:{target}", precision="fp16-true")
     [finding] = run.verdict.of("update_upper_bound")
     assert finding.outcome is Outcome.FAILED

@@ -1,4 +1,4 @@
-"""A process that has lost its CUDA device: what is still told of the run, and what comes after it."""
+"""A process that has lost its CUDA device: what the record keeps, and what happens to later runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_device_that_computes_is_not_lost() -> None:
-    """Nor is one that nobody uses, or a CPU."""
+    """Neither is an unused device or a CPU."""
     assert devices.answers("cpu")
     assert devices.answers("cuda")
     assert devices.lost() is None
@@ -42,7 +42,7 @@ def test_a_device_that_computes_is_not_lost() -> None:
 
 @pytest.mark.usefixtures("broken")
 def test_a_device_that_raises_is_lost_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the first line of what it said."""
+    """The first line of its error is kept."""
     assert not devices.answers("cuda")
     assert devices.lost() == ASSERT
     monkeypatch.undo()
@@ -54,7 +54,7 @@ def test_a_device_that_raises_is_lost_for_good(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.usefixtures("broken")
 def test_what_isolates_a_run_does_not_raise_for_a_lost_device() -> None:
-    """The exception of the run itself comes out, and the host's generators are put back."""
+    """The exception of the run itself is raised, and the host's generators are restored."""
     before = torch.get_rng_state()
 
     def fail() -> None:
@@ -66,7 +66,7 @@ def test_what_isolates_a_run_does_not_raise_for_a_lost_device() -> None:
 
 
 def test_generators_that_cannot_be_put_back_on_a_sound_device_raise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That is a defect, and nothing to pass over."""
+    """Such a failure is a defect, and is not ignored."""
 
     def fail(_: object) -> None:
         raise RuntimeError("no such generator")
@@ -77,7 +77,7 @@ def test_generators_that_cannot_be_put_back_on_a_sound_device_raise(monkeypatch:
 
 
 def test_a_run_without_a_device_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It says what the device was lost to. A skip would be green where the test that lost it expects an error."""
+    """It quotes the error that lost the device. A skip would be green if the test that lost it expects an error."""
     monkeypatch.setattr(runner.devices, "answers", lambda device_type: False)
     monkeypatch.setattr(devices, "_lost", ASSERT)
     record = runner.run(RunConfig(cell=Cell("fp32", 2, 1), target=TINY, device="cpu", steps=2))
@@ -87,12 +87,13 @@ def test_a_run_without_a_device_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_that_loses_its_device_keeps_what_is_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its steps and its error; of the weights there is nothing to tell, and no look at them ends the session."""
+    """It keeps its steps and its error; nothing reads the weights, which would end the session."""
     calls: list[str] = []
 
     def answers(device_type: str) -> bool:
         calls.append(device_type)
-        return len(calls) == 1  # before the run, and not after its training
+        # before the run, and not after its training
+        return len(calls) == 1
 
     monkeypatch.setattr(runner.devices, "answers", answers)
     record = runner.run(
@@ -105,13 +106,14 @@ def test_a_run_that_loses_its_device_keeps_what_is_on_the_host(monkeypatch: pyte
     assert record.base is None
 
 
-def test_a_run_that_loses_its_device_to_an_answer_tells_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the training was stays in the record, and looks that go by its batches have them on the host."""
+def test_a_run_that_loses_its_device_to_an_answer_reports_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record keeps the training, and looks at its batches use the copies on the host."""
     asked: list[str] = []
 
     def answers(device_type: str) -> bool:
         asked.append(device_type)
-        return len(asked) < 3  # before the run, and after its training
+        # before the run, and after its training
+        return len(asked) < 3
 
     def fail(*_: object) -> None:
         raise RuntimeError(ASSERT)
@@ -131,7 +133,7 @@ def test_a_run_that_loses_its_device_to_an_answer_tells_so(monkeypatch: pytest.M
 
 
 def test_copies_of_what_is_on_the_host_are_the_tensors_themselves() -> None:
-    """Nothing is copied where nothing can be lost; what is rescued is equal, and memory of its own."""
+    """Only CUDA tensors are copied; rescued tensors are equal, with memory of their own."""
     batch = {"input_ids": torch.arange(6).reshape(2, 3), "step": 1}
     copies = devices.copied(batch)
     assert copies["input_ids"] is batch["input_ids"]
@@ -142,17 +144,18 @@ def test_copies_of_what_is_on_the_host_are_the_tensors_themselves() -> None:
 
 
 def attempt(name: str, folder: str) -> detection.Attempt:
-    """One that loses the device of its process, if it is the first there."""
+    """An attempt that loses the device of its process."""
     torch.cuda.is_initialized, devices._lost = (lambda: True), "gone"
-    Path(folder, name).touch(exist_ok=False)  # once for each attempt
+    # raises if the attempt is made twice
+    Path(folder, name).touch(exist_ok=False)
     return detection.Attempt(fault=name, precision="fp32")
 
 
 @pytest.mark.slow
 def test_attempts_after_a_lost_device_are_made_in_new_processes(tmp_path: Path) -> None:
-    """Each once, and all in the order that they were asked for."""
-    told: list[str] = []
+    """Each is made once, and all are returned in the requested order."""
+    reported: list[str] = []
     tasks = [(attempt, (name, str(tmp_path))) for name in ("one", "two", "three")]
-    found = detection.run_all(tasks, 2, lambda a: told.append(a.fault))
+    found = detection.run_all(tasks, 2, lambda a: reported.append(a.fault))
     assert [a.fault for a in found] == ["one", "two", "three"]
-    assert sorted(told) == ["one", "three", "two"]
+    assert sorted(reported) == ["one", "three", "two"]

@@ -1,4 +1,4 @@
-"""Objects that a cell finds are set aside while it runs, and what it leaves is collected."""
+"""Existing objects are excluded from garbage collection while a cell runs, and its own are collected at the end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pytest_sftguard.engine.surroundings.garbage import set_aside
 
 
 class Ring:
-    """Garbage that only a collection finds."""
+    """Garbage that only a collection frees."""
 
     def __init__(self) -> None:
         self.itself = self
@@ -27,12 +27,14 @@ def test_what_is_made_within_is_collected_at_the_end() -> None:
 
 
 def test_collections_within_pass_over_what_was_there_before() -> None:
-    """Garbage of before stays while the cell runs, and is collected as ever afterwards."""
+    """Earlier garbage stays while the cell runs, and can be collected afterwards."""
     gc.collect()
-    gc.disable()  # or a collection of its own may come first
+    # an automatic collection could come first
+    gc.disable()
     try:
         old = [Ring() for _ in range(2)]
-        gc.collect()  # as old as what was imported
+        # moves them to the oldest generation, like imported modules
+        gc.collect()
         seen = weakref.ref(old[0])
         del old
         with set_aside("cpu"):
@@ -45,7 +47,7 @@ def test_collections_within_pass_over_what_was_there_before() -> None:
 
 
 def test_a_device_whose_memory_is_scarce_is_freed_first() -> None:
-    """What is garbage when the cell begins may hold that memory."""
+    """Garbage may hold that memory when the cell begins."""
     ring = Ring()
     gc.collect()
     seen = weakref.ref(ring)
@@ -56,7 +58,7 @@ def test_a_device_whose_memory_is_scarce_is_freed_first() -> None:
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_nothing_stays_set_aside_after_an_exception(device_type: str) -> None:
-    """The process goes on as it was."""
+    """Objects can be collected as before."""
 
     def fail() -> None:
         with set_aside(device_type):

@@ -1,4 +1,4 @@
-"""A worker of xdist trains with its share of the cores, unless somebody has chosen."""
+"""A worker of xdist trains with its share of the cores, unless the user chose the number of threads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pytest_sftguard.matrix import Cell, RunConfig
 
 @pytest.fixture(autouse=True)
 def eight_threads_on_eight_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A machine of eight cores, of which torch uses all, and nobody has said anything."""
+    """A machine of eight cores, all of which torch uses, without a choice of the user."""
     before = torch.get_num_threads()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTEST_XDIST_WORKER_COUNT"):
         monkeypatch.delenv(name, raising=False)
@@ -29,7 +29,7 @@ def eight_threads_on_eight_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     ("workers", "share"), [("1", 8), ("2", 4), ("3", 2), ("8", 1), ("20", 1), ("", 8), ("auto", 8)]
 )
 def test_cores_are_shared_among_workers(workers: str, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At least one each, all for a process that is alone; afterwards it is as before."""
+    """Each worker gets at least one, a single process all; afterwards the number is restored."""
     monkeypatch.setenv("PYTEST_XDIST_WORKER_COUNT", workers)
     with shared_cores():
         assert torch.get_num_threads() == share
@@ -38,7 +38,7 @@ def test_cores_are_shared_among_workers(workers: str, share: int, monkeypatch: p
 
 @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
 def test_who_has_chosen_is_left_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with more threads than there are cores."""
+    """A chosen number of threads stays, even if it is larger than that of the cores."""
     monkeypatch.setenv("PYTEST_XDIST_WORKER_COUNT", "2")
     monkeypatch.setenv(name, "8")
     with shared_cores():
@@ -46,7 +46,7 @@ def test_who_has_chosen_is_left_alone(name: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_fewer_threads_than_the_share_stay_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test that has set torch to one thread keeps it."""
+    """A test that sets torch to one thread keeps it."""
     monkeypatch.setenv("PYTEST_XDIST_WORKER_COUNT", "2")
     torch.set_num_threads(1)
     with shared_cores():
@@ -54,7 +54,7 @@ def test_fewer_threads_than_the_share_stay_so(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_it_is_undone_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever happened within."""
+    """The number of threads is restored."""
     monkeypatch.setenv("PYTEST_XDIST_WORKER_COUNT", "4")
     with pytest.raises(ZeroDivisionError), shared_cores():
         _ = 1 / 0
@@ -62,7 +62,7 @@ def test_it_is_undone_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_record_says_with_how_many_threads_a_cell_trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The training, its references and its probes have the share."""
+    """The training, its references and its looks use the share."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     monkeypatch.setenv("PYTEST_XDIST_WORKER_COUNT", "2")
     torch.set_num_threads(2)

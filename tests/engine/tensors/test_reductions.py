@@ -26,7 +26,7 @@ def test_one_changed_bit_changes_the_digest(size: int, data: st.DataObject, dtyp
 
 @given(values=st.lists(st.floats(width=32), min_size=2, max_size=40, unique_by=repr))
 def test_swapped_elements_change_the_digest(values: list[float]) -> None:
-    """A digest sees where an element stands."""
+    """A digest depends on the position of an element."""
     tensor = torch.tensor(values)
     swapped = tensor.flip(0)
     if not torch.equal(tensor.view(torch.int32), swapped.view(torch.int32)):
@@ -53,7 +53,7 @@ def test_a_combined_digest_has_no_order() -> None:
     bad=st.sampled_from([math.nan, math.inf, -math.inf]), place=st.integers(0, 9), order=st.sampled_from([2, math.inf])
 )
 def test_a_norm_keeps_what_is_not_finite(bad: float, place: int, order: float) -> None:
-    """One element that is not finite makes its tensor's norm so, and no other's."""
+    """One element that is not finite makes only its own tensor's norm not finite."""
     tensor = torch.ones(10)
     tensor[place] = bad
     good, spoilt = norms([torch.ones(10), tensor], order).tolist()
@@ -63,16 +63,16 @@ def test_a_norm_keeps_what_is_not_finite(bad: float, place: int, order: float) -
 
 @given(values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40))
 def test_the_largest_norm_is_the_largest_absolute_value(values: list[float]) -> None:
-    """Whatever the signs are."""
+    """The signs do not matter."""
     assert norms([torch.tensor(values)], math.inf).tolist() == [torch.tensor(values).abs().max().item()]
 
 
 def test_float16_norms_do_not_overflow() -> None:
-    """Squares from 256 on exceed float16; the norm is taken wider."""
+    """Squares from 256 on exceed float16, so that the norm is computed in float32."""
     assert norms([torch.full((4,), 1000.0, dtype=torch.float16)], 2).tolist() == [2000.0]
 
 
-def test_parts_come_home_in_their_order() -> None:
-    """One transfer, cut up again; empty parts stay empty."""
+def test_parts_reach_the_host_in_their_order() -> None:
+    """One transfer is divided into its parts again; empty parts stay empty."""
     parts = [torch.tensor([1.0, 2.0]), torch.empty(0), torch.tensor([True, False])]
     assert to_host(parts) == [[1.0, 2.0], [], [1.0, 0.0]]

@@ -1,0 +1,89 @@
+"""Records of rows: the labels of the training's rows, their prompts, and the losses of the evaluation set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pytest_sftguard.records.tensors import NONE, Names
+
+
+@dataclass(frozen=True, kw_only=True)
+class DefectRecord:
+    """One defect of rows."""
+
+    name: str
+    """Name of the defect, such as `unsupervised`."""
+    rows: int
+    """Number of rows with it; of micro-batches, if the defect is one of those."""
+    step: int | None = None
+    """Optimizer step of the first micro-batch with such a row; None in the data set."""
+    example: str = ""
+    """One such row, shortened."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisionRecord:
+    """The labels compared with the token ids of their rows, in the micro-batches and in the data set."""
+
+    trained_rows: int
+    """Number of rows in the micro-batches."""
+    dataset_rows: int
+    """Number of rows of the data set that were read; 0 if it has no labels, or is a stream."""
+    micro_batches: int
+    """Number of micro-batches that were read."""
+    asks: bool
+    """Whether the target has questions, so that prompts are known."""
+    answered_rows: int = 0
+    """Number of rows with one of the target's questions and its answer."""
+    trained_defects: tuple[DefectRecord, ...] = ()
+    """Defects in the micro-batches."""
+    dataset_defects: tuple[DefectRecord, ...] = ()
+    """Defects in the data set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptsRecord:
+    """The prompts of generation, compared with the rows of the training."""
+
+    questions: int
+    """Number of the target's prompts that were compared."""
+    rows: int
+    """Number of the training's rows that were compared."""
+    matched: int = 0
+    """Number of rows with one of the questions, which were compared token by token."""
+    deviating: int = 0
+    """Number of matched rows that do not begin with the tokens of generation's prompt."""
+    short: int = 0
+    """Number of matched rows whose prompt in generation ends before their first label."""
+    forms: int = 0
+    """Number of prompt ends, first and last tokens, that were compared because no row matched."""
+    strange_forms: int = 0
+    """Number of those ends that differ."""
+    example: str = ""
+    """One deviation, with its tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecord:
+    """The raw losses of evaluation batches: in the training's own evaluations, and in a pass after the training."""
+
+    batches: int
+    """Number of batches whose loss was seen after the training."""
+    batches_in_training: int = 0
+    """Number of batches whose loss was seen in the training's evaluations."""
+    nonfinite: int = 0
+    """Number of both with a loss that is not finite."""
+    first_nonfinite: str = ""
+    """The first of them."""
+    without_loss: int = 0
+    """Number of batches after the training for which the Trainer returned no loss."""
+    rows: int = 0
+    """Number of rows of those batches that have labels, supervised or not."""
+    unlabelled: int = 0
+    """Number of rows without a supervised token."""
+    nonfinite_losses: Names = NONE
+    """Evaluation losses in the Trainer's own state that are not finite."""
+    never_finite: Names = NONE
+    """Metrics that were not finite in any of the training's evaluations."""
+    best_metric_finite: bool = True
+    """Whether the best metric in the Trainer's state is finite, or absent."""
