@@ -22,7 +22,7 @@ def build_trainer(*, model: str | None = None, dtype: str = "float32", **trainin
 
     The tiny base's weights come from a fixed seed; the adapter's and the order of the rows come from `seed`.
     """
-    base = causal_base(model, getattr(torch, dtype), _tiny())
+    base = causal_base(model, getattr(torch, dtype), llama(32))
     # the tiny model bears a rate at which it learns in a few steps; a pretrained one need not
     rate = 2e-2 if model is None else 1e-3
     arguments = TrainingArguments(**{"learning_rate": rate, "lr_scheduler_type": "constant"} | training_arguments)
@@ -82,11 +82,12 @@ def collate(features: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": padded("labels", -100)}
 
 
-def _tiny() -> LlamaConfig:
+def llama(hidden_size: int) -> LlamaConfig:
+    """Configure a Llama of two layers and 64 ids."""
     return LlamaConfig(
         vocab_size=_WORDS,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -94,7 +95,7 @@ def _tiny() -> LlamaConfig:
         pad_token_id=_PAD,
         bos_token_id=_BOS,
         eos_token_id=_EOS,
-        # the frozen head of a random model with smaller weights cannot prefer any id by much
+        # with smaller random weights, a head that is not adapted cannot prefer any id by much
         initializer_range=0.1,
         tie_word_embeddings=False,
     )
