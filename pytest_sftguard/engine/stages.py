@@ -70,16 +70,6 @@ class Built(Asked):
     loads: Loads
     """What transformers reported about the checkpoints that its model was loaded from."""
 
-    @property
-    def batches(self) -> list[dict[str, Any]]:
-        """The first micro-batches, as the model was given them; none before the training has started."""
-        return []
-
-    @functools.cached_property
-    def examples(self) -> Examples | None:
-        """The target's questions; None where it asks none, or has no tokenizer to ask them with."""
-        return Examples.of(self.target, self.trainer.processing_class)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Started(Built):
@@ -94,6 +84,11 @@ class Started(Built):
     def batches(self) -> list[dict[str, Any]]:
         """The first micro-batches, as the model was given them."""
         return self.watch.batches
+
+    @functools.cached_property
+    def examples(self) -> Examples | None:
+        """The target's questions; None where it asks none, or has no tokenizer to ask them with."""
+        return Examples.of(self.target, self.trainer.processing_class)
 
 
 @dataclass(frozen=True, kw_only=True)

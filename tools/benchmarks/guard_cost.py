@@ -46,7 +46,7 @@ from tools.benchmarks.turns import Times, Turns
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cost.md"
 TARGET = "homework.sft:build_trainer"
 CELLS = [
-    Cell("fp32", 8, 4), Cell("fp32", 2, 4), Cell("fp32", 8, 1), Cell("bf16-mixed", 2, 4), Cell("bf16-mixed", 8, 1),
+    Cell("fp32", 8, 4), Cell("fp32", 2, 4), Cell("fp32", 8, 1), Cell("bf16-mixed", 2, 4), Cell("bf16-mixed", 8, 1)
 ]  # fmt: skip
 """The app's own training on a CPU, and the cells of the matrix where nothing is asked."""
 WARM_UP = 3
@@ -242,12 +242,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="rounds of each way (default 10)")
     parser.add_argument(
         "--cells", nargs="+", default=CELLS, type=cell_named, metavar="CELL",
-        help="precision-bAxB: A rows, B times (default: the app's own, and the matrix as it is where nothing is asked)",
+        help="precision-bAxB: A rows, B times (default: the app's own, and the matrix as it is where nothing is asked)"
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=30, metavar="N", help="counted steps of a round (default 30)")
     parser.add_argument(
         "--ways", nargs="+", default=INSTALLED, choices=WAYS,
-        help=f"what to compare with bare (default: what is installed here: {', '.join(INSTALLED)})",
+        help=f"what to compare with bare (default: what is installed here: {', '.join(INSTALLED)})"
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", choices=SETTLE, help="where the trainings run (default cpu)")
     parser.add_argument("--write", action="store_true", help="put the table into docs/cost.md")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor
@@ -40,31 +41,22 @@ class Row:
     @property
     def answer(self) -> tuple[int, ...]:
         """The labels from the first that is not ignored to the next that is."""
-        rest = (self.labels or ())[self.first_label :]
-        end = next((i for i, label in enumerate(rest) if label == IGNORED), len(rest))
-        return rest[:end]
+        return tuple(takewhile(lambda label: label != IGNORED, (self.labels or ())[self.first_label :]))
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """The rows of one forward pass."""
+def micro_batches(batches: Iterable[Mapping[str, Any]], pad: int | None = None) -> list[tuple[int, list[Row]]]:
+    """Return the rows of those `batches` that hold token ids, each with its optimizer step, from 1.
 
-    step: int
-    """The optimizer step that it was part of, from 1."""
-    rows: tuple[Row, ...]
-    """Its rows."""
-
-
-def micro_batches(batches: Iterable[Mapping[str, Any]], pad: int | None = None) -> list[MicroBatch]:
-    """Return the `batches` that hold token ids; where there is no mask, `pad` is stripped from both ends of a row."""
+    Where there is no mask, `pad` is stripped from both ends of a row.
+    """
     found = []
     for batch in batches:
         ids = batch.get("input_ids")
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
             continue
         beside = (_beside(batch.get(k), ids) for k in ("attention_mask", "labels", "position_ids"))
-        rows = tuple(_row(pad, *columns) for columns in zip(ids.tolist(), *beside, strict=True))
-        found.append(MicroBatch(int(batch[STEP]), rows))
+        rows = [_row(pad, *columns) for columns in zip(ids.tolist(), *beside, strict=True)]
+        found.append((int(batch[STEP]), rows))
     return found
 
 
@@ -85,11 +77,6 @@ def sample(dataset: Any, pad: int | None = None) -> list[Row]:
         same = [part if part is not None and len(part) == len(ids) else None for part in (mask, labels)]
         rows.append(_row(pad, ids, *same))
     return rows
-
-
-def attended_ids(batches: Iterable[MicroBatch]) -> set[int]:
-    """Return every token id but padding."""
-    return {i for batch in batches for row in batch.rows for i in row.ids}
 
 
 def _row(

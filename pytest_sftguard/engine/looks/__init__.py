@@ -1,4 +1,4 @@
-"""Looks: what only more than watching the training can show, one file each; run before, beside and after it.
+"""Looks: checks that take more than watching the training, one file each; run before, during and after it.
 
 A look is a subclass of `Look`. Its file has the name that `tiers.LOOKS` lists. A look costs nothing where no tier or
 setting asks for it, and leaves the training bit for bit as it is.
@@ -22,17 +22,17 @@ _log = logging.getLogger(__name__)
 
 
 class InapplicableError(Exception):
-    """There is nothing to look at in this run; the message says why, in one line."""
+    """A run in which there is nothing to look at; the message says why."""
 
 
 class Look(ABC, Generic[StageT]):
     """Base of the looks: each overrides `conclude`, and the other hooks that it needs.
 
-    `Look[Reloaded]` needs a run that reached the stage `Reloaded`, and so on: a run that ended before makes the look
-    inapplicable. `Look[Started]` concludes after a training that raised an exception, too.
+    `Look[Reloaded]` concludes a run that reached the stage `Reloaded`, and is inapplicable to a run that ended before.
+    `Look[Started]` also concludes a training that raised an exception.
     """
 
-    stage: ClassVar[type[Asked]] = Built
+    stage: ClassVar[type[Asked]] = Started
     """The stage in the brackets of the base class."""
     last: ClassVar[bool] = False
     """Whether `conclude` changes the models, so that the look must come after all others."""

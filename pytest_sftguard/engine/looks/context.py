@@ -36,18 +36,14 @@ _LENGTH_DEPENDENT = ("dynamic", "longrope")
 class Context(Look[Trained]):
     """Runs the trained model on rows of the training as they were batched, alone, and padded on either side."""
 
-    def __init__(self) -> None:
-        self._given: list[dict[str, Any]] = []
-        self._hooks: list[Any] = []
-
     def attach(self, started: Started) -> None:
         """Remember what the model is given in training: the Trainer may drop or change what was collated."""
+        self._given: list[dict[str, Any]] = []
+        self._hooks: list[Any] = []
 
         def remember(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
             if module.training and len(self._given) < _MICRO_BATCHES and torch.is_grad_enabled():
                 self._given.append(_as_given(module, args, kwargs))
-                if len(self._given) == _MICRO_BATCHES:
-                    self._detach()
 
         # a hook would be compiled too
         if not started.trainer.args.torch_compile:
@@ -55,7 +51,8 @@ class Context(Look[Trained]):
 
     def conclude(self, reached: Trained) -> dict[str, Any]:
         """Compare logits, and check rotary frequencies and masks."""
-        self._detach()
+        for hook in self._hooks:
+            hook.remove()
         trained: Any = reached.trained_model
         # the model was compiled, or its forward method was called without its hooks
         if not self._given:
@@ -106,11 +103,6 @@ class Context(Look[Trained]):
             logits = batch.forward(**given)
             bad += sum(int(forwards.nonfinite(logits[s.row, s.places]).sum()) for s in batch.segments)
         return bad
-
-    def _detach(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
 
 
 def _as_given(model: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -38,11 +38,7 @@ class Decoding(Look[Reloaded]):
         with forwards.evaluating(model):
             repeated = _repeated(reached, prompts)
             record = compared(
-                reached,
-                prompts,
-                prompts=len(prompts),
-                padded=sum(n < max(lengths) for n in lengths),
-                repeated=repeated,
+                reached, prompts, prompts=len(prompts), padded=sum(n < max(lengths) for n in lengths), repeated=repeated
             )
         return {"decoding": record}
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -29,17 +29,12 @@ class Evaluation(Look[Trained]):
     def attach(self, started: Started) -> None:
         """Read what `prediction_step` returns, which the Trainer averages."""
         trainer: Any = started.trainer
-        trainer.prediction_step = self._watched(trainer.prediction_step)
+        trainer.prediction_step = partial(self._watched, trainer.prediction_step)
 
-    def _watched(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            loss = result[0] if isinstance(result, tuple) else result
-            self._seen.append(_bad(loss))
-            return result
-
-        return wrapped
+    def _watched(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        self._seen.append(_bad(result[0] if isinstance(result, tuple) else result))
+        return result
 
     def conclude(self, reached: Trained) -> dict[str, Any]:
         """Evaluate a bounded number of batches of each set, and read what the training's evaluations left."""

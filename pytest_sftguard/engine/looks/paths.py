@@ -17,7 +17,6 @@ from pytest_sftguard.engine.after import forwards
 from pytest_sftguard.engine.data.rows import IGNORED
 from pytest_sftguard.engine.looks import InapplicableError, Look
 from pytest_sftguard.engine.stages import Started
-from pytest_sftguard.precision import PrecisionMode
 from pytest_sftguard.records import Names, PathRecord, PathsRecord
 
 _LOSS_RTOL = 1e-5
@@ -41,6 +40,7 @@ class Paths(Look[Started]):
         if not reached.batches:
             raise InapplicableError("no micro-batch of the training was seen")
         batch = {k: v for k, v in reached.batches[0].items() if not k.startswith("sftguard")}
+        arithmetic = forwards.arithmetic(reached.mode, autocast=reached.mode.autocast)
         trainer: Any = reached.build("paths", gradient_accumulation_steps=1)
         without_noise(trainer)
         found: list[PathsRecord] = []
@@ -48,7 +48,7 @@ class Paths(Look[Started]):
 
         def once(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             counted = kwargs.get("num_items_in_batch", args[0] if args else None) is not None
-            found.append(_FirstStep(trainer, reached.mode, model, original, batch, counted).record())
+            found.append(_FirstStep(trainer, arithmetic, model, original, batch, counted).record())
             raise _Done
 
         trainer.training_step = once
@@ -80,20 +80,13 @@ class _FirstStep:
     """The model at its first step, whose loss and gradients can be computed along several paths."""
 
     def __init__(
-        self,
-        trainer: Any,
-        mode: PrecisionMode,
-        model: Any,
-        step: Callable[..., Any],
-        batch: dict[str, Any],
-        counted: bool,
+        self, trainer: Any, arithmetic: str, model: Any, step: Callable[..., Any], batch: dict[str, Any], counted: bool
     ) -> None:
-        self.trainer, self.model, self.step, self.batch = trainer, model, step, batch
+        self.trainer, self.arithmetic, self.model, self.step, self.batch = trainer, arithmetic, model, step, batch
         # without compile
         self.plain = getattr(model, "_orig_mod", model)
         labels = batch.get("labels")
         self.items = (labels[..., 1:] != IGNORED).sum() if counted and isinstance(labels, Tensor) else None
-        self.arithmetic = forwards.arithmetic(mode, autocast=mode.autocast)
 
     def record(self) -> PathsRecord:
         """Compute the training's own path, and compare the plain ones with it."""

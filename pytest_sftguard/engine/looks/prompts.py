@@ -10,7 +10,7 @@ from pytest_sftguard.engine.data.examples import Example, Examples
 from pytest_sftguard.engine.data.rows import Row, micro_batches, sample
 from pytest_sftguard.engine.looks import InapplicableError, Look
 from pytest_sftguard.engine.looks.supervision import require_causal_model
-from pytest_sftguard.engine.stages import Built
+from pytest_sftguard.engine.stages import Started
 from pytest_sftguard.records import PromptsRecord
 
 _FEW = 8
@@ -21,17 +21,17 @@ _TEXT = 8
 _Prompts = list[list[int]]
 
 
-class Prompts(Look[Built]):
+class Prompts(Look[Started]):
     """Compares token by token where rows hold the target's questions, else by how prompts begin and end."""
 
-    def conclude(self, reached: Built) -> dict[str, Any]:
+    def conclude(self, reached: Started) -> dict[str, Any]:
         """Compare the prompts of the rows with those of generation."""
         trainer, examples = reached.trainer, reached.examples
         require_causal_model(trainer.model)
         if examples is None:
             raise InapplicableError("the target asks no questions")
         pad = getattr(trainer.processing_class, "pad_token_id", None)
-        rows = _with_prompts(r for b in micro_batches(reached.batches, pad) for r in b.rows)
+        rows = _with_prompts(r for _, batch in micro_batches(reached.batches, pad) for r in batch)
         # the rows that were trained on count; the data set's are added where those are too few
         if len(rows) < _FEW:
             rows = _with_prompts([*rows, *sample(trainer.train_dataset, pad)])

@@ -45,7 +45,8 @@ class Replay(Look[Started]):
         return {"replay": shadow.record()}
 
 
-class _Begin(TrainerCallback):  # type: ignore[misc] # transformers types its callbacks as Any
+# transformers types its callbacks as Any
+class _Begin(TrainerCallback):  # type: ignore[misc]
     """Makes a shadow of the optimizer when the training begins."""
 
     def __init__(self, recorder: Recorder) -> None:

@@ -10,24 +10,21 @@ from torch import nn
 
 from pytest_sftguard.engine.after import forwards
 from pytest_sftguard.engine.data.examples import Examples
-from pytest_sftguard.engine.data.rows import IGNORED, MicroBatch, Row, micro_batches, sample
+from pytest_sftguard.engine.data.rows import IGNORED, Row, micro_batches, sample
 from pytest_sftguard.engine.looks import InapplicableError, Look
-from pytest_sftguard.engine.stages import Built, Started
+from pytest_sftguard.engine.stages import Started
 from pytest_sftguard.records import DefectRecord, SupervisionRecord
 
 _ENDS_WITHIN = 2
 """Last labels of a row among which the end token must be: chat templates put a line break after it."""
 
 
-class Supervision(Look[Built]):
+class Supervision(Look[Started]):
     """Audits the first micro-batches as they were trained on, and rows of the data set."""
-
-    def __init__(self) -> None:
-        self._model_saw_labels: bool | None = None
-        self._hook: Any = None
 
     def attach(self, started: Started) -> None:
         """Note at the first forward pass whether the model itself is given the labels, which it then shifts."""
+        self._model_saw_labels: bool | None = None
 
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
             self._hook.remove()
@@ -35,28 +32,24 @@ class Supervision(Look[Built]):
 
         self._hook = started.trainer.model.register_forward_pre_hook(note, with_kwargs=True)
 
-    def conclude(self, reached: Built) -> dict[str, Any]:
+    def conclude(self, reached: Started) -> dict[str, Any]:
         """Audit the rows that were trained on, and those of the data set."""
         trainer = reached.trainer
-        if self._hook is not None:
-            self._hook.remove()
+        self._hook.remove()
         require_causal_model(trainer.model)
         facts = _Facts.of(trainer)
-        rows = [r for r in sample(trainer.train_dataset, facts.pad) if r.labels is not None]
-        trained = [
-            MicroBatch(b.step, labelled)
-            for b in micro_batches(reached.batches, facts.pad)
-            if (labelled := tuple(r for r in b.rows if r.labels is not None))
-        ]
+        rows = _labelled(sample(trainer.train_dataset, facts.pad))
+        trained = [(step, _labelled(batch)) for step, batch in micro_batches(reached.batches, facts.pad)]
+        trained = [(step, batch) for step, batch in trained if batch]
         if not trained and not rows:
             raise InapplicableError("the rows have no labels of their own, one per token")
         examples = reached.examples
         audit = _Audit(facts, examples, own_shift=self._model_saw_labels is False and _own_loss(trainer))
-        found = audit.of([(b.step, b.rows) for b in trained])
+        found = audit.of(trained)
         rest = audit.of([(None, rows)])
         return {
             "supervision": SupervisionRecord(
-                trained_rows=sum(len(b.rows) for b in trained),
+                trained_rows=sum(len(batch) for _, batch in trained),
                 dataset_rows=len(rows),
                 micro_batches=len(trained),
                 asks=examples is not None,
@@ -234,6 +227,10 @@ class _Audit:
         if not self.facts.eos or ended * 2 <= len(learned):
             return lambda row: False
         return lambda row: len(row.ids) == longest and len(row.starts) == 1 and _supervised(row) and not self._ends(row)
+
+
+def _labelled(rows: list[Row]) -> list[Row]:
+    return [r for r in rows if r.labels is not None]
 
 
 def _supervised(row: Row) -> bool:

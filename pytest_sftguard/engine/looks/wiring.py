@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from pytest_sftguard.engine.adapter import attachment, foundation, initial
-from pytest_sftguard.engine.data.rows import attended_ids, micro_batches
+from pytest_sftguard.engine.data.rows import micro_batches
 from pytest_sftguard.engine.looks import InapplicableError, Look
-from pytest_sftguard.engine.stages import Built, Rebuilt
+from pytest_sftguard.engine.stages import Built, Rebuilt, Started
 from pytest_sftguard.records import FoundationRecord, InitialRecord, Names, WiringRecord
 
 
-class Wiring(Look[Built]):
+class Wiring(Look[Started]):
     """Reads the model before the training, and runs the second model, which was built for reloading."""
 
     def __init__(self) -> None:
@@ -47,9 +47,9 @@ class Wiring(Look[Built]):
                 "max_abs_logit": compared.largest,
             }
 
-    def conclude(self, reached: Built) -> dict[str, Any]:
+    def conclude(self, reached: Started) -> dict[str, Any]:
         """Return the three records."""
-        ids = attended_ids(micro_batches(reached.batches))
+        ids = {i for _, rows in micro_batches(reached.batches) for row in rows for i in row.ids}
         zero = foundation.zero_embeddings(reached.trainer.model, ids)
         start, redrawn = self._start, self._redrawn
         loaded = None if redrawn is None else bool(start.nonzero_b) and not redrawn.intersection(start.nonzero_b)

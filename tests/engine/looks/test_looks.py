@@ -14,7 +14,7 @@ from pytest_sftguard.verdicts import JudgedRun
 Write = Callable[..., str]
 LOOK = """
 from pytest_sftguard.engine.looks import Look
-from pytest_sftguard.engine.stages import Built, Reloaded, Started, Trained
+from pytest_sftguard.engine.stages import Reloaded, Started, Trained
 
 class {name}(Look[{stage}]):
     last = {last}
@@ -43,7 +43,7 @@ def write(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Write:
 
 @pytest.mark.parametrize(
     ("stage", "field"),
-    [("Built", "trainer"), ("Started", "batches"), ("Trained", "trained_model"), ("Reloaded", "reloaded_model")],
+    [("Started", "batches"), ("Trained", "trained_model"), ("Reloaded", "reloaded_model")],
 )
 def test_a_look_is_one_file(run_cell: Callable[..., JudgedRun], write: Write, stage: str, field: str) -> None:
     """A look that names its stage finds there what that stage holds."""
@@ -69,7 +69,7 @@ def test_a_look_can_conclude_after_a_training_that_raises(run_cell: Callable[...
 
 def test_a_look_that_changes_the_models_comes_last(run_cell: Callable[..., JudgedRun], write: Write) -> None:
     """A look that declares itself the last one concludes after those that are named behind it."""
-    names = write("changes_them", "Built", last=True), write("reads_them", "Built")
+    names = write("changes_them", "Trained", last=True), write("reads_them", "Trained")
     assert [look.name for look in run_cell(looks=names, steps=1).record.looks] == ["reads_them", "changes_them"]
 
 
