@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import importlib.util
 import os
 import statistics
@@ -31,11 +30,12 @@ import transformers
 from transformers import TrainerCallback
 from transformers.debug_utils import DebugUnderflowOverflow
 
+from pytest_sftguard.engine.adapter.foundation import Loads
 from pytest_sftguard.engine.building.targets import resolve
-from pytest_sftguard.engine.building.trainers import build
-from pytest_sftguard.engine.looks import Probes, Scene
+from pytest_sftguard.engine.looks import Looks
 from pytest_sftguard.engine.recording.recorder import Recorder
 from pytest_sftguard.engine.recording.watching import Watch
+from pytest_sftguard.engine.stages import Asked, Built, Started
 from pytest_sftguard.engine.surroundings.isolation import isolated
 from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.precision import mode_named
@@ -46,7 +46,7 @@ from tools.benchmarks.turns import Times, Turns
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cost.md"
 TARGET = "homework.sft:build_trainer"
 CELLS = [
-    Cell("fp32", 8, 4), Cell("fp32", 2, 4), Cell("fp32", 8, 1), Cell("bf16-mixed", 2, 4), Cell("bf16-mixed", 8, 1),
+    Cell("fp32", 8, 4), Cell("fp32", 2, 4), Cell("fp32", 8, 1), Cell("bf16-mixed", 2, 4), Cell("bf16-mixed", 8, 1)
 ]  # fmt: skip
 """The app's own training on a CPU, and the cells of the matrix where nothing is asked."""
 WARM_UP = 3
@@ -54,41 +54,41 @@ WARM_UP = 3
 
 
 @contextlib.contextmanager
-def bare(trainer: Any, scene: Scene) -> Iterator[None]:
+def bare(built: Built) -> Iterator[None]:
     """Nothing."""
     yield
 
 
 @contextlib.contextmanager
-def quick(trainer: Any, scene: Scene) -> Iterator[None]:
+def quick(built: Built) -> Iterator[None]:
     """The guard as tier `quick` watches a cell."""
-    with _guarded(trainer, scene, TIERS["quick"].looks):
+    with _guarded(built, TIERS["quick"].looks):
         yield
 
 
 @contextlib.contextmanager
-def replay(trainer: Any, scene: Scene) -> Iterator[None]:
+def replay(built: Built) -> Iterator[None]:
     """The same, and every step replayed in float32."""
-    with _guarded(trainer, scene, (*TIERS["quick"].looks, "replay")):
+    with _guarded(built, (*TIERS["quick"].looks, "replay")):
         yield
 
 
 @contextlib.contextmanager
-def anomaly(trainer: Any, scene: Scene) -> Iterator[None]:
+def anomaly(built: Built) -> Iterator[None]:
     """What torch offers, switched on while it is its turn: every backward function's results are looked at."""
     yield
 
 
 @contextlib.contextmanager
-def underflow(trainer: Any, scene: Scene) -> Iterator[None]:
+def underflow(built: Built) -> Iterator[None]:
     """What transformers offers: the inputs, weights and results of every module are looked at."""
     with contextlib.redirect_stdout(None):
-        DebugUnderflowOverflow(trainer.model)
+        DebugUnderflowOverflow(built.trainer.model)
     yield
 
 
 @contextlib.contextmanager
-def telemetry(trainer: Any, scene: Scene) -> Iterator[None]:
+def telemetry(built: Built) -> Iterator[None]:
     """What pytest-torch's `run_training` records of each step of an optimizer, here of the Trainer's."""
     from pytest_torch.training_loop import TrainingSetup, _Recorder
 
@@ -97,7 +97,7 @@ def telemetry(trainer: Any, scene: Scene) -> Iterator[None]:
         class Telemetry(TrainerCallback):
             def on_train_begin(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
                 """The Trainer has made its optimizer."""
-                self.recorder = stack.enter_context(_Recorder(TrainingSetup(trainer.model, optimizer)))
+                self.recorder = stack.enter_context(_Recorder(TrainingSetup(built.trainer.model, optimizer)))
                 self.recorder.begin(0)
                 self.records: list[Any] = []
 
@@ -107,25 +107,25 @@ def telemetry(trainer: Any, scene: Scene) -> Iterator[None]:
                 self.recorder.begin(state.global_step)
 
         watching = Telemetry()
-        trainer.add_callback(watching)
+        built.trainer.add_callback(watching)
         yield
         assert all(r.grad_norm and r.update_norm for r in watching.records)
-        assert len(watching.records) == trainer.args.max_steps
+        assert len(watching.records) == built.trainer.args.max_steps
 
 
 @contextlib.contextmanager
-def _guarded(trainer: Any, scene: Scene, looks: tuple[str, ...]) -> Iterator[None]:
-    probes = Probes(looks)
-    probes.prepare(scene)
-    scene.recorder = Recorder(trainer.model)
-    scene.watch = Watch(trainer, scene.recorder)
-    probes.attach(scene)
+def _guarded(built: Built, names: tuple[str, ...]) -> Iterator[None]:
+    looks = Looks(names)
+    looks.prepare(built)
+    recorder = Recorder(built.trainer.model)
+    watch = Watch(built.trainer, recorder)
+    looks.attach(built.then(Started, recorder=recorder, watch=watch))
     yield
-    scene.watch.detach()
-    assert len(scene.recorder.steps) == trainer.args.max_steps
+    watch.detach()
+    assert len(recorder.steps) == built.trainer.args.max_steps
 
 
-WAYS: dict[str, tuple[Callable[[Any, Scene], Any], str]] = {
+WAYS: dict[str, tuple[Callable[[Built], Any], str]] = {
     "bare": (bare, "the Trainer alone"),
     "quick": (quick, "guard, tier `quick`"),
     "replay": (replay, "guard, tier `quick` and look `replay`"),
@@ -152,16 +152,11 @@ def one_round(ways: list[str], cell: Cell, steps: int, device: str) -> dict[str,
     with isolated(), tempfile.TemporaryDirectory() as folder:
 
         def training(way: str) -> Callable[[TrainerCallback], None]:
-            def again(name: str, **arguments: Any) -> Any:
-                given = dataclasses.replace(config, training_arguments={**config.training_arguments, **arguments})
-                return build(target, given, mode, device, Path(folder) / way / name)
-
             def train(turn: TrainerCallback) -> None:
-                trainer = again("training")
+                asked = Asked(config=config, mode=mode, device_type=device, target=target, folder=Path(folder) / way)
+                trainer = asked.build("training")
                 trainer.log = lambda *_, **__: None
-                scene = Scene(config, mode, device, target, Path(folder), again)
-                scene.trainer = trainer
-                with WAYS[way][0](trainer, scene):
+                with WAYS[way][0](asked.then(Built, trainer=trainer, loads=Loads())):
                     trainer.add_callback(turn)
                     trainer.train()
 
@@ -247,12 +242,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="rounds of each way (default 10)")
     parser.add_argument(
         "--cells", nargs="+", default=CELLS, type=cell_named, metavar="CELL",
-        help="precision-bAxB: A rows, B times (default: the app's own, and the matrix as it is where nothing is asked)",
+        help="precision-bAxB: A rows, B times (default: the app's own, and the matrix as it is where nothing is asked)"
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=30, metavar="N", help="counted steps of a round (default 30)")
     parser.add_argument(
         "--ways", nargs="+", default=INSTALLED, choices=WAYS,
-        help=f"what to compare with bare (default: what is installed here: {', '.join(INSTALLED)})",
+        help=f"what to compare with bare (default: what is installed here: {', '.join(INSTALLED)})"
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", choices=SETTLE, help="where the trainings run (default cpu)")
     parser.add_argument("--write", action="store_true", help="put the table into docs/cost.md")

@@ -1,4 +1,4 @@
-"""What comes after the training, on real ones: faults are reported by what is there for them, sound runs by nothing."""
+"""Looks at what comes after the training: each fault is reported by its own invariants, a sound run by none."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_faults_leave_nothing_behind(run_cell: Run) -> None:
     [("word_before_the_answer", "answers_beat_base"), ("end_masked_as_padding", "stops")],
 )
 def test_unlisted_fault_is_reported(run_cell: Run, target: str, reporting: str) -> None:
-    """A seam that inference does not have, and an end that no row teaches, show in the answers alone."""
+    """A word before the answer that inference lacks, and an end that no row teaches, show in the answers alone."""
     run = run_cell(f"tests.targets.after:{target}", steps=100, questions=16, looks=LOOKS)
     assert reporting in failed(run), run.verdict.findings
 
@@ -49,8 +49,8 @@ def test_a_training_that_learned_passes(run_cell: Run, precision: str) -> None:
     """A hundred steps of sums are right, come to their ends, and merge; all of it is judged."""
     run = run_cell(SUMS, precision, steps=100, questions=16, looks=LOOKS)
     assert run.verdict.passed, run.verdict.findings
-    assert not any(run.verdict.of(n) and run.verdict.of(n)[0].outcome is not Outcome.PASSED for n in
-                   ("effect_size", "merge_equivalence", "answers_beat_base", "stops", "strict_answers"))  # fmt: skip
+    names = ("effect_size", "merge_equivalence", "answers_beat_base", "stops", "strict_answers")
+    assert {f.outcome for n in names for f in run.verdict.of(n)} == {Outcome.PASSED}
 
 
 @pytest.mark.parametrize("steps", [2, 8, 20])
@@ -66,15 +66,27 @@ def test_a_task_that_cannot_be_learned_is_no_collapse(run_cell: Run) -> None:
     assert not failed(run) & {"answers_beat_base", "stops"}, run.verdict.findings
 
 
-HEALTHY = ("dora", "pissa", "bias_all", "saved_lm_head", "tied_embeddings_saved", "trainable_tokens_tied",
-           "mixtral_experts", "idle_experts", "second_adapter_active", "lora_bias", "gpt2",
-           "bert_classifier", "registered_counter")  # fmt: skip
+HEALTHY = (
+    "dora",
+    "pissa",
+    "bias_all",
+    "saved_lm_head",
+    "tied_embeddings_saved",
+    "trainable_tokens_tied",
+    "mixtral_experts",
+    "idle_experts",
+    "second_adapter_active",
+    "lora_bias",
+    "gpt2",
+    "bert_classifier",
+    "registered_counter",
+)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-true"])
 @pytest.mark.parametrize("target", HEALTHY)
 def test_looks_are_silent_on_healthy_variants(run_cell: Run, target: str, precision: str) -> None:
-    """Adapters and architectures of many kinds merge, or say why not, and disabling them gives the base."""
+    """Adapters of many types and architectures merge, or say why not, and disabling them gives the base."""
     run = run_cell(f"tests.targets.healthy:{target}", precision, looks=LOOKS)
     assert not failed(run) & {"effect_size", "merge_equivalence", "answers_beat_base", "stops"}, run.verdict.findings
     assert all(look.done or look.inapplicable for look in run.record.looks)

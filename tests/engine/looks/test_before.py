@@ -1,8 +1,9 @@
-"""What stands before the first step, on real trainings: wiring, start, base, labels and prompts, and what they cost."""
+"""Looks at what there is before the first step, on real trainings: wiring, start, base, labels and prompts."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -49,11 +50,31 @@ def test_a_fault_is_seen_where_no_question_is_in_the_rows(run_cell: Callable[...
 
 
 HEALTHY = (
-    "dora", "rslora", "pissa", "orthogonal", "continued", "saved_lm_head", "tied_embeddings_saved", "adapted_embedding",
-    "bias_all", "trainable_tokens", "second_adapter_active", "rank_pattern", "last_layer_alone", "gpt2",
-    "mixtral_experts", "idle_experts", "streamed", "left_padded", "own_loss", "bert_classifier", "dynamic_rope",
-    "all_parameters_to_the_optimizer", "one_micro_batch_without_labels", "stray_keys_kept",
-)  # fmt: skip
+    "dora",
+    "rslora",
+    "pissa",
+    "orthogonal",
+    "continued",
+    "saved_lm_head",
+    "tied_embeddings_saved",
+    "adapted_embedding",
+    "bias_all",
+    "trainable_tokens",
+    "second_adapter_active",
+    "rank_pattern",
+    "last_layer_alone",
+    "gpt2",
+    "mixtral_experts",
+    "idle_experts",
+    "streamed",
+    "left_padded",
+    "own_loss",
+    "bert_classifier",
+    "dynamic_rope",
+    "all_parameters_to_the_optimizer",
+    "one_micro_batch_without_labels",
+    "stray_keys_kept",
+)
 
 
 @pytest.mark.parametrize("target", HEALTHY)
@@ -177,15 +198,15 @@ def labels_of_another_row(**arguments: Any) -> Any:
     return healthy_targets.built(arguments, collator=collate)
 
 
-def rows_cut(**arguments: Any) -> Any:
-    """Rows are cut at twelve tokens, and most lose their end."""
+def rows_truncated(**arguments: Any) -> Any:
+    """Rows are truncated to twelve tokens, so that the long ones lose their end."""
 
     def collate(features: Any) -> Any:
         return {k: v[:, :12] for k, v in tiny.collate(features).items()}
 
-    rows = [{"input_ids": r["input_ids"], "labels": r["input_ids"]} for r in tiny.rows(64)]
-    rows = [r if len(r["input_ids"]) > 12 and i % 3 == 0 else {k: [*v[:5], 2] for k, v in r.items()}
-            for i, r in enumerate(rows)]  # fmt: skip
+    ids = [r["input_ids"] for r in tiny.rows(64)]
+    ids = [row if len(row) > 12 and i % 3 == 0 else [*row[:5], 2] for i, row in enumerate(ids)]
+    rows = [{"input_ids": row, "labels": row} for row in ids]
     return healthy_targets.built(arguments, dataset=rows, collator=collate)
 
 
@@ -199,15 +220,13 @@ UNLISTED = {
     "dora_of_a_zero_row": ("base_finite", "layers.0.self_attn.o_proj.lora_magnitude"),
     "layer_missing_from_the_checkpoint": ("base_finite", "layers.1"),
     "labels_of_another_row": ("supervision_audit", "not their own tokens"),
-    "rows_cut": ("supervision_audit", "greatest length"),
+    "rows_truncated": ("supervision_audit", "greatest length"),
 }
 
 
 @pytest.mark.parametrize("target", UNLISTED)
 def test_an_unlisted_fault_is_seen(run_cell: Callable[..., JudgedRun], target: str) -> None:
     """What is wrong before the first step is seen there, and named."""
-    import re
-
     run = run_cell(f"{__name__}:{target}", looks=LOOKS)
     invariant, said = UNLISTED[target]
     messages = [message(f) for f in run.verdict.failures if f.invariant == invariant]
