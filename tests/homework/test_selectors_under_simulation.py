@@ -211,7 +211,7 @@ def test_choices_do_not_change(value: object) -> None:
 
 def test_a_gpu_has_float16_unless_it_is_said() -> None:
     """Every device that this version of torch runs on does, but for Maxwell cards."""
-    assert choose_precision(Hardware(kind="cuda", native_bf16=False), None).value == "fp16"
+    assert choose_precision(Hardware(device_type="cuda", native_bf16=False), None).value == "fp16"
 
 
 def test_the_hardware_is_told_by_name() -> None:
@@ -382,7 +382,7 @@ def test_the_reasons_of_a_batch(name: str, target: int, reasons: tuple[str, str]
 
 def test_a_given_accumulation_is_a_reason_only_where_it_changes_something() -> None:
     """8 steps of 4 are 32 anyway; 16 steps leave 2."""
-    hardware = Hardware(kind="cuda", memory_bytes=16 * GIB)
+    hardware = Hardware(device_type="cuda", memory_bytes=16 * GIB)
     kept, _ = choose_batch(32, hardware, None, Selection(8, "asked"))
     changed, _ = choose_batch(32, hardware, None, Selection(16, "asked"))
     assert kept == Selection(4, "16.0 GB of GPU memory, below 20 GB")
@@ -430,7 +430,7 @@ def test_every_known_device_gets_the_target_batch() -> None:
 )
 def test_the_least_memory_that_is_one(memory: int, reason: str) -> None:
     """Torch gives no negative number; if it did, it would be no memory."""
-    assert largest_micro_batch(Hardware(kind="cuda", memory_bytes=memory)) == Selection(2, reason)
+    assert largest_micro_batch(Hardware(device_type="cuda", memory_bytes=memory)) == Selection(2, reason)
 
 
 def test_a_long_message_is_cut() -> None:

@@ -33,6 +33,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from homework import sft
 from homework.base import load_base, load_tokenizer
+from homework.recipes import SEED, recipe_for
 from homework.speed.allocation import keep_freed_memory
 from homework.task.answers import format_answer
 from homework.task.data import TRAIN_FILE, plain_prompt, read_rows
@@ -77,7 +78,7 @@ def padded(model: str | None, folder: Path, steps: int, bf16: bool) -> Trainer:
 
 def of_trl(model: str | None, folder: Path, steps: int, bf16: bool) -> Trainer:
     """TRL on prompts and completions, with the app's hyper-parameters."""
-    recipe = sft.recipe_for(model)
+    recipe = recipe_for(model)
     rows = [
         {"prompt": plain_prompt(q), "completion": format_answer(a, recipe.notation)} for q, a in read_rows(TRAIN_FILE)
     ]
@@ -85,7 +86,7 @@ def of_trl(model: str | None, folder: Path, steps: int, bf16: bool) -> Trainer:
         model=load_base(model),
         args=trl.SFTConfig(
             **arguments(folder, 8, steps, bf16), learning_rate=recipe.learning_rate, adam_beta2=recipe.adam_beta2,
-            optim="adamw_torch", max_grad_norm=1.0, seed=sft.SEED, gradient_checkpointing=False,
+            optim="adamw_torch", max_grad_norm=1.0, seed=SEED, gradient_checkpointing=False,
             dataloader_pin_memory=False,
         ),
         train_dataset=Dataset.from_list(rows),
