@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Any
 from .adapters import adapter_tensors, load_adapter, non_finite, save_adapter
 from .base import digest, label_of, load_base, load_tokenizer
 from .selection import MICRO_BATCH_VARIABLE, query_hardware
+from .task.answers import OPEN_TAG, format_number
 from .trainers import build
-from .validation import validate
+from .validation import Score, validate
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 Rows = Sequence[tuple[str, float]]
+
+HARDLY_ANY = 0.05
+"""Up to this answer rate, a model does not know the answer format."""
 
 
 class RunError(RuntimeError):
@@ -40,13 +44,15 @@ def train(model: str | None, train_rows: Rows, valid_rows: Rows, output: Path, a
     base = load_base(model)
     save_adapter(adapted, output, base=label_of(model), base_digest=digest(base))
     print(f"saved: {output}", flush=True)
+    steps = trainer.state.global_step
     asked = load_adapter(base, output).to(trainer.args.device), load_tokenizer(model), valid_rows
     after = validate(*asked, label="validating the adapter")
     print(f"after:  {after}", flush=True)
+    _explain(after, *asked, f"{steps} {'step is' if steps == 1 else 'steps are'} too few to learn the answer format")
 
 
-def test(model: str | None, adapter: Path, rows: Rows) -> None:
-    """Load a saved adapter on its base, and print its score.
+def test(model: str | None, adapter: Path, rows: Rows, wrong: int) -> None:
+    """Load a saved adapter on its base, and print its score and the first `wrong` of its wrong answers.
 
     Raises AdapterError and ModelError.
     """
@@ -55,6 +61,10 @@ def test(model: str | None, adapter: Path, rows: Rows) -> None:
     asked = load_adapter(load_base(model), adapter).to(query_hardware().device_type), tokenizer, rows
     score = validate(*asked)
     print(score, flush=True)
+    _explain(score, *asked, "the adapter has not learned the answer format")
+    mistakes = [answer for answer in score.answers if not answer.right]
+    for answer in mistakes[:wrong]:
+        print(f"  {answer.question!r} -> {answer.text!r} (right: {format_number(answer.expected)})")
 
 
 def _train(trainer: Trainer) -> None:
@@ -92,6 +102,17 @@ def _refuse_non_finite(trainer: Trainer, name: str) -> None:
             f"{name} was not finite at {len(strange)} of {len(logged)} logged steps (first: step {strange[0]}); "
             "nothing was saved"
         )
+
+
+def _explain(score: Score, adapted: Any, tokenizer: Any, rows: Rows, cause: str) -> None:
+    """Where hardly a question was answered, ask again with the opening tag given, and print what that shows."""
+    if score.answer_rate > HARDLY_ANY:
+        return
+    seeded = validate(adapted, tokenizer, rows, prefix=OPEN_TAG, label=f"validating with {OPEN_TAG} given")
+    if seeded.answer_rate > HARDLY_ANY:
+        print(f'note: {cause}; with "{OPEN_TAG}" given, {seeded}', flush=True)
+    else:
+        print(f'note: hardly a question is answered, even with "{OPEN_TAG}" given: {seeded}', flush=True)
 
 
 def _quiet_libraries() -> None:

@@ -1,7 +1,7 @@
 """Fine-tune a small language model with LoRA until it answers unit-conversion questions as `<answer>NUMBER</answer>`.
 
     python -m homework.sft train [--output-dir FOLDER] [--max-steps N] ...
-    python -m homework.sft test ADAPTER
+    python -m homework.sft test [ADAPTER] [--wrong N] ...
 
 `build_trainer`, `questions` and `parse_answer` are the same app as a library: a ready `transformers.Trainer`, the
 validation questions, and the strict reader of answers. Importing this module loads no torch, so `--help` and the
@@ -232,6 +232,7 @@ def _train(
         "max_steps": max_steps,
         "num_train_epochs": epochs,
         "learning_rate": learning_rate,
+        "disable_tqdm": not sys.stderr.isatty(),
     }
     new_folders = check_output(output_dir)
     try:
@@ -248,16 +249,17 @@ def _train(
 
 
 @command.command("test")
-@click.argument("adapter", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("adapter", type=click.Path(exists=True, file_okay=False, path_type=Path), default=OUTPUT_DIR)
+@click.option("--wrong", type=COUNT, metavar="N", help="print the first N wrong answers")
 @MODEL
 @VALID_FILE_OPTION
 @QUESTIONS
-def _test(*, adapter: Path, model: str | None, valid_file: str, questions: int | None) -> None:
-    """Print the score of a saved adapter.
+def _test(*, adapter: Path, wrong: int | None, model: str | None, valid_file: str, questions: int | None) -> None:
+    """Print the score of a saved adapter, and its wrong answers.
 
-    ADAPTER is the folder that `train` wrote.
+    ADAPTER is the folder that `train` wrote (default: the folder that it writes without --output-dir).
     """
-    runs.test(model, adapter, read_rows(valid_file)[:questions])
+    runs.test(model, adapter, read_rows(valid_file)[:questions], wrong or 0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,7 +21,7 @@ class Answer(NamedTuple):
 
     question: str
     text: str
-    """The completion, as it came."""
+    """The completion, with the prefix that it was given."""
     found: Parsed | Unparsed
     """The number of the text, or why it has none."""
     expected: float
@@ -54,16 +54,11 @@ class Score:
 
 
 def completions(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    label: str = "answering",
-    quiet: bool = False,
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, label: str = "answering"
 ) -> list[str]:
     """Return the greedy completion of each prompt, in their order; batched, padded on the left.
 
-    The special tokens are left out of the texts. A progress bar named `label` stands on stderr unless `quiet`.
+    The special tokens are left out of the texts. On a terminal, stderr shows a progress bar named `label`.
     """
     import torch
     from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
@@ -73,7 +68,7 @@ def completions(
     texts = [""] * len(prompts)
     was_training = model.training
     model.eval()
-    progress = tqdm(total=len(prompts), desc=label, unit="question", disable=quiet, leave=False)
+    progress = tqdm(total=len(prompts), desc=label, unit="question", disable=None, leave=False)
     with torch.inference_mode(), progress as bar:
         for start in range(0, len(order), BATCH):
             chosen = order[start : start + BATCH]
@@ -100,11 +95,11 @@ def validate(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[tuple[str, float]],
     *,
+    prefix: str = "",
     label: str = "validating",
-    quiet: bool = False,
 ) -> Score:
-    """Ask every question of `rows`, and return the score."""
-    prompts = [prompt_of(question, tokenizer) for question, _ in rows]
-    texts = completions(model, tokenizer, prompts, label=label, quiet=quiet)
+    """Ask every question of `rows`, each answer begun with `prefix`, and return the score."""
+    prompts = [prompt_of(question, tokenizer) + prefix for question, _ in rows]
+    texts = [prefix + text for text in completions(model, tokenizer, prompts, label=label)]
     asked = zip(rows, texts, strict=True)
     return Score([Answer(question, text, read_answer(text), expected) for (question, expected), text in asked])

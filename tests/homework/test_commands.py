@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
-from homework import adapters, runs, sft
-from homework.base import EMBEDDED, load_base
+from homework import adapters, runs, sft, validation
+from homework.base import EMBEDDED, load_base, load_tokenizer
+from homework.task.data import VALID_FILE, read_rows
+from homework.validation import validate
 
 ROOT = Path(sft.__file__).parents[1]
 SHORT = ["--max-steps", "2", "--micro-batch", "2", "--grad-accum", "1", "--precision", "fp32"]
@@ -103,8 +105,9 @@ def test_help_costs_no_torch() -> None:
         (["train", "--epochs", "inf"], "--epochs"),
         (["train", "--learning-rate", "0"], "--learning-rate"),
         (["train", "--learning-rate", "nan"], "--learning-rate"),
-        (["test"], "ADAPTER"),
+        (["test"], "'outputs/sft-adapter' does not exist"),
         (["test", "no-such-folder"], "'no-such-folder' does not exist"),
+        (["test", ".", "--wrong", "0"], "--wrong"),
         (["train", "--train-file", "no-such.json"], "no-such.json"),
     ],
 )
@@ -205,6 +208,80 @@ def test_a_short_training_saves_what_test_loads(
     capsys.readouterr()
     assert sft.main(["test", str(trained), *small[2:4]]) == 0
     assert "accuracy=" in capsys.readouterr().out
+
+
+def test_too_few_steps_are_told_with_what_the_reloaded_adapter_knows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Eight steps teach the numbers, but not to open an answer: the seeded score stands beside the plain zero."""
+    out, batch = tmp_path / "adapter", ["--micro-batch", "8", "--grad-accum", "1", "--precision", "fp32"]
+    assert sft.main(["train", "--output-dir", str(out), "--max-steps", "8", "--questions", "20", *batch]) == 0
+    *_, after, note = capsys.readouterr().out.splitlines()
+    rows = read_rows(VALID_FILE)[:20]
+    seeded = validate(adapters.load_adapter(load_base(None), out), load_tokenizer(None), rows, prefix="<answer>")
+    assert after == "after:  accuracy=0.000 answer_rate=0.000 on 20 questions"
+    assert note == f'note: 8 steps are too few to learn the answer format; with "<answer>" given, {seeded}'
+    assert seeded.answer_rate >= 0.5
+
+
+def test_answers_that_are_bad_even_when_seeded_are_told(
+    capsys: pytest.CaptureFixture[str], trained: Path, small: list[str]
+) -> None:
+    """Two steps teach nothing, and no number of steps is blamed for it."""
+    assert sft.main(["test", str(trained), *small[2:4]]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "accuracy=0.000 answer_rate=0.000 on 4 questions",
+        'note: hardly a question is answered, even with "<answer>" given: '
+        "accuracy=0.000 answer_rate=0.000 on 4 questions",
+    ]
+
+
+@pytest.fixture
+def answering(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A `test` command whose model gives one right answer, one wrong one, and one without the opening tag."""
+    rows = [["3 gal in pt?", 24], ["2 ft in yd?", 2 / 3], ["6 mi in m?", 9656.064]]
+    (tmp_path / "asked.json").write_text(json.dumps(rows), encoding="utf-8")
+    texts = ["<answer>24</answer>", "<answer>0.6</answer>", "9656</answer>"]
+    monkeypatch.setattr(validation, "completions", lambda *_, **__: texts)
+    return ["test", str(trained), "--valid-file", str(tmp_path / "asked.json")]
+
+
+def test_a_model_that_answers_is_asked_once(capsys: pytest.CaptureFixture[str], answering: list[str]) -> None:
+    """The score is all that is printed."""
+    assert sft.main(answering) == 0
+    assert capsys.readouterr().out == "accuracy=0.333 answer_rate=0.667 on 3 questions\n"
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_wrong_answers_are_listed(capsys: pytest.CaptureFixture[str], answering: list[str], count: int) -> None:
+    """Question, answer and what is right, for as many as were asked for."""
+    assert sft.main([*answering, "--wrong", str(count)]) == 0
+    listed = [
+        "  '2 ft in yd?' -> '<answer>0.6</answer>' (right: 0.6667)",
+        "  '6 mi in m?' -> '9656</answer>' (right: 9656)",
+    ]
+    assert capsys.readouterr().out.splitlines()[1:] == listed[:count]
+
+
+def test_test_takes_the_folder_that_train_writes(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a word on folders in either command."""
+    monkeypatch.chdir(tmp_path)
+    assert sft.main(["train", *small]) == 0
+    assert sft.main(["test", *small[2:4]]) == 0
+
+
+@pytest.mark.parametrize("tty", [True, False])
+def test_progress_is_shown_on_a_terminal_only(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tty: bool
+) -> None:
+    """A bar for each validation and for the training; a file gets none of them."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: tty)
+    assert sft.main(["train", "--output-dir", str(tmp_path / "out"), *small]) == 0
+    message = capsys.readouterr().err
+    for bar in ("validating the base:", "2/2 [", "validating the adapter:"):
+        assert (bar in message) is tty
 
 
 def test_bf16_trains_on_a_cpu(
