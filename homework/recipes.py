@@ -38,7 +38,7 @@ OTHER_RECIPE = Recipe(learning_rate=2e-4, epochs=3, rank=16, alpha=32)
 RECIPES = {
     "smollm2-135m": Recipe(
         learning_rate=2e-3, epochs=1, rank=32, alpha=64, adam_beta2=0.99, notation=TWO_DIGITS, tables=6
-    ),
+    )
 }
 """For bases known by name. What SmolLM2 learns from other rows and in other notations: docs/smollm2.md."""
 

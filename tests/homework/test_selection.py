@@ -106,9 +106,15 @@ def test_unreadable_memory_gives_the_safe_choice_and_says_so(monkeypatch: pytest
 
 @pytest.mark.parametrize(
     ("capability", "flags"),
-    [((7, 0), (True, False)), ((7, 5), (True, False)), ((8, 0), (False, True)), ((9, 0), (False, True)),
-     ((12, 0), (False, True)), (RuntimeError("driver gone"), (False, False))],
-)  # fmt: skip
+    [
+        ((7, 0), (True, False)),
+        ((7, 5), (True, False)),
+        ((8, 0), (False, True)),
+        ((9, 0), (False, True)),
+        ((12, 0), (False, True)),
+        (RuntimeError("driver gone"), (False, False)),
+    ],
+)
 def test_precision_follows_what_the_gpu_has_natively(
     monkeypatch: pytest.MonkeyPatch, capability: Any, flags: tuple[bool, bool]
 ) -> None:

@@ -39,7 +39,7 @@ TARGETS = st.integers(1, 512) | st.sampled_from((32, 1, 2, 7, 4096))
 COUNTS = st.integers(1, 64)
 NO_COUNTS = st.sampled_from(("", " ", "0", "-2", "1.5", "eight", "nan", "1e3", "\N{FULLWIDTH DIGIT EIGHT}", "1_0"))
 ASKED = ("is_available", "device_count", "get_device_properties")
-"""Queries of which the selectors use the answer on every GPU; of each kind there is one more."""
+"""Queries of which the selectors use the answer on every GPU; each vendor has one more."""
 ASKED_OF = {"cuda": (*ASKED, "get_device_capability"), "rocm": (*ASKED, "is_bf16_supported")}
 
 
@@ -133,16 +133,27 @@ def test_the_micro_batch_never_shrinks_as_memory_grows(
 @pytest.mark.parametrize(
     ("memory", "micro_batch"),
     [
-        (0, 2), (1, 2), (10 * GIB - 1, 2), (10 * GIB, 4), (10 * GIB + 1, 4), (20 * GIB - 1, 4), (20 * GIB, 8),
-        (20 * GIB + 1, 8), (40 * GIB - 1, 8), (40 * GIB, 16), (40 * GIB + 1, 16), (2**63 - 1, 16),
+        (0, 2),
+        (1, 2),
+        (10 * GIB - 1, 2),
+        (10 * GIB, 4),
+        (10 * GIB + 1, 4),
+        (20 * GIB - 1, 4),
+        (20 * GIB, 8),
+        (20 * GIB + 1, 8),
+        (40 * GIB - 1, 8),
+        (40 * GIB, 16),
+        (40 * GIB + 1, 16),
+        (2**63 - 1, 16),
     ],
-)  # fmt: skip
+)
 @given(profile=GPUS)
 def test_the_thresholds_are_exactly_at_their_bytes(memory: int, micro_batch: int, profile: HardwareProfile) -> None:
     """On every GPU, whatever a tenant holds; a device of which the memory is unknown gets the least."""
     with simulated_hardware(dataclasses.replace(profile, total_memory_bytes=memory)):
         expected = 2 if _memory_is_unknown(profile) else micro_batch
-        if profile.failure_of("is_available"):  # then there is no telling that there is a GPU
+        # nothing says then that there is a GPU
+        if profile.failure_of("is_available"):
             expected = 8
         assert determine_batch_hparams() == (expected, 32 // expected)
 
@@ -279,7 +290,8 @@ def test_what_cannot_be_read_gives_the_safe_choice_and_says_so(profile: Hardware
     failed = [f for query in ASKED_OF[profile.kind] if (f := profile.failure_of(query))]
     assert any(" ".join(f.message.split()) in precision.reason for f in failed)
     assert "could not be asked" in precision.reason
-    if profile.failure_of("is_available"):  # then there is no telling that there is a GPU at all
+    # nothing says then that there is a GPU
+    if profile.failure_of("is_available"):
         assert micro_batch.value == 8
         assert "could not be asked" in micro_batch.reason
     elif _memory_is_unknown(profile):
@@ -310,7 +322,7 @@ def test_the_choice_is_deterministic(profile: HardwareProfile, target: int) -> N
 
 @given(PROFILES, TARGETS)
 def test_every_choice_carries_a_reason(profile: HardwareProfile, target: int) -> None:
-    """And the one for the precision names the kind of device, or what it says of itself."""
+    """And the one for the precision names the device type, or what the device says of itself."""
     with simulated_hardware(profile):
         made = choices(target)
     assert all(choice.reason.strip() for choice in made)
@@ -341,16 +353,23 @@ def test_a_t4_takes_float16_and_says_why() -> None:
         assert choices()[2] == Selection("fp16", "compute capability 7.5: bf16 would only be emulated")
 
 
+SOLD_AS = {
+    (2, "fp16"): ["RTX 2060"],
+    (2, "bf16"): ["A100 MIG 1g.5gb"],
+    (4, "fp32"): ["K80"],
+    (4, "fp16"): ["P100", "T4", "RX 6800 XT"],
+    (4, "bf16"): ["RTX 3060", "A100 MIG 2g.10gb"],
+    (8, "fp32"): ["CPU", "M1", "Arc A770", "M40"],
+    (8, "fp16"): ["V100 32GB"],
+    (8, "bf16"): ["RTX 4090", "RX 7900 XTX"],
+    (16, "bf16"): ["A100 80GB", "H100", "MI300X"],
+}
+"""Devices by the micro-batch and the precision that they get."""
+
+
 @pytest.mark.parametrize(
-    ("name", "micro_batch", "precision"),
-    [
-        ("CPU", 8, "fp32"), ("M1", 8, "fp32"), ("Arc A770", 8, "fp32"), ("K80", 4, "fp32"), ("M40", 8, "fp32"),
-        ("P100", 4, "fp16"), ("V100 32GB", 8, "fp16"), ("T4", 4, "fp16"), ("RTX 2060", 2, "fp16"),
-        ("RTX 3060", 4, "bf16"), ("RTX 4090", 8, "bf16"), ("A100 MIG 1g.5gb", 2, "bf16"),
-        ("A100 MIG 2g.10gb", 4, "bf16"), ("A100 80GB", 16, "bf16"), ("H100", 16, "bf16"), ("MI300X", 16, "bf16"),
-        ("RX 6800 XT", 4, "fp16"), ("RX 7900 XTX", 8, "bf16"),
-    ],
-)  # fmt: skip
+    ("name", "micro_batch", "precision"), [(name, *choice) for choice, names in SOLD_AS.items() for name in names]
+)
 def test_what_known_devices_get(name: str, micro_batch: int, precision: str) -> None:
     """As they are sold."""
     with simulated_hardware(name):

@@ -56,11 +56,9 @@ SAID = {
 
 def arguments(folder: Path, rows: int, steps: int, bf16: bool) -> dict[str, Any]:
     """What all trainings are given."""
-    return {
-        "per_device_train_batch_size": rows, "gradient_accumulation_steps": ROWS // rows, "max_steps": steps,
-        "bf16": bf16, "use_cpu": True, "output_dir": str(folder), "disable_tqdm": True, "logging_steps": 1,
-        "report_to": "none", "save_strategy": "no",
-    }  # fmt: skip
+    batch = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": ROWS // rows}
+    quiet = {"disable_tqdm": True, "logging_steps": 1, "report_to": "none", "save_strategy": "no"}
+    return {"max_steps": steps, "bf16": bf16, "use_cpu": True, "output_dir": str(folder), **batch, **quiet}
 
 
 def app(model: str | None, folder: Path, steps: int, bf16: bool) -> Trainer:
@@ -76,34 +74,32 @@ def padded(model: str | None, folder: Path, steps: int, bf16: bool) -> Trainer:
     return plain_pipeline.build_trainer(model=model, **arguments(folder, 8, steps, bf16))
 
 
-def of_trl(model: str | None, folder: Path, steps: int, bf16: bool) -> Trainer:
+def with_trl(model: str | None, folder: Path, steps: int, bf16: bool) -> Trainer:
     """TRL on prompts and completions, with the app's hyper-parameters."""
     recipe = recipe_for(model)
     rows = [
         {"prompt": plain_prompt(q), "completion": format_answer(a, recipe.notation)} for q, a in read_rows(TRAIN_FILE)
     ]
+    optimizer = {"optim": "adamw_torch", "learning_rate": recipe.learning_rate, "adam_beta2": recipe.adam_beta2}
+    same = {"max_grad_norm": 1.0, "seed": SEED, "gradient_checkpointing": False, "dataloader_pin_memory": False}
+    lora = {"r": recipe.rank, "lora_alpha": recipe.alpha, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     return trl.SFTTrainer(
         model=load_base(model),
-        args=trl.SFTConfig(
-            **arguments(folder, 8, steps, bf16), learning_rate=recipe.learning_rate, adam_beta2=recipe.adam_beta2,
-            optim="adamw_torch", max_grad_norm=1.0, seed=SEED, gradient_checkpointing=False,
-            dataloader_pin_memory=False,
-        ),
+        args=trl.SFTConfig(**arguments(folder, 8, steps, bf16), **optimizer, **same),
         train_dataset=Dataset.from_list(rows),
         processing_class=load_tokenizer(model),
-        peft_config=peft.LoraConfig(
-            r=recipe.rank, lora_alpha=recipe.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-        ),
-    )  # fmt: skip
+        peft_config=peft.LoraConfig(**lora),
+    )
 
 
-BUILDERS: dict[str, Callable[..., Trainer]] = {"padded": padded, "trl": of_trl, "app": app}
+BUILDERS: dict[str, Callable[..., Trainer]] = {"padded": padded, "trl": with_trl, "app": app}
 
 
 def products(dtype: torch.dtype, seconds: float = 0.7) -> list[float]:
     """Operations per second of large matrix products, one after the other for some time, as a step makes them."""
     a, b = (torch.randn(PEAK, PEAK).to(dtype) for _ in range(2))
-    a @ b  # the first one makes the kernel
+    # the first product makes the kernel
+    a @ b
     rates, ends = [], time.perf_counter() + seconds
     while (began := time.perf_counter()) < ends:
         a @ b
@@ -126,7 +122,8 @@ def operations(model: str | None, folder: Path, steps: int) -> list[int]:
     """Operations of each of the app's steps."""
     trainer = app(model, folder, steps, bf16=False)
     trainer.log = lambda *_, **__: None
-    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **more: 2 * a[0] * a[1] * b[1]}  # which torch does not count
+    # torch does not count this in-place product
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **more: 2 * a[0] * a[1] * b[1]}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         counted = Operations(counter)
         trainer.add_callback(counted)
