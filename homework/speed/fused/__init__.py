@@ -1,6 +1,7 @@
 """A model's own arithmetic in fewer passes: LoRA's sums, RMS norms, rotary embeddings, the loss of each token.
 
-A module takes the fused path where that computes the same, and its own code in every other case.
+Runs in the forward and backward passes of the training. A module takes the fused path where that computes the same,
+and its own code in every other case.
 """
 
 from __future__ import annotations
