@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 MICRO_BATCH_VARIABLE = "SFT_MICRO_BATCH_SIZE"
 ACCUMULATION_VARIABLE = "SFT_GRAD_ACCUM_STEPS"
@@ -68,38 +68,24 @@ class Hardware:
 
 
 def read_positive(text: str | int, source: str) -> int:
-    """Return a whole number of at least 1. Raises SelectionError that names `source`."""
-    valid = f"{source} must be a whole number of 1 or more"
-    if isinstance(text, bool) or not isinstance(text, (str, int)):
-        raise SelectionError(f"{valid}, not {text!r}")
-    if isinstance(text, int):
-        number = text
-    else:
-        cleaned = text.strip()
-        if not cleaned.isascii() or not cleaned.removeprefix("+").isdigit() or len(cleaned) > 9:
-            raise SelectionError(f"{valid}, not {text!r}")
-        number = int(cleaned)
-    if number < 1:
-        raise SelectionError(f"{valid}, not {text!r}")
-    return number
+    """Return a whole number of at least 1, of at most nine digits. Raises SelectionError that names `source`."""
+    digits = str(text).strip()
+    if isinstance(text, bool) or not re.fullmatch(r"\+?[0-9]{1,9}", digits) or int(digits) < 1:
+        raise SelectionError(f"{source} must be a whole number of 1 or more, not {text!r}")
+    return int(digits)
 
 
 def read_precision(text: str, source: str) -> str:
     """Return one of PRECISIONS. Raises SelectionError that names `source`."""
-    if not isinstance(text, str) or text.strip().lower() not in PRECISIONS:
+    if text.strip().lower() not in PRECISIONS:
         raise SelectionError(f"{source} must be one of {', '.join(PRECISIONS)}, not {text!r}")
     return text.strip().lower()
 
 
-def asked_number(
-    given: str | int | None, flag: str, environment: Mapping[str, str], variable: str
-) -> Selection[int] | None:
+def _asked(given: str | int | None, flag: str, variable: str, read: Callable[[Any, str], T]) -> Selection[T] | None:
     """Return what the command line, else the environment, asks for; None where neither does."""
-    if given is not None:
-        return Selection(read_positive(given, flag), f"set by {flag}")
-    if variable in environment:
-        return Selection(read_positive(environment[variable], variable), f"set by {variable}")
-    return None
+    source, asked = (flag, given) if given is not None else (variable, os.environ.get(variable))
+    return None if asked is None else Selection(read(asked, source), f"set by {source}")
 
 
 def largest_micro_batch(hardware: Hardware) -> Selection[int]:
@@ -170,14 +156,9 @@ def _default_on(hardware: Hardware) -> str:
     return f"the default on {hardware.device_type.upper()}{why}"
 
 
-def asked_precision(given: str | None, environment: Mapping[str, str]) -> Selection[str] | None:
-    """Return what the command line, else the environment, asks for; None where neither does."""
-    if given is not None:
-        return Selection(read_precision(given, "--precision"), "set by --precision")
-    if PRECISION_VARIABLE in environment:
-        named = read_precision(environment[PRECISION_VARIABLE], PRECISION_VARIABLE)
-        return Selection(named, f"set by {PRECISION_VARIABLE}")
-    return None
+def asked_precision(given: str | None = None) -> Selection[str] | None:
+    """Return what --precision, else SFT_PRECISION, asks for; None where neither does. Raises SelectionError."""
+    return _asked(given, "--precision", PRECISION_VARIABLE, read_precision)
 
 
 def select_batch(
@@ -188,8 +169,8 @@ def select_batch(
     Raises SelectionError for a value that is no whole number of 1 or more.
     """
     target = read_positive(target, "target_batch_size")
-    asked_micro = asked_number(micro_batch, "--micro-batch", os.environ, MICRO_BATCH_VARIABLE)
-    asked_steps = asked_number(accumulation, "--grad-accum", os.environ, ACCUMULATION_VARIABLE)
+    asked_micro = _asked(micro_batch, "--micro-batch", MICRO_BATCH_VARIABLE, read_positive)
+    asked_steps = _asked(accumulation, "--grad-accum", ACCUMULATION_VARIABLE, read_positive)
     if asked_micro is None and hardware is None:
         hardware = query_hardware()
     return choose_batch(target, hardware, asked_micro, asked_steps)

@@ -11,7 +11,6 @@ selectors are quick.
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -72,7 +71,7 @@ def determine_precision_flags() -> tuple[bool, bool]:
 
     SFT_PRECISION overrides. Raises SelectionError, a ValueError, where it names no known precision.
     """
-    asked = asked_precision(None, os.environ)
+    asked = asked_precision()
     precision = choose_precision(None if asked else query_hardware(), asked)
     return precision.value == "fp16", precision.value == "bf16"
 
@@ -212,7 +211,7 @@ def _train(
     The score after is that of the adapter reloaded from disk. With the embedded model and no options this takes well
     under a minute on two CPU cores.
     """
-    asked = asked_precision(precision, os.environ)
+    asked = asked_precision(precision)
     batch, accumulation = select_batch(TARGET_BATCH, micro_batch, grad_accum)
     hardware = query_hardware()
     chosen = select_precision(asked, hardware)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -81,19 +80,17 @@ def precision_arguments(precision: str, hardware: Hardware) -> dict[str, Any]:
 
 
 def _defaults(recipe: Recipe, given: dict[str, Any]) -> dict[str, Any]:
-    defaults: dict[str, Any] = {}
     hardware = Hardware(device_type="cpu") if given.get("use_cpu") else None
-    batch, accumulation = (given.get(f) for f in ("per_device_train_batch_size", "gradient_accumulation_steps"))
-    if batch is None or accumulation is None:
-        micro, steps = select_batch(TARGET_BATCH, batch, accumulation, hardware)
-        defaults["per_device_train_batch_size"] = micro.value
-        defaults["gradient_accumulation_steps"] = accumulation = steps.value
+    asked = given.get("per_device_train_batch_size"), given.get("gradient_accumulation_steps")
+    micro_batch, accumulation = select_batch(TARGET_BATCH, *asked, hardware)
+    precision: dict[str, Any] = {}
     if "fp16" not in given and "bf16" not in given:
         hardware = hardware or query_hardware()
-        precision = select_precision(asked_precision(None, os.environ), hardware)
-        defaults.update(precision_arguments(precision.value, hardware))
+        precision = precision_arguments(select_precision(asked_precision(), hardware).value, hardware)
     return {
-        **defaults,
+        "per_device_train_batch_size": micro_batch.value,
+        "gradient_accumulation_steps": accumulation.value,
+        **precision,
         "output_dir": OUTPUT_DIR,
         "optim": "adamw_torch",
         "learning_rate": recipe.learning_rate,
@@ -101,7 +98,7 @@ def _defaults(recipe: Recipe, given: dict[str, Any]) -> dict[str, Any]:
         "num_train_epochs": recipe.epochs,
         "max_steps": -1,
         "max_grad_norm": 1.0,
-        "logging_steps": max(1, 10 // max(1, int(accumulation))),
+        "logging_steps": max(1, 10 // accumulation.value),
         "save_strategy": "no",
         "report_to": "none",
         "seed": SEED,

@@ -17,6 +17,7 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -124,18 +125,6 @@ def learning_rate(step: int, steps: int) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / max(1, steps - WARM_UP)))
 
 
-class Log:
-    """Prints lines and keeps them for `pretrain.log`."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def __call__(self, line: str) -> None:
-        """Print one line and keep it."""
-        print(line, flush=True)
-        self.lines.append(line)
-
-
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, lines: Sequence[str], folder: Path) -> str:
     """Write all files beside `folder`, then move each into it; return the sha256 of the weights."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -169,10 +158,13 @@ def new_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     return [muon, adamw]
 
 
-def train(
-    output_dir: Path, steps: int, seed: int, threads: int, log: Log
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Train from a seed, save at every evaluation, and return the model with its tokenizer."""
+@click.command(help=__doc__.partition("\n")[0])
+@click.option("--output-dir", type=Path, default=EMBEDDED, help="folder to write into")
+@click.option("--steps", type=click.IntRange(1), default=STEPS, show_default=True, help="optimizer steps")
+@click.option("--seed", type=int, default=SEED, show_default=True, help="seed of weights and statements")
+@click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="CPU threads")
+def main(output_dir: Path, steps: int, seed: int, threads: int) -> None:
+    """Train from a seed, and save at every evaluation."""
     import torch
     from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
@@ -184,20 +176,19 @@ def train(
         *tokenizer.convert_tokens_to_ids([tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token]),
     )
     unseen = split()[1]
-    log(
+    lines = [
         f"parameters {sum(p.numel() for p in model.parameters())}; vocabulary {len(tokenizer)}; steps {steps}; "
         f"statements a step {BATCH}; seed {seed}; threads {threads}; excluded triples {len(unseen)}"
-    )
+    ]
+    click.echo(lines[-1])
     optimizers = new_optimizers(model)
-    peaks = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in optimizers]
+    factor = partial(learning_rate, steps=steps)
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
     source = batches(Speaker(seed, unseen), tokenizer, seed)
     started = time.monotonic()
     recent = tokens = 0.0
     for step in tqdm(range(steps), unit="step", mininterval=5, disable=None):
         ids, weights = next(source)
-        for optimizer, rates in zip(optimizers, peaks, strict=True):
-            for group, peak in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = peak * learning_rate(step, steps)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = model(input_ids=ids, use_cache=False).logits
         losses = torch.nn.functional.cross_entropy(
@@ -207,9 +198,10 @@ def train(
         loss = (losses * weight).sum() / weight.sum()
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            scheduler.step()
         recent += float(loss.detach())
         tokens += ids.numel()
         if (step + 1) % EVAL_EVERY and step + 1 < steps:
@@ -218,27 +210,15 @@ def train(
         scores = [statement_accuracy(model, tokenizer, unseen, target_first=first) for first in (False, True)]
         model.train()
         took = time.monotonic() - started
-        log(
+        lines.append(
             f"step {step + 1:6d}  loss {recent / (step % EVAL_EVERY + 1):.4f}  unseen triples right: "
             f"source first {scores[0]:.3f}, target first {scores[1]:.3f}  {tokens / took:.0f} tokens/s  {took:.0f} s"
         )
+        click.echo(lines[-1])
         if not math.isfinite(recent):
             raise RuntimeError(f"the loss is not finite at step {step + 1}")
         recent = 0.0
-        save(model, tokenizer, log.lines, output_dir)
-    return model, tokenizer
-
-
-@click.command(help=__doc__.partition("\n")[0])
-@click.option("--output-dir", type=Path, default=EMBEDDED, help="folder to write into")
-@click.option("--steps", type=click.IntRange(1), default=STEPS, show_default=True, help="optimizer steps")
-@click.option("--seed", type=int, default=SEED, show_default=True, help="seed of weights and statements")
-@click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="CPU threads")
-def main(output_dir: Path, steps: int, seed: int, threads: int) -> None:
-    """Pretrain and save."""
-    log = Log()
-    model, tokenizer = train(output_dir, steps, seed, threads, log)
-    total = save(model, tokenizer, log.lines, output_dir)
+        total = save(model, tokenizer, lines, output_dir)
     click.echo(f"{output_dir}: model.safetensors sha256 {total}")
 
 

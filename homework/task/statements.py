@@ -20,37 +20,17 @@ def _parts(text: str, *, separator: str = " ") -> tuple[str, ...]:
     return tuple(text.split(separator))
 
 
-SOURCE_FIRST = (
-    "{v} {f} in {t}",
-    "{v} {f} to {t}",
-    "{v} {f} into {t}",
-    "{v} {f} as {t}",
-    "{v} {f}, {t}",
-    "{v} {f} ; {t}",
-    "{v} {f} -> {t}",
-    "{v} {f} using {t}",
-    "{v} {f} written in {t}",
-    "{v} {f} expressed in {t}",
-    "from {v} {f} to {t}",
-    "{v} {f} stated as {t}",
-    "{v} {f} of it in {t}",
-    "{v} {f} and {t}",
-    "{v} {f} counted as {t}",
-    "{v} {f} which in {t}",
+SOURCE_FIRST = _parts(
+    "{v} {f} in {t} | {v} {f} to {t} | {v} {f} into {t} | {v} {f} as {t} | {v} {f}, {t} | {v} {f} ; {t} | "
+    "{v} {f} -> {t} | {v} {f} using {t} | {v} {f} written in {t} | {v} {f} expressed in {t} | from {v} {f} to {t} | "
+    "{v} {f} stated as {t} | {v} {f} of it in {t} | {v} {f} and {t} | {v} {f} counted as {t} | {v} {f} which in {t}",
+    separator=" | ",
 )
-TARGET_FIRST = (
-    "in {t}, {v} {f}",
-    "{t} in {v} {f}",
-    "the number of {t} in {v} {f}",
-    "the {t} from {v} {f}",
-    "{t} for {v} {f}",
-    "{t}: {v} {f}",
-    "{t} within {v} {f}",
-    "{t} ({v} {f})",
-    "{t} that {v} {f} hold",
-    "{t} <- {v} {f}",
-    "as {t} and from {v} {f}",
-    "{t} of the {v} {f}",
+TARGET_FIRST = _parts(
+    "in {t}, {v} {f} | {t} in {v} {f} | the number of {t} in {v} {f} | the {t} from {v} {f} | {t} for {v} {f} | "
+    "{t}: {v} {f} | {t} within {v} {f} | {t} ({v} {f}) | {t} that {v} {f} hold | {t} <- {v} {f} | "
+    "as {t} and from {v} {f} | {t} of the {v} {f}",
+    separator=" | ",
 )
 JOINS = _parts(
     " = ~=~ is ~ are ~: ~:~ makes ~ gives ~ equals ~\n~.\n~, ~ -> ~;\n~!\n~ comes to ~:\n~ or ~ \n~|", separator="~"

@@ -18,7 +18,6 @@ from homework.selection import (
     Hardware,
     Selection,
     SelectionError,
-    asked_number,
     asked_precision,
     choose_batch,
     choose_precision,
@@ -238,7 +237,7 @@ PRECISIONS = st.none() | st.sampled_from(("fp32", "fp16", "bf16", "BF16", " fp16
 def test_precision_overrides_win_in_order(profile: HardwareProfile, flag: str | None, variable: str | None) -> None:
     """The flag, then the variable, then the device; the choice says which it was."""
     with simulated_hardware(profile), environment(**{PRECISION: variable}):
-        choice = choose_precision(query_hardware(), asked_precision(flag, os.environ))
+        choice = choose_precision(query_hardware(), asked_precision(flag))
         flags = determine_precision_flags()
     if flag is not None:
         assert (choice.value, choice.reason) == (flag.strip().lower(), "set by --precision")
@@ -256,11 +255,9 @@ def test_batch_overrides_are_validated(profile: HardwareProfile, text: str) -> N
         for name in (MICRO_BATCH, ACCUMULATION):
             with environment(**{name: text}), pytest.raises(SelectionError, match=f"^{name} must be a whole number"):
                 determine_batch_hparams()
-        for flag in ("--micro-batch", "--grad-accum"):
+        for argument, flag in (("per_device_override", "--micro-batch"), ("grad_accum_override", "--grad-accum")):
             with pytest.raises(SelectionError, match=f"^{flag} must be a whole number"):
-                asked_number(text, flag, os.environ, MICRO_BATCH)
-        with pytest.raises(SelectionError, match="--micro-batch"):
-            determine_batch_hparams(per_device_override=text)  # type: ignore[arg-type]
+                determine_batch_hparams(**{argument: text})  # type: ignore[arg-type]
 
 
 @given(PROFILES, st.sampled_from(("", "fp8", "float16", "bf16,fp16", "bf 16")))
@@ -270,7 +267,7 @@ def test_precision_overrides_are_validated(profile: HardwareProfile, text: str) 
         with pytest.raises(SelectionError, match=f"^{PRECISION} must be one of fp32, bf16, fp16, not '{text}'$"):
             determine_precision_flags()
         with pytest.raises(SelectionError, match=r"^--precision must be one of fp32, bf16, fp16"):
-            asked_precision(text, {})
+            asked_precision(text)
 
 
 def failing(profile: HardwareProfile, query: str) -> HardwareProfile:
