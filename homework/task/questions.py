@@ -36,7 +36,7 @@ PHRASINGS = (
     "In {t}, what is {v} {f}?",
     "Say {v} {f} in {t}.",
 )
-"""`{v}` is the value, `{f}` the unit it is given in, `{t}` the unit asked for."""
+"""`{v}` is the value, `{f}` the unit that it is given in, `{t}` the unit asked for."""
 
 
 def ask(triple: Triple, chance: random.Random) -> str:

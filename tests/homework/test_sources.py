@@ -164,7 +164,8 @@ def test_half_a_download_is_refused(served: Path, tmp_path: Path) -> None:
 
 def test_too_little_space_is_said_before_anything_is_fetched(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With need and have."""
-    usage = namedtuple("usage", "total used free")  # what shutil returns
+    # what shutil returns
+    usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(smollm2_135m.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**6))
     with pytest.raises(ModelError, match=r"needs 0\.8 GB free in .*, which has 0\.0; XDG_CACHE_HOME"):
         load_base("smollm2-135m")
