@@ -419,6 +419,22 @@ def test_a_non_finite_logged_grad_norm_saves_nothing(
     assert "grad_norm" in fails(capsys, "train", "--output-dir", str(tmp_path / "out"), *small, code=1)
 
 
+def test_running_out_of_memory_names_the_batch(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is code 1, and the message says what to make smaller."""
+    import torch
+    import transformers
+
+    def full(trainer: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(transformers.Trainer, "train", full)
+    message = fails(capsys, "train", "--output-dir", str(tmp_path / "out"), *small, code=1)
+    assert "out of memory at per-device batch 2" in message
+    assert "--micro-batch" in message
+
+
 def test_ctrl_c_is_one_line_and_130(tmp_path: Path, small: list[str]) -> None:
     """A real signal to a real run during training; nothing is saved."""
     out = tmp_path / "out"
