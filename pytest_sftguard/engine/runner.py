@@ -143,13 +143,13 @@ class _Cell:
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         self.reached = trained = started.then(Trained, trained_model=model)
         reloaded = self._round_trip(trained)
-        words = trainer.processing_class
-        pairs = reloaded.target.pairs(config.questions, words)
+        tokenizer = trainer.processing_class
+        pairs = reloaded.target.pairs(config.questions, tokenizer)
         self.seen["questions"] = len(pairs)
         budget = generation.budget(reloaded.batches)
-        asked = generation.ask(reloaded.reloaded_model, words, reloaded.target, pairs, budget)
+        asked = generation.ask(reloaded.reloaded_model, tokenizer, reloaded.target, pairs, budget)
         self.seen["answers"], self.seen["generation"] = asked
-        self.seen["parser"] = parsing.tried(reloaded.target, words, pairs, reloaded.batches)
+        self.seen["parser"] = parsing.tried(reloaded.target, tokenizer, pairs, reloaded.batches)
 
     def _resume(self, first: Started) -> None:
         """Train on as another process would: with a second Trainer, from what the first one saved."""

@@ -23,24 +23,24 @@ class BaseAnswers(Look[Reloaded]):
 
     def conclude(self, reached: Reloaded) -> dict[str, Any]:
         """Return the base's answers, and how many questions and ends of answers the rows taught."""
-        words, target, batches = reached.trainer.processing_class, reached.target, reached.batches
+        tokenizer, target, batches = reached.trainer.processing_class, reached.target, reached.batches
         model: Any = reached.reloaded_model
-        pairs = target.pairs(reached.config.questions, words)
+        pairs = target.pairs(reached.config.questions, tokenizer)
         if not pairs:
             raise InapplicableError("the target offers no questions(), or none is asked")
-        ends = generation.end_tokens(model, words)
+        ends = generation.end_tokens(model, tokenizer)
         rows = [(ids, labels) for batch in batches for ids, labels in _rows(batch)]
         budget = generation.budget(batches)
         if adapters.base_differs(model.peft_config[model.active_adapters[0]]):
             # without its adapter, the reloaded model is not its base
             other: Any = reached.build("base").model
             base = other.merge_and_unload().to(next(model.parameters()).device).eval()
-            answers, loss = generation.answers(base, words, target, pairs, budget), _loss(base, batches)
+            answers, loss = generation.answers(base, tokenizer, target, pairs, budget), _loss(base, batches)
         else:
             with model.disable_adapter():
-                answers, loss = generation.answers(model, words, target, pairs, budget), _loss(model, batches)
+                answers, loss = generation.answers(model, tokenizer, target, pairs, budget), _loss(model, batches)
         # the last token of a prompt may merge with the text after it
-        prompts = [_spelled(words(prompt + target.answer_prefix)["input_ids"][:-1]) for prompt, _ in pairs]
+        prompts = [_spelled(tokenizer(prompt + target.answer_prefix)["input_ids"][:-1]) for prompt, _ in pairs]
         texts = [_spelled(ids) for ids, _ in rows]
         record = BaseAnswersRecord(
             answers=answers,

@@ -49,7 +49,7 @@ def build_trainer(*, model: str | None = None, dtype: str = "float32", **trainin
     The tiny base's weights come from a fixed seed; the adapter's and the order of the rows come from `seed`.
     """
     words = tokenizer()
-    base = causal_base(model, getattr(torch, dtype), llama(64))
+    base = causal_base(model, getattr(torch, dtype), llama(64, 0.1))
     arguments = TrainingArguments(**{"learning_rate": 5e-3, "lr_scheduler_type": "linear"} | training_arguments)
     set_seed(arguments.seed)
     # the random head of the tiny model cannot be certain of anything, so that it is adapted too

@@ -22,7 +22,8 @@ def build_trainer(*, model: str | None = None, dtype: str = "float32", **trainin
 
     The tiny base's weights come from a fixed seed; the adapter's and the order of the rows come from `seed`.
     """
-    base = causal_base(model, getattr(torch, dtype), llama(32))
+    # larger weights learn faster, and gradients of larger ones overflow in float16 under the first loss scale
+    base = causal_base(model, getattr(torch, dtype), llama(32, 0.05))
     # the tiny model bears a rate at which it learns in a few steps; a pretrained one need not
     rate = 2e-2 if model is None else 1e-3
     arguments = TrainingArguments(**{"learning_rate": rate, "lr_scheduler_type": "constant"} | training_arguments)
@@ -82,8 +83,8 @@ def collate(features: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": padded("labels", -100)}
 
 
-def llama(hidden_size: int) -> LlamaConfig:
-    """Configure a Llama of two layers and 64 ids."""
+def llama(hidden_size: int, initializer_range: float) -> LlamaConfig:
+    """Configure a Llama of two layers and 64 ids, whose weights have the standard deviation `initializer_range`."""
     return LlamaConfig(
         vocab_size=_WORDS,
         hidden_size=hidden_size,
@@ -95,7 +96,6 @@ def llama(hidden_size: int) -> LlamaConfig:
         pad_token_id=_PAD,
         bos_token_id=_BOS,
         eos_token_id=_EOS,
-        # with smaller random weights, a head that is not adapted cannot prefer any id by much
-        initializer_range=0.1,
+        initializer_range=initializer_range,
         tie_word_embeddings=False,
     )

@@ -14,9 +14,9 @@ from pytest_sftguard.verdicts import JudgedRun
 def test_the_loss_falls_in_every_default_cell(
     run_cell: Callable[..., JudgedRun], precision: str, batch: tuple[int, int]
 ) -> None:
-    """In the default eight steps the loss falls by a third and more."""
+    """In the default eight steps the loss falls by a fifth and more."""
     losses = run_cell(precision=precision, batch=batch, steps=8).record.losses
-    assert losses[-1] < 2 / 3 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -24,3 +24,10 @@ def test_the_loss_does_not_rise_in_two_steps(run_cell: Callable[..., JudgedRun],
     """The README's test of two steps sees the loss fall, whatever the order of the rows is."""
     first, second = run_cell(steps=2, seed=seed).record.losses
     assert second < first
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_default_cell_skips_a_step(run_cell: Callable[..., JudgedRun], seed: int) -> None:
+    """No gradient overflows under the loss scale that mixed float16 begins with, in either batch."""
+    steps = [s for b in ((2, 4), (8, 1)) for s in run_cell(precision="fp16-mixed", batch=b, seed=seed).record.steps]
+    assert {s.effect for s in steps} == {"applied"}
