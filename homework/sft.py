@@ -219,8 +219,8 @@ def _train(
     times = recipe_for(model).tables if tables is None else tables
     if times:
         made = with_tables(rows, valid_rows, times, seed)
-        said = f"{len(rows)} of the file, and its pairs of units as tables, {times} times"
-        print(f"{'training rows':<28}{len(made):<6}({said})", flush=True)
+        reason = f"{len(rows)} of the file, and its pairs of units as tables, {times} times"
+        print(f"{'training rows':<28}{len(made):<6}({reason})", flush=True)
         rows = made
     arguments = {
         "output_dir": str(output_dir),

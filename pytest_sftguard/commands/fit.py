@@ -132,7 +132,7 @@ def _profile(options: argparse.Namespace) -> HardwareProfile:
         return hardware.HardwareProfile(device_type="cuda", name="a CUDA device")
     from pytest_sftguard.engine.machine.profiles import choose_device, device_profile
 
-    kind, unavailable = choose_device(options.device)
+    device_type, unavailable = choose_device(options.device)
     if unavailable:
         raise MisuseError(f"--device {options.device}: {unavailable}")
-    return device_profile(kind)
+    return device_profile(device_type)

@@ -25,8 +25,8 @@ def _junk(case: Case) -> list[Clue]:
 
 def _nan_number(case: Case) -> list[Clue]:
     nan = [a for a in case.record.answers if a.parsed is not None and not a.is_number]
-    said = "parse_answer gave {} for {!r}, and every comparison with it is false"
-    return [decisive(said.format(a.parsed, a.text[:40])) for a in nan[:1]]
+    sentence = "parse_answer gave {} for {!r}, and every comparison with it is false"
+    return [decisive(sentence.format(a.parsed, a.text[:40])) for a in nan[:1]]
 
 
 def _gradient_wrong(case: Case) -> list[Clue]:

@@ -131,14 +131,14 @@ def _waited_for(running: list[subprocess.Popen[bytes]], folder: Path) -> ErrorRe
         codes = [p.poll() for p in running]
         broken = next((rank for rank, code in enumerate(codes) if code), None)
         if broken is not None:
-            said = _last_lines(folder / f"output-{broken}.txt")
-            message = f"process {broken} of {len(running)} ended with status {codes[broken]}: {said}"
+            printed = _last_lines(folder / f"output-{broken}.txt")
+            message = f"process {broken} of {len(running)} ended with status {codes[broken]}: {printed}"
             return ErrorRecord(stage="train", type="ReplicaError", message=message[:500])
         if None not in codes:
             return None
         time.sleep(0.05)
-    said = _last_lines(folder / "output-0.txt")
-    message = f"still running after {_TIMEOUT_S:.0f} s: {said}"
+    printed = _last_lines(folder / "output-0.txt")
+    message = f"still running after {_TIMEOUT_S:.0f} s: {printed}"
     return ErrorRecord(stage="train", type="TimeoutError", message=message[:500])
 
 

@@ -43,7 +43,7 @@ class EffectiveSteps(Invariant):
     max_skipped_early: int = 3
     """Steps that the scaler may skip among the first ten: it starts at 65536 and halves until the gradients fit."""
     max_skipped_late: int = 1
-    """Steps that it may skip in any ten after that: growth probes overflow now and then."""
+    """Steps that it may skip in any ten after that: a scale that the scaler tries to grow overflows now and then."""
     min_loss_scale: float = 1.0
     """Smallest loss scale that still scales anything; below it the overflow is not the scale's."""
     max_idle_warm_up: int = 1

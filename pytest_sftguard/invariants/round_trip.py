@@ -85,8 +85,8 @@ class RoundTrip(Invariant):
         if trip.rescaled:
             yield self.failed(Reason.RESCALED, observed=trip.rescaled.count, limit=0, layers=trip.rescaled)
         if trip.load_warnings:
-            said = trip.load_warnings
-            yield self.failed(Reason.WARNED, observed=len(said), limit=0, warning=said[0])
+            warned = trip.load_warnings
+            yield self.failed(Reason.WARNED, observed=len(warned), limit=0, warning=warned[0])
 
     def _base(self, record: RunRecord, trip: RoundTripRecord) -> Iterator[Finding]:
         if record.base is None or not trip.fresh_base_digest:

@@ -38,10 +38,10 @@ class Reason(verdicts.Reason):
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisionAudit(Invariant):
-    """Every row supervises its answer and its end token, each label is its token, and nothing is cut or unknown."""
+    """Every row supervises its answer and end token, each label is its token, and nothing is truncated or unknown."""
 
     max_lost_fraction: float = 0.05
-    """Share of the rows that may have no label, be cut at the maximal length, or be plain text without a prompt.
+    """Share of the rows that may have no label, be truncated at the maximal length, or be plain text without a prompt.
     Truncation loses a few of the longest rows of many data sets; the failures that people met lose 30 % and more."""
 
     code: ClassVar[str] = "A7"

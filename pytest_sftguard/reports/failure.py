@@ -35,7 +35,7 @@ def message(run: JudgedRun, rerun: str) -> str:
 
 
 def _not_evaluated(run: JudgedRun) -> str:
-    """Why the cell was not evaluated, in one line."""
+    """Why the cell was not evaluated, as one sentence."""
     reasons = [told(f) for f in run.verdict.not_evaluated if f.required] or ["nothing in it could be judged"]
     return f"{run.record.cell} not evaluated: {'; '.join(reasons)}"
 

@@ -131,7 +131,7 @@ def test_a_bundle_is_judged_as_its_records_are(
         ('{"bundle": 7}', "the bundle has schema 7, this version reads 1"),
         ('{"bundle": 1, "records": []}', "the bundle is empty"),
     ],
-    ids=["empty", "cut", "deep", "binary", "other", "record-schema", "bundle-schema", "nothing"],
+    ids=["empty", "truncated", "deep", "binary", "other", "record-schema", "bundle-schema", "nothing"],
 )
 @pytest.mark.parametrize("command", ["judge", "bundle"])
 def test_a_file_that_is_no_record_is_an_error(

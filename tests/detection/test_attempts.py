@@ -104,8 +104,8 @@ def test_what_went_wrong_is_told() -> None:
     """The terminal shows what a missed fault injects, which invariants were expected, and what was reported instead."""
     missed = replace(CAUGHT, reported=("stops",), injects="writes NaN", message="stops: no end")
     lines = list(text(Detection("t", (missed,))))
-    said = ["one: writes NaN", "    expected raw_loss_finite, gradients_finite", "    reported stops: stops: no end"]
-    assert lines[3:6] == said
+    wording = ["one: writes NaN", "    expected raw_loss_finite, gradients_finite", "    reported stops: stops: no end"]
+    assert lines[3:6] == wording
 
 
 def test_what_had_to_be_evaluated_is_reported_too() -> None:

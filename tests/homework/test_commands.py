@@ -60,8 +60,8 @@ def test_a_validation_asks_as_many_questions_as_were_asked_for(
     out, asked = str(tmp_path / "adapter"), ["--questions", "3"]
     assert sft.main(["train", "--output-dir", out, *small, *asked]) == 0
     assert sft.main(["test", out, *small[2:4], *asked]) == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if line.endswith("questions")]
-    assert {line.rpartition(" on ")[2] for line in said} == {"3 questions"}
+    wording = [line for line in capsys.readouterr().out.splitlines() if line.endswith("questions")]
+    assert {line.rpartition(" on ")[2] for line in wording} == {"3 questions"}
     assert "--questions" in fails(capsys, "train", *small, "--questions", "0")
 
 
@@ -150,7 +150,7 @@ def copy_of_model(folder: Path) -> Path:
 def test_a_broken_model_folder_is_told(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, small: list[str], damage: str
 ) -> None:
-    """Every damage is told in one line that names the folder, and no output folder is left."""
+    """The message on every damage is one line that names the folder, and no output folder is left."""
     model = tmp_path / "model"
     if damage == "a file":
         model.write_text("no model", encoding="utf-8")

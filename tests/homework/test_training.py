@@ -105,7 +105,7 @@ def test_an_unknown_training_argument_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [{"model": "./no/such/folder"}, {"dtype": "float8"}, {"dtype": "int8"}], ids=str)
 def test_what_cannot_be_loaded_is_a_model_error(tmp_path: Path, arguments: dict[str, Any]) -> None:
-    """An unknown dtype or folder is told in one line."""
+    """An unknown dtype or folder takes one line."""
     with pytest.raises(ModelError):
         sft.build_trainer(output_dir=str(tmp_path), **CPU, **arguments)
 

@@ -70,15 +70,15 @@ def test_runs_that_agree_pass(name: str) -> None:
     assert outcome(name, *PAIRS[name]) is Outcome.PASSED
 
 
-@pytest.mark.parametrize(("precision", "said"), [("fp32", Outcome.FAILED), ("bf16-mixed", Outcome.PASSED)])
-def test_two_splits_in_bfloat16_are_as_far_apart_as_from_float32(precision: str, said: Outcome) -> None:
+@pytest.mark.parametrize(("precision", "wording"), [("fp32", Outcome.FAILED), ("bf16-mixed", Outcome.PASSED)])
+def test_two_splits_in_bfloat16_are_as_far_apart_as_from_float32(precision: str, wording: Outcome) -> None:
     """0.3 % of the loss, as a model of 30 layers rounds it, where each is the mean over its own labels."""
     record = first(stepped(run((4, 2), precision), loss=4.012), token_loss=4.012)
-    assert outcome("batch_split", record, run(precision=precision)) is said
+    assert outcome("batch_split", record, run(precision=precision)) is wording
 
 
 @pytest.mark.parametrize(
-    ("rates", "factor", "said"),
+    ("rates", "factor", "wording"),
     [
         ([8, 7, 6, 5, 4, 3, 2, 1], 0.4, Outcome.PASSED),
         ([8, 7, 6, 5, 4, 3, 2, 1], 0.25, Outcome.FAILED),
@@ -91,7 +91,7 @@ def test_two_splits_in_bfloat16_are_as_far_apart_as_from_float32(precision: str,
     ],
 )
 def test_skipped_steps_take_their_learning_rates_with_them(
-    rates: list[float | None], factor: float, said: Outcome
+    rates: list[float | None], factor: float, wording: Outcome
 ) -> None:
     """A schedule that runs on at three skipped steps of eight leaves less than five eighths of the way."""
     record, reference = healthy(SCALED, steps=8, skipped={1, 2, 3}), healthy(Cell("fp32", 8, 1), steps=8)
@@ -100,7 +100,7 @@ def test_skipped_steps_take_their_learning_rates_with_them(
     for step in range(1, 9):
         record, reference = (with_step(r, step, loss=4.0 - step, grad_norm=2.0) for r in (record, reference))
     record = stepped(record, loss=3.0001)
-    assert outcome("fp32", moving(record, factor), reference) is said
+    assert outcome("fp32", moving(record, factor), reference) is wording
 
 
 @given(data=st.data(), value=st.none() | non_finite())
@@ -125,7 +125,7 @@ def with_gradients(record: RunRecord, *norms: float | None, whole: float = 2.0) 
 
 
 @pytest.mark.parametrize(
-    ("name", "norms", "whole", "said"),
+    ("name", "norms", "whole", "wording"),
     [
         # one tensor, which carries the norm
         ("fp32", (1.01, 1.01, 0.3), 1.2, Outcome.PASSED),
@@ -153,12 +153,12 @@ def with_gradients(record: RunRecord, *norms: float | None, whole: float = 2.0) 
     ],
 )
 def test_gradients_are_compared_tensor_by_tensor(
-    name: str, norms: tuple[float | None, ...], whole: float, said: Outcome
+    name: str, norms: tuple[float | None, ...], whole: float, wording: Outcome
 ) -> None:
     """More than half of the tensors must agree closely, and the norm of all less so: few of them may carry it."""
     record, reference = PAIRS[name]
     reference = with_gradients(reference, *[1.0] * len(norms))
-    assert outcome(name, with_gradients(record, *norms, whole=whole), reference) is said
+    assert outcome(name, with_gradients(record, *norms, whole=whole), reference) is wording
 
 
 def test_gradients_that_cancel_are_noise() -> None:
@@ -267,12 +267,12 @@ OPEN = {
 }
 
 
-@pytest.mark.parametrize(("name", "record", "reference", "said"), OPEN.values(), ids=OPEN)
-def test_what_cannot_be_compared(name: str, record: RunRecord, reference: RunRecord, said: str) -> None:
+@pytest.mark.parametrize(("name", "record", "reference", "wording"), OPEN.values(), ids=OPEN)
+def test_what_cannot_be_compared(name: str, record: RunRecord, reference: RunRecord, wording: str) -> None:
     """Where two runs say nothing of each other, that is said, and it holds up no cell."""
     (finding, *_) = judge(record, [INVARIANTS[name]], {name: reference}).findings
     assert (finding.outcome, finding.required) == (Outcome.NOT_EVALUATED, False)
-    assert said in message(finding)
+    assert wording in message(finding)
 
 
 @given(one=st.floats(1e-6, 1e6), other=st.floats(1e-6, 1e6))

@@ -51,7 +51,7 @@ def test_invariant_has_a_code(name):
 
 
 def steps_of(record, **changes):
-    """`record` cut to no step at all, as far as counting goes."""
+    """`record` without any step, as far as counting goes."""
     return dataclasses.replace(record, steps=(), log=(), max_steps=0, global_step=0, **changes)
 
 
@@ -266,9 +266,9 @@ FAILURES = gathered("FAILURES", FAILURES)
 )
 def test_invariant_fails(name, case):
     """An invariant fails for each of the things that it is there for, and says what it saw."""
-    record, said, *reference = case
+    record, wording, *reference = case
     messages = failures(name, record, *reference)
-    assert any(re.search(said, message) for message in messages), messages
+    assert any(re.search(wording, message) for message in messages), messages
 
 
 GPU = canned.H100
@@ -345,10 +345,10 @@ NOT_EVALUATED = gathered("NOT_EVALUATED", NOT_EVALUATED)
 )
 def test_invariant_is_not_evaluated(name, case):
     """An invariant that saw nothing to decide by says so, in a way that keeps the cell from passing."""
-    record, said, *reference = case
+    record, wording, *reference = case
     found = findings(name, record, *reference)
     said_so = [message(f) for f in found if f.outcome is Outcome.NOT_EVALUATED and f.required]
-    assert any(said in message for message in said_so), found
+    assert any(wording in message for message in said_so), found
 
 
 @pytest.mark.parametrize(

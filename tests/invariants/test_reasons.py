@@ -36,7 +36,9 @@ def cases(name: str) -> Iterator[tuple[Any, ...]]:
         yield from ((record, *reference) for record, _, *reference in table.get(name, {}).values())
     missing = (*tables.MAY_BE_MISSING.values(), *MAY_BE_MISSING.values())
     yield from ((record,) for invariant, record, *_ in missing if invariant == name)
-    yield from ((record, reference) for kind, record, reference, _ in OPEN.values() if INVARIANTS[kind].name == name)
+    yield from (
+        (record, reference) for compared, record, reference, _ in OPEN.values() if INVARIANTS[compared].name == name
+    )
 
 
 def findings(name: str) -> list[Finding]:

@@ -93,7 +93,7 @@ def test_a_healthy_loop_passes(folder, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "text"),
+    ("name", "outcome", "text"),
     [
         ("unsound", "failure", "fp32-b4x1 FAILED: "),
         ("uncalled", "failure", "sft_observer was not called: nothing was observed"),
@@ -108,10 +108,10 @@ def test_a_healthy_loop_passes(folder, name):
         ("twice", "failure", "one test observes one training"),
     ],
 )
-def test_what_is_wrong_is_told(folder, name, kind, text):
+def test_what_is_wrong_is_told(folder, name, outcome, text):
     """Each in its own way."""
     found, message = told(folder, name)
-    assert found == kind
+    assert found == outcome
     assert text in message
 
 

@@ -203,7 +203,7 @@ def test_keyboard_interrupt_stops(one_cell, in_subprocess):
 
 
 def test_target_that_cannot_be_used(pytester, engine, one_cell, clean):
-    """What is wrong with a target is told in one line."""
+    """What is wrong with a target takes one line."""
 
     def refuse(config):
         raise TargetError("target a:b is no function that builds a Trainer")

@@ -50,7 +50,7 @@ def flat(text):
 
 
 @pytest.mark.parametrize(
-    "said",
+    "wording",
     [
         "fp32-b2x1 FAILED: raw_loss_finite, evidence_complete",
         "device Some CPU (1 thread), torch 2.13.0",
@@ -61,9 +61,9 @@ def flat(text):
     ],
     ids=["what", "device", "target", "where", "how-much", "rerun"],
 )
-def test_failure_says(said):
+def test_failure_says(wording):
     """The text of a failed cell says what, where, by how much, on what, and what to run next."""
-    assert said in flat(failure.message(judged(BAD), RERUN))
+    assert wording in flat(failure.message(judged(BAD), RERUN))
 
 
 @pytest.mark.parametrize("label", ["cause", "evidence", "cure"])
@@ -88,7 +88,7 @@ def test_rerun_is_one_line():
 
 @pytest.mark.parametrize("own", [AssertionError("1 == 2\nassert 1 == 2"), ValueError()], ids=["lines", "empty"])
 def test_own_exception_stands_beside(own):
-    """What the test's body raised is told with its type, in one line."""
+    """What the test's body raised is printed with its type, on one line."""
     told = message(judged(BAD), RERUN, own).splitlines()[-1]
     assert told.startswith(f"The test's own {type(own).__name__} beside it:")
 
@@ -103,15 +103,15 @@ def test_any_failure_can_be_told(record, value, data):
 
 
 @pytest.mark.parametrize(
-    ("record", "said"),
+    ("record", "wording"),
     [
         pytest.param(healthy(not_run="no cuda device"), "fp32-b2x1 not evaluated: no cuda device", id="not-run"),
         pytest.param(healthy(compute_dtypes={}), "no matrix product of an adapted layer was seen", id="no-evidence"),
     ],
 )
-def test_not_evaluated_says_why(record, said):
+def test_not_evaluated_says_why(record, wording):
     """The reason why a cell was not evaluated is one line."""
-    assert said in failure.message(judged(record), RERUN)
+    assert wording in failure.message(judged(record), RERUN)
 
 
 def test_not_evaluated_without_findings():
@@ -152,7 +152,7 @@ def test_terminal_names_tests_where_there_are_several():
 
 
 def test_terminal_names_each_device_once():
-    """The devices stand in one line below the table."""
+    """The devices stand on one line below the table."""
     lines = table(healthy(), healthy(seed=1), healthy(device=canned.H100, tf32=False))
     assert "on NVIDIA H100 x2, torch 2.13.0; Some CPU (1 thread), torch 2.13.0" in lines
 

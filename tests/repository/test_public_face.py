@@ -28,7 +28,8 @@ PUBLIC = {
     "observe_accelerate",
     "simulated_hardware",
 }
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if p.name != "extending.md")]
+"""The pages for users; docs/extending.md is about the package's own modules."""
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

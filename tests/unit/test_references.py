@@ -16,7 +16,7 @@ from tests.support import canned, stub
 
 CELLS = [Cell("fp32", 8, 1), Cell("fp32", 4, 2), Cell("bf16-mixed", 8, 1), Cell("bf16-mixed", 4, 2)]
 SESSION = [RunConfig(cell=cell, target="some:target", steps=4) for cell in CELLS]
-PLAIN, CUT, HALF, HALF_CUT = SESSION
+PLAIN, SPLIT, HALF, HALF_SPLIT = SESSION
 
 
 @pytest.fixture
@@ -33,15 +33,15 @@ def _named(config: RunConfig) -> RunRecord:
     return canned.of(config, variant=config.variant)
 
 
-def kinds(run: object) -> dict[str, tuple[str, str]]:
+def relations(run: object) -> dict[str, tuple[str, str]]:
     """What the run was compared with: cell and variant of each kind."""
-    return {kind: (r.cell, r.variant) for kind, r in run.references.items()}  # type: ignore[attr-defined]
+    return {relation: (r.cell, r.variant) for relation, r in run.references.items()}  # type: ignore[attr-defined]
 
 
 def test_siblings_of_the_session_are_references(engine: stub.Engine) -> None:
     """Cells that the session trains anyway are compared with, whatever the tier asks for."""
     run = Runs().compared(HALF, [], session=SESSION)
-    assert kinds(run) == {"fp32": ("fp32-b8x1", ""), "batch_split": ("bf16-mixed-b4x2", "")}
+    assert relations(run) == {"fp32": ("fp32-b8x1", ""), "batch_split": ("bf16-mixed-b4x2", "")}
 
 
 def test_no_cell_is_trained_twice(engine: stub.Engine) -> None:
@@ -55,13 +55,13 @@ def test_no_cell_is_trained_twice(engine: stub.Engine) -> None:
 def test_nothing_is_trained_that_was_not_asked_for(engine: stub.Engine) -> None:
     """A cell without siblings, in a test that asks for no reference, is trained alone."""
     run = Runs().compared(HALF, [], session=[HALF])
-    assert (kinds(run), engine.ran) == ({}, ["bf16-mixed-b8x1"])
+    assert (relations(run), engine.ran) == ({}, ["bf16-mixed-b8x1"])
 
 
 def test_a_tiers_references_are_trained(engine: stub.Engine) -> None:
     """What is asked for and no cell of the session is, is trained for the purpose."""
     run = Runs().compared(HALF, [], ("fp32", "rerun", "replicas"), session=[HALF])
-    assert kinds(run) == {
+    assert relations(run) == {
         "fp32": ("fp32-b8x1", "fp32"),
         "rerun": ("bf16-mixed-b8x1", "rerun"),
         "replicas": ("bf16-mixed-b4x1", "replicas"),
@@ -77,16 +77,16 @@ def test_a_reference_is_shared(engine: stub.Engine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "kind"),
+    ("config", "relation"),
     [
         (PLAIN, "fp32"),
         (dataclasses.replace(PLAIN, cell=Cell("fp32", 1, 1)), "batch_split"),
         (dataclasses.replace(PLAIN, steps=1), "resumed"),
     ],
 )
-def test_a_reference_that_there_cannot_be_is_left_out(engine: stub.Engine, config: RunConfig, kind: str) -> None:
+def test_a_reference_that_there_cannot_be_is_left_out(engine: stub.Engine, config: RunConfig, relation: str) -> None:
     """Where a cell can have no such reference, it is judged without."""
-    assert kinds(Runs().compared(config, [], (kind,), session=[config])) == {}
+    assert relations(Runs().compared(config, [], (relation,), session=[config])) == {}
 
 
 def test_a_cell_that_was_not_run_needs_no_reference(engine: stub.Engine) -> None:
@@ -94,7 +94,7 @@ def test_a_cell_that_was_not_run_needs_no_reference(engine: stub.Engine) -> None
     engine.make = canned.not_run
     runs = Runs()
     run = runs.compared(HALF, [], ("rerun", "fp32"), session=SESSION)
-    assert (kinds(run), engine.ran) == ({}, ["bf16-mixed-b8x1"])
+    assert (relations(run), engine.ran) == ({}, ["bf16-mixed-b8x1"])
 
 
 class _Compares(Invariant):

@@ -14,7 +14,7 @@ from pytest_sftguard.rendering import message
 from pytest_sftguard.verdicts import Finding, General, Outcome
 
 
-def said(sentence: str, **evidence: Any) -> str:
+def wording(sentence: str, **evidence: Any) -> str:
     """What is printed of a finding with `sentence` and `evidence`, seen at step 3."""
     finding = Finding(
         invariant="any", outcome=Outcome.FAILED, reason="any", message=sentence, evidence=evidence, step=3, observed=0.5
@@ -46,7 +46,7 @@ def said(sentence: str, **evidence: Any) -> str:
 )
 def test_evidence_becomes_a_sentence(sentence: str, evidence: dict[str, Any], expected: str) -> None:
     """Each field is filled in as its spec says."""
-    assert said(sentence, **evidence) == expected
+    assert wording(sentence, **evidence) == expected
 
 
 @given(text=st.text())
@@ -58,7 +58,7 @@ def test_a_message_without_a_reason_is_printed_as_it_is(text: str) -> None:
 @given(sentence=st.text(alphabet="{}[]:# an.3g%!"), evidence=st.dictionaries(st.sampled_from("an"), st.floats()))
 def test_rendering_never_raises(sentence: str, evidence: dict[str, float]) -> None:
     """Whatever a sentence looks like, something is printed."""
-    assert isinstance(said(sentence, **evidence), str)
+    assert isinstance(wording(sentence, **evidence), str)
 
 
 def test_a_count_says_the_same_in_another_process() -> None:

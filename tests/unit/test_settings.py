@@ -141,10 +141,10 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "said"), BAD, ids=[f"{n}-{v}" for n, v, _ in BAD])
-def test_bad_value_is_refused(monkeypatch, name, value, said):
+@pytest.mark.parametrize(("name", "value", "wording"), BAD, ids=[f"{n}-{v}" for n, v, _ in BAD])
+def test_bad_value_is_refused(monkeypatch, name, value, wording):
     """A value that a setting cannot have is refused, with what is valid."""
-    with pytest.raises(SettingError, match=said):
+    with pytest.raises(SettingError, match=wording):
         resolved(monkeypatch, name, marker=value)
 
 

@@ -133,7 +133,7 @@ WAYS: dict[str, tuple[Callable[[Built], Any], str]] = {
     "underflow": (underflow, "`transformers` `DebugUnderflowOverflow`"),
     "telemetry": (telemetry, "`pytest-torch`'s telemetry of each step"),
 }
-INSTALLED = [way for way in WAYS if way != "telemetry" or importlib.util.find_spec("pytest_torch")]
+INSTALLED = [method for method in WAYS if method != "telemetry" or importlib.util.find_spec("pytest_torch")]
 """Those that can be measured here: pytest-torch is no requirement of anything else (`pip install pytest-torch`)."""
 
 
@@ -145,34 +145,34 @@ SETTLE: dict[str, Callable[[], None]] = {"cpu": lambda: None, "cuda": torch.cuda
 """Waits until a device has done what it was given, so that nothing of a step is left to the next training's turn."""
 
 
-def one_round(ways: list[str], cell: Cell, steps: int, device: str) -> dict[str, Times]:
-    """Train once in each of the `ways`, in turns."""
+def one_round(methods: list[str], cell: Cell, steps: int, device: str) -> dict[str, Times]:
+    """Train once in each of the `methods`, in turns."""
     config = RunConfig(cell=cell, target=TARGET, device=device, steps=steps + WARM_UP)
     mode, target = mode_named(cell.precision), resolve(TARGET)
     with isolated(), tempfile.TemporaryDirectory() as folder:
 
-        def training(way: str) -> Callable[[TrainerCallback], None]:
+        def training(method: str) -> Callable[[TrainerCallback], None]:
             def train(turn: TrainerCallback) -> None:
-                asked = Asked(config=config, mode=mode, device_type=device, target=target, folder=Path(folder) / way)
+                asked = Asked(config=config, mode=mode, device_type=device, target=target, folder=Path(folder) / method)
                 trainer = asked.build("training")
                 trainer.log = lambda *_, **__: None
-                with WAYS[way][0](asked.then(Built, trainer=trainer, loads=Loads())):
+                with WAYS[method][0](asked.then(Built, trainer=trainer, loads=Loads())):
                     trainer.add_callback(turn)
                     trainer.train()
 
             return train
 
-        turns = Turns(ways, warm_up=WARM_UP, within=WITHIN, settle=SETTLE[device])
-        return turns.run({way: training(way) for way in ways})
+        turns = Turns(methods, warm_up=WARM_UP, within=WITHIN, settle=SETTLE[device])
+        return turns.run({method: training(method) for method in methods})
 
 
-def measured(ways: list[str], cell: Cell, rounds: int, steps: int, device: str) -> dict[str, list[Times]]:
+def measured(methods: list[str], cell: Cell, rounds: int, steps: int, device: str) -> dict[str, list[Times]]:
     """Every way, round by round."""
-    one_round(ways, cell, 1, device)  # whatever is loaded and made once
-    found: dict[str, list[Times]] = {way: [] for way in ways}
+    one_round(methods, cell, 1, device)  # whatever is loaded and made once
+    found: dict[str, list[Times]] = {method: [] for method in methods}
     for i in range(rounds):
-        for way, times in one_round(ways, cell, steps, device).items():
-            found[way].append(times)
+        for method, times in one_round(methods, cell, steps, device).items():
+            found[method].append(times)
         print(
             f"{cell}, round {i + 1} of {rounds}: " + ", ".join(f"{w} {_middle(t[-1].wall)}" for w, t in found.items())
         )
@@ -199,12 +199,12 @@ def table(found: dict[str, dict[str, list[Times]]], steps: int, device: str) -> 
 
 
 def _rows(cell: str, found: dict[str, list[Times]]) -> Iterator[str]:
-    for way, times in found.items():
+    for method, times in found.items():
         wall = [s for t in times for s in t.wall]
         low, _, high = statistics.quantiles(wall, n=4)
         rounds = [ratio([t], [b], "processor") for t, b in zip(times, found["bare"], strict=True)]
         yield (
-            f"| {cell} | {WAYS[way][1]} | {_middle(wall)} | {low * 1e3:.2f} to {high * 1e3:.2f} "
+            f"| {cell} | {WAYS[method][1]} | {_middle(wall)} | {low * 1e3:.2f} to {high * 1e3:.2f} "
             f"| {_middle([s for t in times for s in t.processor])} "
             f"| {ratio(times, found['bare']):.3f} | {ratio(times, found['bare'], 'processor'):.3f} "
             f"| {min(rounds):.3f} to {max(rounds):.3f} |"
@@ -218,11 +218,11 @@ def ratio(of: list[Times], to: list[Times], clock: str = "wall") -> float:
 
 
 def _over_cells(found: dict[str, dict[str, list[Times]]]) -> str:
-    said = []
-    for way in next(iter(found.values())):
-        ratios = [ratio(by_way[way], by_way["bare"]) for by_way in found.values()]
-        said.append(f"{WAYS[way][1]}: {statistics.median(ratios):.3f}, at most {max(ratios):.3f}")
-    return f"Wall / bare over the {len(found)} cells, in the median and in the worst: {'; '.join(said[1:])}."
+    wording = []
+    for method in next(iter(found.values())):
+        ratios = [ratio(by_way[method], by_way["bare"]) for by_way in found.values()]
+        wording.append(f"{WAYS[method][1]}: {statistics.median(ratios):.3f}, at most {max(ratios):.3f}")
+    return f"Wall / bare over the {len(found)} cells, in the median and in the worst: {'; '.join(wording[1:])}."
 
 
 def _middle(seconds: list[float]) -> str:
@@ -255,8 +255,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    ways = list(dict.fromkeys(["bare", *options.ways]))
-    found = {str(c): measured(ways, c, options.rounds, options.steps, options.device) for c in options.cells}
+    methods = list(dict.fromkeys(["bare", *options.methods]))
+    found = {str(c): measured(methods, c, options.rounds, options.steps, options.device) for c in options.cells}
     made = table(found, options.steps, options.device)
     publish(PAGE, "table" if options.device == "cpu" else f"{options.device} table", made, write=options.write)
 

@@ -282,15 +282,15 @@ def table(model: str | None, found: dict[str, Seen], work: list[int], shares: di
             f"| {SAID[name]}, {precision} | {middle:.2f} | {low:.2f} to {high:.2f} | {base / middle:.1f} x faster "
             f"| {seen.losses[0]:.5f} | {seen.memory / 2**30:.1f} GiB |"
         )
-    said = []
+    wording = []
     for precision in ("fp32", "bf16"):
         theirs, ours = (found.get(f"{name} {precision}") for name in ("trl", "app"))
         if theirs and ours:
             ratio = statistics.median(theirs.seconds) / statistics.median(ours.seconds)
-            said.append(f"{ratio:.2f} x faster in {precision}")
+            wording.append(f"{ratio:.2f} x faster in {precision}")
     lines += [
         "",
-        *([f"The app's step against TRL's: {', '.join(said)}.", ""] if said else []),
+        *([f"The app's step against TRL's: {', '.join(wording)}.", ""] if wording else []),
         f"{model or 'embedded model'}, {ROWS} rows a step, {len(work)} counted steps of each pipeline"
         f" in turns; {where()}, peft {peft.__version__}, trl {trl.__version__}.",
         "",

@@ -98,8 +98,8 @@ def _peft_may_refuse() -> Iterator[None]:
         where = traceback.extract_tb(error.__traceback__)[-1].filename
         if "peft" not in Path(where).parts:
             raise
-        said = f"{type(error).__name__}: {first_line(error)[:200]}"
-        raise InapplicableError(f"peft does not merge it: {said}") from error
+        reason = f"{type(error).__name__}: {first_line(error)[:200]}"
+        raise InapplicableError(f"peft does not merge it: {reason}") from error
 
 
 def _inputs(batches: list[dict[str, Any]]) -> dict[str, Tensor]:

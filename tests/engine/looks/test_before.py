@@ -228,9 +228,9 @@ UNLISTED = {
 def test_an_unlisted_fault_is_seen(run_cell: Callable[..., JudgedRun], target: str) -> None:
     """What is wrong before the first step is seen there, and named."""
     run = run_cell(f"{__name__}:{target}", looks=LOOKS)
-    invariant, said = UNLISTED[target]
+    invariant, wording = UNLISTED[target]
     messages = [message(f) for f in run.verdict.failures if f.invariant == invariant]
-    assert any(re.search(said, m) for m in messages), run.verdict.failures
+    assert any(re.search(wording, m) for m in messages), run.verdict.failures
 
 
 def seeded_toy_base(**arguments: Any) -> Any:
@@ -299,7 +299,7 @@ def labels_shifted_for_an_own_loss(**arguments: Any) -> Any:
         batch["labels"][:, -1] = -100
         return batch
 
-    return healthy_targets.built(arguments, kind=Own, collator=collate)
+    return healthy_targets.built(arguments, part=Own, collator=collate)
 
 
 @pytest.mark.parametrize(

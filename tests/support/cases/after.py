@@ -41,7 +41,7 @@ def FIELDS(cell: Cell, names: list[str]) -> dict[str, Any]:  # noqa: N802
 
 
 OPTIONAL = {
-    "merge.least_kept.first[]": "a list of names may be cut: the count stands beside it",
+    "merge.least_kept.first[]": "a list of names may be shortened: the count stands beside it",
     "answers[].stopped": "generation may know no end token, and a short training has learned none",
     "base_answers.answers[].parsed": "None says that the base's answer holds no number",
     "base_answers.answers[].stopped": "the base need not stop",

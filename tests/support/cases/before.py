@@ -59,9 +59,9 @@ def _with(part: str, **changes: Any) -> RunRecord:
     return dataclasses.replace(record, **{part: dataclasses.replace(getattr(record, part), **changes)})
 
 
-def _unlooked(part: str, look: str, **said: str) -> RunRecord:
+def _unlooked(part: str, look: str, **wording: str) -> RunRecord:
     record = _healthy()
-    looks = tuple(x if x.name != look else LookRecord(name=look, **said) for x in record.looks)
+    looks = tuple(x if x.name != look else LookRecord(name=look, **wording) for x in record.looks)
     return dataclasses.replace(record, looks=looks, **{part: None})
 
 
@@ -155,8 +155,8 @@ FAILURES: dict[str, dict[str, Any]] = {
             "1 of 16 rows .* had the defect strange",
         ),
         **{
-            kind: (_with("supervision", trained_defects=(_defect(kind, 1),)), said)
-            for kind, said in {
+            defect: (_with("supervision", trained_defects=(_defect(defect, 1),)), wording)
+            for defect, wording in {
                 "mismatched": "not their own tokens",
                 "unknown_id": "embedding does not have",
                 "unknown_label": "vocabulary does not have",

@@ -86,14 +86,14 @@ def path(**changes: Any) -> RunRecord:
     return paths(paths=(dataclasses.replace(first, **changes), *others))
 
 
-def of_type(kind: str, change: float) -> RunRecord:
-    """A record whose first comparison was made in `kind`, and is off by `change`."""
-    return within(compared(max_change=change), "context", arithmetic=kind)
+def of_type(dtype: str, change: float) -> RunRecord:
+    """A record whose first comparison was made in `dtype`, and is off by `change`."""
+    return within(compared(max_change=change), "context", arithmetic=dtype)
 
 
-def paths_of_type(kind: str, change: float, **changes: Any) -> RunRecord:
-    """A record whose ways were computed in `kind`, and part by `change`."""
-    return within(path(max_change=change), "paths", arithmetic=kind, **changes)
+def paths_of_type(dtype: str, change: float, **changes: Any) -> RunRecord:
+    """A record whose ways were computed in `dtype`, and part by `change`."""
+    return within(path(max_change=change), "paths", arithmetic=dtype, **changes)
 
 
 def evaluated(**changes: Any) -> RunRecord:
