@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     from pytest_sftguard.hardware import HardwareProfile
     from pytest_sftguard.loops import LoopTest
     from pytest_sftguard.matrix import Cell
+    from pytest_sftguard.reports._lines import Screen
     from pytest_sftguard.session import CellTest, Runs
     from pytest_sftguard.settings import Settings
     from pytest_sftguard.verdicts import JudgedRun
@@ -22,6 +25,16 @@ RUN = pytest.StashKey["JudgedRun"]()
 LOOP = pytest.StashKey["LoopTest"]()
 RUNS = pytest.StashKey["Runs"]()
 PACKED = pytest.StashKey[list[dict[str, Any]]]()
+SCREEN: pytest.StashKey[Screen] = pytest.StashKey()
+
+
+# what pytest.fail raises, which mypy sees as a value
+class NotPassedError(pytest.fail.Exception):  # type: ignore[misc,name-defined]
+    """Why a test did not pass. Pytest prints all of it among the failures, and `headline` in its short summary."""
+
+    def __init__(self, text: str, headline: str) -> None:
+        super().__init__(text, pytrace=False)
+        self.headline = headline
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,7 +47,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker, and refuse settings that no test could use."""
     from pytest_sftguard import settings
+    from pytest_sftguard.reports._lines import Screen
 
+    # made now, as there is no terminal to ask while pytest captures what a test writes
+    config.stash[SCREEN] = Screen()
     config.stash[PACKED] = []
     config.pluginmanager.register(_Reports(config.stash[PACKED]), "sftguard-reports")
     config.addinivalue_line("markers", settings.marker_line(MARKER))
@@ -80,7 +96,7 @@ def _sft_test(request: pytest.FixtureRequest) -> CellTest:
     """What the marked test asks for in this cell."""
     test: CellTest | None = getattr(request, "param", None)
     if test is None:
-        pytest.fail(f"sft_run and sft_cell need a test that is marked @pytest.mark.{MARKER}", pytrace=False)
+        _fail(request.config, f"sft_run and sft_cell need a test that is marked @pytest.mark.{MARKER}")
     return test
 
 
@@ -99,8 +115,9 @@ def sft_run(request: pytest.FixtureRequest, sft_cell: Cell, _sft_test: CellTest)
     """
     config, node = request.config, request.node
     session = [t.config for item in request.session.items if (t := _cell_test(item)) is not None]
-    run = _judged(node, lambda: _runs(config).judged(_sft_test, node.nodeid, _progress(config, _sft_test), session))
-    return _passed_on(run, _sft_test.settings.fails_unevaluated)
+    with _progress(config, _sft_test) as progress:
+        run = _judged(node, lambda: _runs(config).judged(_sft_test, node.nodeid, progress, session))
+    return _passed_on(config, run, _sft_test.settings.fails_unevaluated)
 
 
 @pytest.fixture
@@ -163,10 +180,8 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
         run = item.stash.get(RUN, None)
         if run is None or not run.verdict.failures:
             raise
-        from pytest_sftguard.session import message
-
-        text = message(run, _rerun(item), own)
-    pytest.fail(text, pytrace=False)
+        failed = _failed(item, run, own)
+    raise failed
 
 
 @pytest.hookimpl(wrapper=True)
@@ -183,16 +198,11 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     if (test := item.stash.get(LOOP, None)) is not None:
         observed = _judged(item, lambda: test.run(item.config.rootpath))
         if own is None:
-            _passed_on(observed, test.fails_unevaluated)
+            _passed_on(item.config, observed, test.fails_unevaluated)
     run = item.stash.get(RUN, None)
-    if run is not None and run.verdict.failures:
-        from pytest_sftguard.session import message
-
-        # the traceback of the user's own loop comes first
-        if test is not None and isinstance(own, Exception):
-            item.add_report_section("call", "sftguard", message(run, _rerun(item)))
-            raise own
-        pytest.fail(message(run, _rerun(item), own), pytrace=False)
+    # the traceback of the user's own loop is kept: the verdict stands below it
+    if run is not None and run.verdict.failures and not (test is not None and isinstance(own, Exception)):
+        raise _failed(item, run, own)
     if own is not None:
         raise own
     return result
@@ -202,25 +212,43 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Let the judged run travel with the report of the phase that decided the test."""
+    """Say where the test stands, and let the judged run travel with the report of the phase that decided the test."""
     report = yield
     run = item.stash.get(RUN, None)
+    error = call.excinfo.value if call.excinfo else None
+    if isinstance(error, NotPassedError):
+        crash = report.longrepr.reprcrash  # type: ignore[union-attr] # pytest's representation of any exception
+        crash.path, crash.lineno, crash.message = str(item.path), (item.location[1] or 0) + 1, error.headline
+    elif report.failed and report.when != "teardown" and run is not None and run.verdict.failures:
+        with contextlib.suppress(AttributeError):
+            report.longrepr.addsection("pytest-sftguard", str(_failed(item, run)))  # type: ignore[union-attr]
     if run is not None and (report.when == "call" or (report.when == "setup" and not report.passed)):
         from pytest_sftguard.session import pack
 
         # pytest carries extra attributes between processes
-        report.sftguard = pack(run, item.nodeid.partition("[")[0], _rerun(item))  # type: ignore[attr-defined]
+        report.sftguard = pack(run, item.nodeid, _rerun(item))  # type: ignore[attr-defined]
     return report
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print what the reports say of all cells."""
     if config.stash[PACKED]:
+        import dataclasses
+
         from pytest_sftguard import reports
         from pytest_sftguard.session import unpack
 
-        terminalreporter.section("pytest-sftguard: stability of LoRA fine-tuning")
-        for lines in reports.call("section", [unpack(p) for p in config.stash[PACKED]]):
+        # before pytest 9, `line` prints the headline alone; a failure that was expected is never printed
+        silent = config.option.tbstyle in (("no",) if pytest.version_tuple >= (9,) else ("no", "line"))
+        printed = terminalreporter.stats.get("failed") or terminalreporter.stats.get("error")
+        screen = dataclasses.replace(
+            config.stash[SCREEN],
+            details=config.get_verbosity() > 0,
+            elsewhere="" if silent else "FAILURES above" if printed else "run again with --runxfail",
+            paint=config.get_terminal_writer().markup,
+        )
+        terminalreporter.write_sep("=", "pytest-sftguard: stability of LoRA fine-tuning")
+        for lines in reports.call("section", [unpack(p) for p in config.stash[PACKED]], screen):
             for line in lines:
                 terminalreporter.write_line(line)
 
@@ -266,18 +294,31 @@ def _judged(item: pytest.Item, judge: Callable[[], JudgedRun]) -> JudgedRun | st
     return run
 
 
-def _passed_on(run: JudgedRun | str, fails_unevaluated: bool) -> JudgedRun:
+def _passed_on(config: pytest.Config, run: JudgedRun | str, fails_unevaluated: bool) -> JudgedRun:
     """`run`, where it was evaluated. If not, the test is skipped; it fails if it must, or if there is no run."""
-    from pytest_sftguard.session import message
+    from pytest_sftguard.reports._lines import headline
     from pytest_sftguard.verdicts import Outcome
 
     if isinstance(run, str):
-        pytest.fail(run, pytrace=False)
+        _fail(config, run)
     if run.verdict.outcome is Outcome.NOT_EVALUATED:
         if fails_unevaluated:
-            pytest.fail(message(run), pytrace=False)
-        pytest.skip(message(run))
+            _fail(config, headline(run))
+        # in pytest's summary a skip stands with the line of the test, not with this one
+        raise pytest.skip.Exception(headline(run), _use_item_location=True)
     return run
+
+
+def _fail(config: pytest.Config, why: str) -> NoReturn:
+    raise NotPassedError("\n".join(config.stash[SCREEN].wrap(why)), why)
+
+
+def _failed(item: pytest.Item, run: JudgedRun, own: BaseException | None = None) -> NotPassedError:
+    """The failure of `item`, whose run failed; `own` is what the test itself raised."""
+    from pytest_sftguard.reports._lines import headline
+    from pytest_sftguard.session import message
+
+    return NotPassedError(message(run, _rerun(item), item.config.stash[SCREEN], own), headline(run))
 
 
 def _runs(config: pytest.Config) -> Runs:
@@ -305,18 +346,29 @@ def _rerun(item: pytest.Item) -> str:
     return " ".join(["pytest", f'"{item.nodeid}"', *given])
 
 
-def _progress(config: pytest.Config, test: CellTest) -> Callable[[int], None] | None:
-    """Shows the step of the running cell on the terminal's current line; None where no person watches."""
+@contextlib.contextmanager
+def _progress(config: pytest.Config, test: CellTest) -> Iterator[Callable[[str], None]]:
+    """Shows what the cell is at on the terminal's current line, until the end; nothing where no person watches."""
     reporter = config.pluginmanager.getplugin("terminalreporter")
     capture = config.pluginmanager.getplugin("capturemanager")
-    if reporter is None or capture is None or hasattr(config, "workerinput") or not reporter.isatty:
-        return None
+    if reporter is None or capture is None or not capture.is_globally_capturing() or not reporter.isatty:
+        yield lambda doing: None
+        return
+    writer, drawn = config.get_terminal_writer(), 0
 
-    def show(step: int) -> None:
-        text = f" {test} step {step}/{test.config.steps} "
+    def show(doing: str) -> None:
+        nonlocal drawn
         with capture.global_and_fixture_disabled():
-            reporter.write(text + "\b" * len(text), flush=True)
-            if step == test.config.steps:
-                reporter.write(" " * len(text) + "\b" * len(text), flush=True)
+            # backspaces do not go back over the end of a line
+            room = max(writer.fullwidth - writer.width_of_current_line - 1, 0)
+            text = f" {test}: {doing}"[:room] if doing else ""
+            padded = text.ljust(drawn)
+            # not by pytest's writer, which would count it all as a part of the line
+            sys.stdout.write(padded + "\b" * len(padded))
+            sys.stdout.flush()
+        drawn = len(text)
 
-    return show
+    try:
+        yield show
+    finally:
+        show("")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from pytest_sftguard.verdicts import Checks, Finding, JudgedRun, Verdict, judge
 
 if TYPE_CHECKING:
     from pytest_sftguard.matrix import RunConfig
+    from pytest_sftguard.reports._lines import Screen
     from pytest_sftguard.settings import Settings
 
 
@@ -37,6 +39,10 @@ class CellTest:
         return str(self.config.cell)
 
 
+def _unseen(doing: str) -> None:
+    """Nobody watches."""
+
+
 class Runs:
     """The runs of a session. Tests that ask for the same run share it, as a run depends on its config alone."""
 
@@ -47,11 +53,12 @@ class Runs:
         self,
         test: CellTest,
         nodeid: str,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[str], None] = _unseen,
         session: Sequence[RunConfig] = (),
     ) -> JudgedRun:
         """Train the cell (or take it from an earlier test), judge it, and let the reports write.
 
+        `progress` is called with what is being done, in a few words.
         It is compared with its siblings among `session`, the runs of all tests, and with the references that `test`
         asks for.
 
@@ -71,7 +78,7 @@ class Runs:
         invariants: Sequence[Checks],
         references: Collection[str] = (),
         waived: Iterable[str] = (),
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[str], None] = _unseen,
         session: Sequence[RunConfig] = (),
     ) -> JudgedRun:
         """The run of `config`, judged beside those of its references that are in `session` or in `references`.
@@ -86,12 +93,16 @@ class Runs:
             except tiers.NoReferenceError:
                 continue
             if not other.variant or name in references:
-                found[name] = self._record(other, None)
+                found[name] = self._record(other, functools.partial(_reference, progress, name))
         return JudgedRun(record, judge(record, invariants, found, waived), found)
 
-    def _record(self, config: RunConfig, progress: Callable[[int], None] | None) -> RunRecord:
+    def _record(self, config: RunConfig, progress: Callable[[str], None]) -> RunRecord:
+        def step_done(step: int) -> None:
+            progress(f"step {step}/{config.steps}" if step < config.steps else "looking at what was trained")
+
         key = json.dumps(asdict(config), sort_keys=True, default=repr)
         if key not in self._records:
+            progress("importing torch")
             try:
                 from pytest_sftguard.engine import runner
                 from pytest_sftguard.engine.building import targets
@@ -100,11 +111,16 @@ class Runs:
                     f"training needs torch, transformers, accelerate and peft, and one is missing: {error}; "
                     "pip install torch transformers accelerate peft"
                 ) from error
+            progress("building")
             try:
-                self._records[key] = runner.run(config, progress)
+                self._records[key] = runner.run(config, step_done)
             except targets.TargetError as error:
                 raise CannotRunError(str(error)) from error
         return self._records[key]
+
+
+def _reference(progress: Callable[[str], None], name: str, doing: str) -> None:
+    progress(f"{name} reference, {doing}")
 
 
 def invariants_of(settings: Settings) -> list[Checks]:
@@ -126,22 +142,26 @@ def report(hook: reports.Hook, folder: Path, *arguments: Any) -> None:
         ) from error
 
 
-def pack(run: JudgedRun, name: str, rerun: str) -> dict[str, Any]:
+def pack(run: JudgedRun, nodeid: str, rerun: str) -> dict[str, Any]:
     """A judged run as plain types, to travel with pytest's report between processes."""
     findings = [f.to_dict() for f in run.verdict.findings]
-    return {"record": run.record.to_dict(), "findings": findings, "name": name, "rerun": rerun}
+    # the cause of a failure is looked for once more, with them
+    references = {name: r.to_dict() for name, r in run.references.items()} if run.verdict.failures else {}
+    return {"record": run.record.to_dict(), "findings": findings, "references": references, "test": (nodeid, rerun)}
 
 
 def unpack(data: dict[str, Any]) -> tuple[str, JudgedRun, str]:
-    """The test's name, its judged run and its rerun command, from what `pack` made."""
-    findings = tuple(map(Finding.from_dict, data["findings"]))
-    return data["name"], JudgedRun(RunRecord.from_dict(data["record"]), Verdict(findings)), data["rerun"]
+    """The test's id, its judged run and its rerun command, from what `pack` made."""
+    verdict = Verdict(tuple(map(Finding.from_dict, data["findings"])))
+    references = {name: RunRecord.from_dict(r) for name, r in data["references"].items()}
+    nodeid, rerun = data["test"]
+    return nodeid, JudgedRun(RunRecord.from_dict(data["record"]), verdict, references), rerun
 
 
-def message(run: JudgedRun, rerun: str = "", own: BaseException | None = None) -> str:
-    """What the reports say of a run that did not pass, and of the test's own exception where it raised one too."""
-    text = "\n\n".join(reports.call("message", run, rerun))
+def message(run: JudgedRun, rerun: str, screen: Screen, own: BaseException | None = None) -> str:
+    """What the reports say of a run that did not pass, and of the exception that the test itself raised."""
+    text = "\n\n".join(reports.call("message", run, rerun, screen))
     if own is not None:
-        lines = str(own).splitlines() or [""]
-        text += f"\n\nThe test's own {type(own).__name__} beside it: {lines[0]}"
+        said = ": ".join([type(own).__name__, *str(own).splitlines()[:1]])
+        text += "\n\n" + "\n".join(screen.wrap(f"The test itself raised {said}"))
     return text

@@ -29,6 +29,7 @@ def run(options: argparse.Namespace) -> int:
     """Judge the records, and print the table and what failed."""
     from pytest_sftguard import reports
     from pytest_sftguard.invariants import load_invariants
+    from pytest_sftguard.reports._lines import Screen
     from pytest_sftguard.verdicts import JudgedRun, judge
 
     try:
@@ -41,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
         references = bundles.references(record, [r for _, r in found])
         verdict = judge(record, invariants, references, options.waive)
         runs.append((name, JudgedRun(record, verdict, references), ""))
-    for lines in reports.call("section", runs):
+    for lines in reports.call("section", runs, Screen()):
         print(*lines, sep="\n")
     failed = sum(bool(run.verdict.failures) for _, run, _ in runs)
     passed = sum(run.verdict.passed for _, run, _ in runs)

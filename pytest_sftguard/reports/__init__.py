@@ -5,8 +5,10 @@ A report is a module of this folder with any of the functions below, which run a
     prepare(folder)             shows before a training that `write` will succeed below `folder`; raises OSError
     write(folder, nodeid, run)  writes files on the run of the test `nodeid` below `folder`; raises OSError
     properties(run)             gives name and value of each JUnit property of a run
-    message(run, rerun)         says why a test fails or is skipped, whose run the command `rerun` repeats
-    section(runs)               gives lines for the terminal on (test name, run, rerun command) of every cell
+    message(run, rerun, screen) says why a test fails, whose run the command `rerun` repeats
+    section(runs, screen)       gives lines for the terminal on (test id, run, rerun command) of every cell
+
+`screen`, a `_lines.Screen`, says how wide a line may be, wraps it and colours it.
 """
 
 from __future__ import annotations

@@ -2,42 +2,40 @@
 
 from __future__ import annotations
 
-import math
-import textwrap
+import re
 
 from pytest_sftguard.diagnosis import diagnose
-from pytest_sftguard.invariants import told_last
 from pytest_sftguard.rendering import told
+from pytest_sftguard.reports._lines import Screen, by_step, headline
 from pytest_sftguard.verdicts import Finding, JudgedRun
 
-_WIDTH = 116
+_INDENT = " " * 12
+_WORD = re.compile(r"""(?:"[^"]*"|'[^']*'|\S)+""")
+"""A word of a shell's command, with its quotes."""
 
 
-def message(run: JudgedRun, rerun: str) -> str:
+def message(run: JudgedRun, rerun: str, screen: Screen) -> str:
     """All failed findings of `run` in the order of their steps, the probable mechanism, the command to repeat it.
 
     Of a run without failures: why it was not evaluated.
     """
     if not run.verdict.failures:
-        return _not_evaluated(run)
-    record, last = run.record, told_last()
-    failures = sorted(run.verdict.failures, key=lambda f: (math.inf if f.step is None else f.step, f.invariant in last))
-    invariants = dict.fromkeys(f.invariant for f in failures)
-    lines = [
-        f"{record.cell} FAILED: {', '.join(invariants)}",
-        _row("device", f"{record.device}, torch {record.versions.get('torch', '?')}"),
-        _row("target", record.target + (f" with model {record.model}" if record.model else "")),
+        return "\n".join(screen.wrap(headline(run)))
+    record, failures = run.record, by_step(run)
+    rows = [
+        ("device", f"{record.device}, torch {record.versions.get('torch', '?')}"),
+        ("target", record.target + (f" with model {record.model}" if record.model else "")),
+        *(("" if f.step is None else f"step {f.step}", _described(f)) for f in failures),
+        *_cause(run),
     ]
-    lines += [_row("" if f.step is None else f"step {f.step}", _described(f)) for f in failures]
+    invariants = ", ".join(dict.fromkeys(f.invariant for f in failures))
+    lines = screen.wrap(f"{record.cell} FAILED: {invariants}", _INDENT)
+    for label, value in rows:
+        lines += screen.wrap(f"  {label:<9} {value}", _INDENT)
     # a record from elsewhere has no test to run again
-    again = [_row("rerun", rerun, wrap=False)] if rerun else []
-    return "\n".join([*lines, *_cause(run), *again])
-
-
-def _not_evaluated(run: JudgedRun) -> str:
-    """Why the cell was not evaluated, as one sentence."""
-    reasons = [told(f) for f in run.verdict.not_evaluated if f.required] or ["nothing in it could be judged"]
-    return f"{run.record.cell} not evaluated: {'; '.join(reasons)}"
+    if rerun:
+        lines += _command(rerun, screen.width)
+    return "\n".join(lines)
 
 
 def _described(finding: Finding) -> str:
@@ -50,24 +48,26 @@ def _described(finding: Finding) -> str:
     return f"{finding.invariant}: {told(finding)}" + (f" [{', '.join(numbers)}]" if numbers else "")
 
 
-def _cause(run: JudgedRun) -> list[str]:
+def _cause(run: JudgedRun) -> list[tuple[str, str]]:
     found = diagnose(run)
     if not found:
         return []
     first, *others = found
-    lines = [_row("cause", f"{first.mechanism}: {first.summary}")]
-    lines += [_row("evidence", told(e)) for e in first.evidence]
-    lines += [_row("against", told(a)) for a in first.against]
-    lines.append(_row("cure", first.cure))
-    if others:
-        lines.append(_row("or else", ", ".join(d.mechanism for d in others)))
+    return [
+        ("cause", f"{first.mechanism}: {first.summary}"),
+        *(("evidence", told(e)) for e in first.evidence),
+        *(("against", told(a)) for a in first.against),
+        ("cure", first.cure),
+        *([("or else", ", ".join(d.mechanism for d in others))] if others else []),
+    ]
+
+
+def _command(command: str, width: int) -> list[str]:
+    """The command in lines that a shell joins again; no word of it is broken."""
+    lines = ["  rerun    "]
+    for word in _WORD.findall(command):
+        if len(f"{lines[-1]} {word} \\") > width and lines[-1].strip() != "rerun":
+            lines[-1] += " \\"
+            lines.append(_INDENT[:-1])
+        lines[-1] += f" {word}"
     return lines
-
-
-def _row(label: str, value: str, wrap: bool = True) -> str:
-    line = f"  {label:<9} {value}"
-    if not wrap:
-        return line
-    return textwrap.fill(
-        line, _WIDTH, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
-    )

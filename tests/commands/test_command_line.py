@@ -102,7 +102,7 @@ def test_judging_prints_the_table_and_the_cause(records: dict[str, Path], capsys
     main(["judge", *map(str, records.values())])
     out = capsys.readouterr().out
     assert "cause     learning_rate_zero" in out
-    assert "not evaluated -- needs 23.1 GiB of 15.8 GiB free" in out
+    assert "not evaluated: needs 23.1 GiB of 15.8 GiB free" in out
     assert "3 records: 1 passed, 1 failed, 1 not evaluated" in out
 
 

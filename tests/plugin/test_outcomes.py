@@ -46,12 +46,12 @@ def test_body_can_fail(pytester, engine):
 
 
 def test_failing_body_is_told_beside_the_verdict(pytester, engine):
-    """Where both fail, the verdict is told first, and the body's exception with it."""
+    """Where both fail, the verdict is told first, and the body's exception below it."""
     engine.make = canned.failing
     body(pytester, "raise ValueError('mine')")
     result = pytester.runpytest_inprocess()
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["fp32-b2x1 FAILED: *", "The test's own ValueError beside it: mine"])
+    result.stdout.fnmatch_lines(["fp32-b2x1 FAILED: *", "The test itself raised ValueError: mine"])
 
 
 def test_failed_verdict_wins_over_a_skip_in_the_body(pytester, engine):
@@ -109,7 +109,7 @@ def test_not_evaluated_skips_with_the_reason(pytester, engine, one_cell):
     engine.make = canned.not_run
     result = pytester.runpytest_inprocess("-rs")
     result.assert_outcomes(skipped=1)
-    result.stdout.fnmatch_lines(["SKIPPED*fp32-b2x1 not evaluated: the device lacks this"])
+    result.stdout.fnmatch_lines(["SKIPPED [[]1[]] test_it.py:3: fp32-b2x1 not evaluated: the device lacks this"])
 
 
 @pytest.mark.parametrize("option", ["--sftguard-strict", "--sftguard-require-gpu"])
@@ -294,7 +294,7 @@ def test_waived_invariant_fails_nothing(pytester, engine, one_cell):
     waived = "--sftguard-waive=raw_loss_finite,evidence_complete,log_honest"
     result = pytester.runpytest_inprocess(waived)
     result.assert_outcomes(passed=1)
-    result.stdout.fnmatch_lines(["raw_loss_finite: not evaluated -- waived by the user: loss is not finite*"])
+    result.stdout.fnmatch_lines(["raw_loss_finite not evaluated: waived by the user: loss is not finite*"])
 
 
 @pytest.mark.parametrize(("share", "outcome"), [("1.0", "failed"), ("0.5", "passed")])
@@ -308,7 +308,7 @@ def test_threshold_of_the_user(pytester, engine, one_cell, share, outcome):
 def test_threshold_that_there_is_not(pytester, engine, one_cell, clean):
     """A threshold's name that is none is told, with those that there are."""
     result = pytester.runpytest_inprocess('--sftguard-thresholds={"strict_answers.min_parsed": 1}')
-    clean(result, "there is no threshold 'strict_answers.min_parsed': choose from", lines=3)
+    clean(result, "there is no threshold 'strict_answers.min_parsed': choose from", lines=25)
 
 
 def test_required_gpu_that_was_there(pytester, engine, one_cell):

@@ -64,6 +64,7 @@ def folder(tmp_path_factory):
     (path / "mine.py").write_text(MINE)
     (path / "pytest.ini").write_text("[pytest]\npythonpath = .\n")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("SFTGUARD_", "PYTEST_"))}
+    environment["COLUMNS"] = "120"
     subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--junitxml=report.xml"], cwd=path, env=environment, capture_output=True
     )

@@ -113,9 +113,10 @@ def test_an_invariant_gets_its_reference(engine: stub.Engine, references: tuple[
     assert [message(f) for f in run.verdict.findings] == [given]
 
 
-def test_progress_is_that_of_the_cell(engine: stub.Engine) -> None:
-    """The bar that a test shows counts the cell's own steps, not those of its references."""
-    told: list[int] = []
-    make: Callable[[int], None] = told.append
-    Runs().compared(HALF, [], ("rerun", "resumed"), (), make, [HALF])
-    assert told == [1, 2, 3, 4]
+def test_progress_names_the_reference(engine: stub.Engine) -> None:
+    """What a test shows of its cell goes from the imports to the looks, and then on to the references by name."""
+    told: list[str] = []
+    make: Callable[[str], None] = told.append
+    Runs().compared(HALF, [], ("rerun",), (), make, [HALF])
+    own = ["importing torch", "building", "step 1/4", "step 2/4", "step 3/4", "looking at what was trained"]
+    assert told == [*own, *(f"rerun reference, {doing}" for doing in own)]
