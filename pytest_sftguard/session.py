@@ -162,6 +162,6 @@ def message(run: JudgedRun, rerun: str, screen: Screen, own: BaseException | Non
     """What the reports say of a run that did not pass, and of the exception that the test itself raised."""
     text = "\n\n".join(reports.call("message", run, rerun, screen))
     if own is not None:
-        said = ": ".join([type(own).__name__, *str(own).splitlines()[:1]])
-        text += "\n\n" + "\n".join(screen.wrap(f"The test itself raised {said}"))
+        raised = ": ".join([type(own).__name__, *str(own).splitlines()[:1]])
+        text += "\n\n" + "\n".join(screen.wrap(f"The test itself raised {raised}"))
     return text

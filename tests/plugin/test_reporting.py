@@ -61,7 +61,7 @@ def test_failure_is_printed_once(pytester, engine, one_cell, style):
     """However pytest prints tracebacks, the whole text of a failed cell stands in the output, once."""
     engine.make = canned.failing
     text = pytester.runpytest_inprocess(f"--tb={style}").stdout.str()
-    assert [text.count(said) for said in ("fp32-b2x1 FAILED: ", "  cause  ", "  rerun  ")] == [1, 1, 1]
+    assert [text.count(part) for part in ("fp32-b2x1 FAILED: ", "  cause  ", "  rerun  ")] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("style", ["auto", "no"])
@@ -216,7 +216,7 @@ def test_progress_leaves_nothing_behind(pytester, engine, one_cell, make):
 
 
 def test_progress_stays_in_its_line(pytester, engine, monkeypatch):
-    """Where the line is nearly full, what a cell is at is cut off at its end."""
+    """Where the line is nearly full, the end of what a cell is doing is left out."""
     monkeypatch.setenv("COLUMNS", "60")
     pytester.makeconftest(ON_A_TERMINAL)
     pytester.makepyfile(test_it=ONE_CELL)
@@ -343,7 +343,7 @@ def dropped(pytester, monkeypatch):
     monkeypatch.setattr(reports, "__path__", [*reports.__path__, str(pytester.path / "more")])
 
 
-@pytest.mark.parametrize("line", ["dropped: test_it.py::test_it fp32-b2x1", "dropped: again by pytest *"])
+@pytest.mark.parametrize("line", ["dropped: test_it.py::test_it* fp32-b2x1", "dropped: again by pytest *"])
 def test_new_report_is_printed(pytester, engine, one_cell, dropped, line):
     """A file that is dropped into the folder of reports prints, with no other file touched."""
     engine.make = canned.failing
