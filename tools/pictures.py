@@ -1,13 +1,14 @@
 """Pictures of the documentation, made from real runs: `python -m tools.pictures`.
 
-The terminal picture is README's own test, run in an empty folder on a terminal of 80 columns. The test passes, is then
-given a target that trains in float16 with eps 1e-8, as the founding bug did, and fails.
+Both show the README's own test in an empty folder, on a terminal of 80 columns: with the built-in target, which passes,
+and with a target that trains its adapter in float16, as in the bug that this project began with.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import os
 import pty
 import re
@@ -16,11 +17,17 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pyte
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = 80
+FOUNDING_BUG = "--sftguard-target=tests.targets.tiny:half_precision_adapters"
 RUNS = (
     ("docs/pictures/terminal.svg", ["-m", "gpu_stability"]),
-    ("docs/pictures/failure.svg", ["-m", "gpu_stability", "--sftguard-precision=fp16-true", "--sftguard-batch=4"]),
+    ("docs/pictures/failure.svg", [FOUNDING_BUG, "--sftguard-precision=fp16-true", "--sftguard-batch=4"]),
 )
 """Each picture, and the arguments of pytest in it."""
 
@@ -32,9 +39,10 @@ def readme_test() -> str:
     return found[1]
 
 
-def on_a_terminal(command: list[str], folder: Path) -> str:
+def on_a_terminal(command: list[str], folder: Path) -> bytes:
     """Run a command on a pseudo-terminal of 80 columns, and return what it wrote, colours included."""
     environment = os.environ | {"COLUMNS": str(COLUMNS), "TERM": "xterm-256color", "PYTHONPATH": str(ROOT)}
+    environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
     main, end = pty.openpty()
     process = subprocess.Popen(command, cwd=folder, env=environment, stdin=end, stdout=end, stderr=end)
     os.close(end)
@@ -47,28 +55,36 @@ def on_a_terminal(command: list[str], folder: Path) -> str:
         pass
     process.wait()
     os.close(main)
-    return written.getvalue().decode()
+    return written.getvalue()
 
 
-def last_states(text: str) -> str:
-    """Keep what is left of each line once everything that was written over it is gone."""
-    lines = []
-    for line in text.replace("\r\n", "\n").split("\n"):
-        *_, last = re.split(r"\r|\x1b\[2K", line)
-        lines.append(last)
-    return "\n".join(lines)
+def shown(written: bytes, rows: int = 400) -> Text:
+    """What a terminal shows in the end of all that was written to it, in its colours."""
+    screen = pyte.Screen(COLUMNS, rows)
+    pyte.ByteStream(screen).feed(written)
+    text = Text()
+    for number in range(screen.cursor.y + 1):
+        line = Text()
+        cells = (screen.buffer[number][column] for column in range(COLUMNS))
+        for (colour, bold), alike in itertools.groupby(cells, key=lambda cell: (cell.fg, cell.bold)):
+            known = None if colour == "default" else colour.replace("brown", "yellow")
+            line.append("".join(cell.data for cell in alike), Style(color=known, bold=bold))
+        line.rstrip()
+        text.append_text(line).append("\n")
+    return text
 
 
 def draw(arguments: list[str], path: Path) -> None:
     """Run pytest with `arguments` on the README's test, and write the picture of it."""
-    from rich.console import Console
-    from rich.text import Text
-
+    command = [sys.executable, "-m", "pytest", "-p", "pytest_sftguard.plugin", "-p", "no:cacheprovider", *arguments]
     with tempfile.TemporaryDirectory() as name:
-        (Path(name) / "test_training.py").write_text(readme_test(), encoding="utf-8")
-        text = on_a_terminal([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments], Path(name))
+        folder = Path(name) / "my-project"
+        folder.mkdir()
+        (folder / "test_training.py").write_text(readme_test(), encoding="utf-8")
+        text = shown(on_a_terminal(command, folder))
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
-    console.print(Text.from_ansi(f"$ pytest {' '.join(arguments)}\n{last_states(text).rstrip()}"), soft_wrap=True)
+    console.print(f"$ pytest {' '.join(arguments)}", highlight=False)
+    console.print(text, end="")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(console.export_svg(title="pytest-sftguard", unique_id=path.stem), encoding="utf-8")
     print(f"{path.relative_to(ROOT)}: {path.stat().st_size:,} bytes")
