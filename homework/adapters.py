@@ -120,7 +120,8 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         raise AdapterError(f"the adapter in {folder} is not finite: {len(bad)} tensors, for instance {bad[0]}")
     try:
         config = LoraConfig.from_pretrained(str(folder))
-        config.base_model_name_or_path = None  # the digest has said which base it is
+        # the digest has identified the base
+        config.base_model_name_or_path = None
         model = get_peft_model(base, config)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise AdapterError(f"cannot use {folder / CONFIG}: {first_line(error)}") from error

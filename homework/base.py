@@ -1,4 +1,4 @@
-"""The base model: the embedded one, one known by name, a folder, or a hub id; loaded whole or not at all."""
+"""The base model: the embedded one, one known by name, a folder, or a hub id; loaded completely or not at all."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ def name_of(model: str | None) -> str:
 def is_embedded(model: str | None) -> bool:
     """Say whether `model` is the one that ships with the app."""
     return model is None or (Path(model).is_dir() and Path(model).resolve() == EMBEDDED.resolve())
+
+
+def label_of(model: str | None) -> str:
+    """Return the name that an adapter's files give to its base; never the path of this checkout."""
+    return "homework/model" if is_embedded(model) else name_of(model)
 
 
 def _check_folder(name: str) -> None:
@@ -54,7 +59,8 @@ def load_tokenizer(model: str | None) -> PreTrainedTokenizerBase:
     _check_folder(name)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # from_pretrained raises many kinds for a folder that is broken
+    # from_pretrained raises errors of many types for a broken folder
+    except Exception as error:
         raise ModelError(f"cannot load the tokenizer of {_shown(name)}: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {name} has no end-of-sequence token")
@@ -76,7 +82,8 @@ def load_base(model: str | None, dtype: str = "float32") -> PreTrainedModel:
         loaded, report = AutoModelForCausalLM.from_pretrained(
             name, dtype=getattr(torch, dtype), output_loading_info=True, use_safetensors=True
         )
-    except Exception as error:  # from_pretrained raises many kinds for a folder that is broken
+    # from_pretrained raises errors of many types for a broken folder
+    except Exception as error:
         raise ModelError(f"cannot load the model {_shown(name)}: {first_line(error)}") from error
     absent = sorted(str(key) for key in report.get("missing_keys", ()))
     if absent:
@@ -97,6 +104,6 @@ def digest(model: PreTrainedModel) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its kind where it has none."""
+    """Return the first line of an error's message, or the name of its type where it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:200]

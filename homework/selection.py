@@ -1,15 +1,16 @@
-"""Which batch and precision a run gets, and why: pure functions of what was asked for and what the hardware is.
+"""Which batch and precision a run gets, and why.
 
-The order is command line, then environment, then automatic.
+The command line goes first, then the environment, then what the hardware allows. The `choose_` functions are pure.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 MICRO_BATCH_VARIABLE = "SFT_MICRO_BATCH_SIZE"
 ACCUMULATION_VARIABLE = "SFT_GRAD_ACCUM_STEPS"
@@ -19,7 +20,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 GB = 1024**3
 """Bytes in the GB of the table below."""
 MICRO_BATCH_BELOW = ((10 * GB, 2), (20 * GB, 4), (40 * GB, 8))
-"""(total GPU memory in bytes, micro-batch below it); from the last row on it is LARGEST_MICRO_BATCH."""
+"""(total GPU memory in bytes, micro-batch below it); above the last row it is LARGEST_MICRO_BATCH."""
 LARGEST_MICRO_BATCH = 16
 SMALLEST_MICRO_BATCH = 2
 MICRO_BATCH_WITHOUT_CUDA = 8
@@ -48,9 +49,9 @@ class Selection(Generic[T]):
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """What the selectors need to know of the machine; with several GPUs, of the least of them."""
+    """What the selectors need to know of the machine; with several GPUs, of the smallest."""
 
-    kind: str = "cpu"
+    device_type: str = "cpu"
     """`cuda` (ROCm too), `mps`, `xpu` or `cpu`."""
     name: str = ""
     """The device's own name."""
@@ -59,51 +60,37 @@ class Hardware:
     native_bf16: bool | None = None
     """Whether the GPU computes in bf16 natively; None where it could not be read."""
     bf16_reason: str = ""
-    """What says so, for instance `compute capability 7.5`."""
+    """The evidence, for instance `compute capability 7.5`."""
     native_fp16: bool = True
     """Whether the GPU computes in fp16 natively."""
     trouble: str = ""
-    """What went wrong in the query, if something did."""
+    """Messages of the queries that failed."""
 
 
 def read_positive(text: str | int, source: str) -> int:
-    """Return a whole number of at least 1. Raises SelectionError that names `source`."""
-    valid = f"{source} must be a whole number of 1 or more"
-    if isinstance(text, bool) or not isinstance(text, (str, int)):
-        raise SelectionError(f"{valid}, not {text!r}")
-    if isinstance(text, int):
-        number = text
-    else:
-        cleaned = text.strip()
-        if not cleaned.isascii() or not cleaned.removeprefix("+").isdigit() or len(cleaned) > 9:
-            raise SelectionError(f"{valid}, not {text!r}")
-        number = int(cleaned)
-    if number < 1:
-        raise SelectionError(f"{valid}, not {text!r}")
-    return number
+    """Return a whole number of at least 1, of at most nine digits. Raises SelectionError that names `source`."""
+    digits = str(text).strip()
+    if isinstance(text, bool) or not re.fullmatch(r"\+?[0-9]{1,9}", digits) or int(digits) < 1:
+        raise SelectionError(f"{source} must be a whole number of 1 or more, not {text!r}")
+    return int(digits)
 
 
 def read_precision(text: str, source: str) -> str:
     """Return one of PRECISIONS. Raises SelectionError that names `source`."""
-    if not isinstance(text, str) or text.strip().lower() not in PRECISIONS:
+    if text.strip().lower() not in PRECISIONS:
         raise SelectionError(f"{source} must be one of {', '.join(PRECISIONS)}, not {text!r}")
     return text.strip().lower()
 
 
-def asked_number(
-    given: str | int | None, flag: str, environment: Mapping[str, str], variable: str
-) -> Selection[int] | None:
+def _asked(given: str | int | None, flag: str, variable: str, read: Callable[[Any, str], T]) -> Selection[T] | None:
     """Return what the command line, else the environment, asks for; None where neither does."""
-    if given is not None:
-        return Selection(read_positive(given, flag), f"set by {flag}")
-    if variable in environment:
-        return Selection(read_positive(environment[variable], variable), f"set by {variable}")
-    return None
+    source, asked = (flag, given) if given is not None else (variable, os.environ.get(variable))
+    return None if asked is None else Selection(read(asked, source), f"set by {source}")
 
 
 def largest_micro_batch(hardware: Hardware) -> Selection[int]:
     """Return the micro-batch that the hardware's memory allows."""
-    if hardware.kind != "cuda":
+    if hardware.device_type != "cuda":
         return Selection(MICRO_BATCH_WITHOUT_CUDA, _default_on(hardware))
     if not hardware.memory_bytes or hardware.memory_bytes < 0:
         why = (hardware.trouble if hardware.memory_bytes is None else "") or "it reports no memory"
@@ -116,16 +103,16 @@ def largest_micro_batch(hardware: Hardware) -> Selection[int]:
 
 
 def nearest_multiple(target: int, step: int) -> int:
-    """Return how many `step` come nearest to `target`, at least one; the larger of two that are as near."""
+    """Return the n of at least 1 for which n * `step` is nearest to `target`; of two that are as near, the larger."""
     return max(1, (2 * target + step) // (2 * step))
 
 
 def choose_batch(
     target: int, hardware: Hardware | None, micro_batch: Selection[int] | None, accumulation: Selection[int] | None
 ) -> tuple[Selection[int], Selection[int]]:
-    """Return the per-device batch and the accumulation steps whose product is as near `target` as can be.
+    """Return the per-device batch and the accumulation steps whose product is nearest to `target`.
 
-    A choice that was asked for is kept as it is. `hardware` may be None where `micro_batch` was asked for. An automatic
+    A number that was asked for is kept. `hardware` may be None where `micro_batch` was asked for. An automatic
     micro-batch is never above the target, and their product never overshoots by a full micro-batch.
     """
     if micro_batch is None:
@@ -152,7 +139,7 @@ def choose_precision(hardware: Hardware | None, asked: Selection[str] | None) ->
         return asked
     if hardware is None:
         raise SelectionError("an automatic precision needs the hardware")
-    if hardware.kind != "cuda":
+    if hardware.device_type != "cuda":
         return Selection("fp32", _default_on(hardware))
     if hardware.native_bf16 is None:
         why = hardware.trouble or "the query gave nothing"
@@ -166,40 +153,63 @@ def choose_precision(hardware: Hardware | None, asked: Selection[str] | None) ->
 
 def _default_on(hardware: Hardware) -> str:
     why = f", since the GPU could not be asked ({hardware.trouble})" if hardware.trouble else ""
-    return f"the default on {hardware.kind.upper()}{why}"
+    return f"the default on {hardware.device_type.upper()}{why}"
 
 
-def asked_precision(given: str | None, environment: Mapping[str, str]) -> Selection[str] | None:
-    """Return what the command line, else the environment, asks for; None where neither does."""
-    if given is not None:
-        return Selection(read_precision(given, "--precision"), "set by --precision")
-    if PRECISION_VARIABLE in environment:
-        named = read_precision(environment[PRECISION_VARIABLE], PRECISION_VARIABLE)
-        return Selection(named, f"set by {PRECISION_VARIABLE}")
-    return None
+def asked_precision(given: str | None = None) -> Selection[str] | None:
+    """Return what --precision, else SFT_PRECISION, asks for; None where neither does. Raises SelectionError."""
+    return _asked(given, "--precision", PRECISION_VARIABLE, read_precision)
+
+
+def select_batch(
+    target: int, micro_batch: int | str | None, accumulation: int | str | None, hardware: Hardware | None = None
+) -> tuple[Selection[int], Selection[int]]:
+    """Return `choose_batch` of the numbers given, then of the environment's; queries the hardware where needed.
+
+    Raises SelectionError for a value that is no whole number of 1 or more.
+    """
+    target = read_positive(target, "target_batch_size")
+    asked_micro = _asked(micro_batch, "--micro-batch", MICRO_BATCH_VARIABLE, read_positive)
+    asked_steps = _asked(accumulation, "--grad-accum", ACCUMULATION_VARIABLE, read_positive)
+    if asked_micro is None and hardware is None:
+        hardware = query_hardware()
+    return choose_batch(target, hardware, asked_micro, asked_steps)
+
+
+def select_precision(asked: Selection[str] | None, hardware: Hardware) -> Selection[str]:
+    """Return `choose_precision`. Raises SelectionError for fp16 on a CPU."""
+    precision = choose_precision(hardware, asked)
+    if precision.value == "fp16" and hardware.device_type == "cpu":
+        raise SelectionError(
+            f"fp16 ({precision.reason}) needs a GPU: on a CPU the Trainer would silently train in fp32; "
+            "use fp32 or bf16"
+        )
+    return precision
 
 
 def query_hardware() -> Hardware:
-    """Ask torch what is there. A query that raises is told in `trouble` and never ends the run."""
+    """Query the hardware through torch. A query that raises is noted in `trouble` and never ends the run."""
     import torch
 
     try:
         if not torch.cuda.is_available():
             mps = torch.backends.mps.is_available()
-            return Hardware(kind="mps" if mps else "xpu" if torch.xpu.is_available() else "cpu")
-    except Exception as error:  # a broken driver may raise anything, and the run can still go on
-        return Hardware(kind="cpu", trouble=_words(error))
+            return Hardware(device_type="mps" if mps else "xpu" if torch.xpu.is_available() else "cpu")
+    # a broken driver may raise anything, and the run can still go on
+    except Exception as error:
+        return Hardware(device_type="cpu", trouble=_words(error))
     trouble: list[str] = []
     count = _or_trouble(torch.cuda.device_count, trouble)
     if count is None:
-        return Hardware(kind="cuda", trouble=trouble[0])
-    devices = range(count or 1)  # a count of 0 where CUDA is available is a driver's slip: the first device is asked
+        return Hardware(device_type="cuda", trouble=trouble[0])
+    # a driver that counts no device although CUDA is available is wrong: the first device is queried
+    devices = range(count or 1)
     read = [_or_trouble(partial(_name_and_memory, index), trouble) for index in devices]
     native = [_or_trouble(partial(_native, index), trouble) for index in devices]
     least = None if None in read else min(memory for _, memory in filter(None, read))
     worst = None if None in native else min(filter(None, native))
     return Hardware(
-        kind="cuda",
+        device_type="cuda",
         name=next((name for name, _ in filter(None, read) if name), ""),
         memory_bytes=least,
         native_bf16=worst[0] if worst else None,
@@ -217,10 +227,10 @@ def _name_and_memory(index: int) -> tuple[str, int]:
 
 
 def _native(index: int) -> tuple[bool, bool, str]:
-    """Whether a device computes in bf16 and in fp16, and what says so.
+    """Return whether a device computes natively in bf16 and in fp16, and the evidence.
 
     `torch.cuda.is_bf16_supported()` is true on a T4, which emulates bf16, so on CUDA the capability decides. On ROCm it
-    is true whatever the device, also without emulation, so an architecture that is known to lack bf16 decides.
+    is true for every device, even without emulation, so a list of architectures that lack bf16 decides.
     """
     import torch
 
@@ -236,7 +246,8 @@ def _native(index: int) -> tuple[bool, bool, str]:
 def _or_trouble(query: Callable[[], T], trouble: list[str]) -> T | None:
     try:
         return query()
-    except Exception as error:  # as above
+    # a broken driver may raise anything, and the run can still go on
+    except Exception as error:
         trouble.append(_words(error))
         return None
 

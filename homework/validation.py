@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .task.answers import Parsed, is_right, read_answer
+from .task.answers import Parsed, Unparsed, is_right, read_answer
 from .task.data import prompt_of
 
 if TYPE_CHECKING:
@@ -16,32 +16,49 @@ BATCH = 100
 MAX_NEW_TOKENS = 24
 
 
+class Answer(NamedTuple):
+    """A question and what a model answered."""
+
+    question: str
+    text: str
+    """The completion, with the prefix that it was given."""
+    found: Parsed | Unparsed
+    """The number of the text, or why it has none."""
+    expected: float
+
+    @property
+    def right(self) -> bool:
+        """Whether a number was read, and is within 5 % of the expected one."""
+        return is_right(self.found, self.expected)
+
+
 @dataclass(frozen=True)
 class Score:
     """The outcome of a validation."""
 
-    accuracy: float
-    """Share of all questions answered within 5 % of the expected number."""
-    answer_rate: float
-    """Share of all questions answered in the asked format, right or wrong."""
-    questions: int
-    """How many questions there were."""
+    answers: Sequence[Answer]
+    """One for each question, in their order."""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of all questions that were answered right."""
+        return sum(answer.right for answer in self.answers) / len(self.answers)
+
+    @property
+    def answer_rate(self) -> float:
+        """Share of all questions that were answered in the asked format, right or wrong."""
+        return sum(isinstance(answer.found, Parsed) for answer in self.answers) / len(self.answers)
 
     def __str__(self) -> str:
-        return f"accuracy={self.accuracy:.3f} answer_rate={self.answer_rate:.3f}"
+        return f"accuracy={self.accuracy:.3f} answer_rate={self.answer_rate:.3f} on {len(self.answers)} questions"
 
 
-def answer(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    label: str = "answering",
-    quiet: bool = False,
+def completions(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, label: str = "answering"
 ) -> list[str]:
-    """Return the greedy completion of each prompt, in the order given; batched, padded on the left.
+    """Return the greedy completion of each prompt, in their order; batched, padded on the left.
 
-    The special tokens are left out of the texts. A progress bar with `label` stands on stderr unless `quiet`.
+    The special tokens are left out of the texts. On a terminal, stderr shows a progress bar named `label`.
     """
     import torch
     from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
@@ -51,7 +68,7 @@ def answer(
     texts = [""] * len(prompts)
     was_training = model.training
     model.eval()
-    progress = tqdm(total=len(prompts), desc=label, unit="question", disable=quiet, leave=False)
+    progress = tqdm(total=len(prompts), desc=label, unit="question", disable=None, leave=False)
     with torch.inference_mode(), progress as bar:
         for start in range(0, len(order), BATCH):
             chosen = order[start : start + BATCH]
@@ -78,12 +95,11 @@ def validate(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[tuple[str, float]],
     *,
+    prefix: str = "",
     label: str = "validating",
-    quiet: bool = False,
 ) -> Score:
-    """Ask every question with the plain prompt, tags not begun, and return the score."""
-    texts = answer(model, tokenizer, [prompt_of(question, tokenizer) for question, _ in rows], label=label, quiet=quiet)
-    answers = [read_answer(text) for text in texts]
-    right = sum(is_right(found, expected) for found, (_, expected) in zip(answers, rows, strict=True))
-    read = sum(isinstance(found, Parsed) for found in answers)
-    return Score(accuracy=right / len(rows), answer_rate=read / len(rows), questions=len(rows))
+    """Ask every question of `rows`, each answer begun with `prefix`, and return the score."""
+    prompts = [prompt_of(question, tokenizer) + prefix for question, _ in rows]
+    texts = [prefix + text for text in completions(model, tokenizer, prompts, label=label)]
+    asked = zip(rows, texts, strict=True)
+    return Score([Answer(question, text, read_answer(text), expected) for (question, expected), text in asked])

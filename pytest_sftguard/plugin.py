@@ -1,9 +1,12 @@
-"""The pytest plugin: hooks and fixtures that hand over. Nothing here imports torch before a marked test runs."""
+"""The pytest plugin: hooks and fixtures that hand over. Nothing imports torch before a marked test runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
-from typing import TYPE_CHECKING, Any
+import contextlib
+import itertools
+import sys
+from collections.abc import Callable, Generator, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
@@ -11,7 +14,9 @@ if TYPE_CHECKING:
     from pytest_sftguard.hardware import HardwareProfile
     from pytest_sftguard.loops import LoopTest
     from pytest_sftguard.matrix import Cell
+    from pytest_sftguard.reports._lines import Screen
     from pytest_sftguard.session import CellTest, Runs
+    from pytest_sftguard.settings import Settings
     from pytest_sftguard.verdicts import JudgedRun
 
 MARKER = "gpu_stability"
@@ -20,10 +25,20 @@ RUN = pytest.StashKey["JudgedRun"]()
 LOOP = pytest.StashKey["LoopTest"]()
 RUNS = pytest.StashKey["Runs"]()
 PACKED = pytest.StashKey[list[dict[str, Any]]]()
+SCREEN: pytest.StashKey[Screen] = pytest.StashKey()
+
+
+# what pytest.fail raises, which mypy sees as a value
+class NotPassedError(pytest.fail.Exception):  # type: ignore[misc,name-defined]
+    """Why a test did not pass. Pytest prints all of it among the failures, and `headline` in its short summary."""
+
+    def __init__(self, text: str, headline: str) -> None:
+        super().__init__(text, pytrace=False)
+        self.headline = headline
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Register the table of settings."""
+    """Register the settings."""
     from pytest_sftguard import settings
 
     settings.add_options(parser)
@@ -32,7 +47,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker, and refuse settings that no test could use."""
     from pytest_sftguard import settings
+    from pytest_sftguard.reports._lines import Screen
 
+    # made now, as there is no terminal to ask while pytest captures what a test writes
+    config.stash[SCREEN] = Screen()
     config.stash[PACKED] = []
     config.pluginmanager.register(_Reports(config.stash[PACKED]), "sftguard-reports")
     config.addinivalue_line("markers", settings.marker_line(MARKER))
@@ -43,7 +61,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Make one test of each cell."""
+    """Make one test for each cell."""
     marker = metafunc.definition.get_closest_marker(MARKER)
     if marker is None:
         return
@@ -53,10 +71,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     where = metafunc.definition.nodeid
     if "_sft_test" not in metafunc.fixturenames:
         raise pytest.Collector.CollectError(
-            f"{where} is marked {MARKER} and trains nothing: it takes neither sft_run nor sft_cell. "
+            f"{where} is marked {MARKER} and trains nothing, as it takes neither sft_run nor sft_cell. "
             f"Write `def {metafunc.function.__name__}(sft_run):`"
         )
-    markers = list(metafunc.definition.iter_markers(MARKER))  # the closest first
+    # the closest first
+    markers = list(metafunc.definition.iter_markers(MARKER))
     positional = tuple(arg for m in markers for arg in m.args)
     if positional:
         raise pytest.Collector.CollectError(
@@ -67,20 +86,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         resolved = settings.resolve(metafunc.config, keywords, where)
         configs = resolved.configs()
     except settings.SettingError as error:
-        message = str(error) if str(error).startswith(where) or "--sftguard" in str(error) else f"{where}: {error}"
-        raise pytest.Collector.CollectError(message) from None
-    tests = [
-        CellTest(
-            config=c,
-            invariants=resolved.invariants,
-            thresholds=resolved.thresholds,
-            references=resolved.references,
-            waived=resolved.waive,
-            strict=resolved.strict or resolved.require_gpu,
-            folder=metafunc.config.rootpath / resolved.dir,
-        )
-        for c in configs
-    ]
+        raise pytest.Collector.CollectError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
+    tests = [CellTest(config, resolved, metafunc.config.rootpath / resolved.dir) for config in configs]
     metafunc.parametrize("_sft_test", tests, ids=map(str, tests), indirect=True)
 
 
@@ -89,7 +96,7 @@ def _sft_test(request: pytest.FixtureRequest) -> CellTest:
     """What the marked test asks for in this cell."""
     test: CellTest | None = getattr(request, "param", None)
     if test is None:
-        pytest.fail(f"sft_run and sft_cell need a test that is marked @pytest.mark.{MARKER}", pytrace=False)
+        _fail(request.config, f"sft_run and sft_cell need a test that is marked @pytest.mark.{MARKER}")
     return test
 
 
@@ -106,38 +113,28 @@ def sft_run(request: pytest.FixtureRequest, sft_cell: Cell, _sft_test: CellTest)
     The verdict needs no assertion: a cell that failed fails the test when its body is done, and one that could not be
     evaluated skips it with the reason (with --sftguard-strict or --sftguard-require-gpu it fails).
     """
-    from pytest_sftguard.reports.failure import not_evaluated
-    from pytest_sftguard.session import CannotRunError
-    from pytest_sftguard.verdicts import Outcome
-
-    node, cannot = request.node, ""
-    try:
-        session = [t.config for item in request.session.items if (t := _cell_test(item)) is not None]
-        run = _runs(request.config).judged(_sft_test, node.nodeid, _progress(request.config, _sft_test), session)
-    except CannotRunError as error:
-        cannot = str(error)
-    if cannot:  # not inside of `except`, where pytest would print the causes and the message again for each
-        pytest.fail(cannot, pytrace=False)
-    node.stash[RUN] = run
-    node.user_properties.extend(_properties(run))
-    if run.verdict.outcome is Outcome.NOT_EVALUATED:
-        if _sft_test.strict:
-            pytest.fail(not_evaluated(run), pytrace=False)
-        pytest.skip(not_evaluated(run))
-    return run
+    config, node = request.config, request.node
+    session = [t.config for item in request.session.items if (t := _cell_test(item)) is not None]
+    with _progress(config, _sft_test) as progress:
+        run = _judged(node, lambda: _runs(config).judged(_sft_test, node.nodeid, progress, session))
+    return _passed_on(config, run, _sft_test.settings.fails_unevaluated)
 
 
 @pytest.fixture
 def sft_observer(request: pytest.FixtureRequest) -> Iterator[LoopTest]:
     """Call it with your model and optimizer (and `accelerator=`) to get an Observer of your own training loop.
 
-    What it saw is judged when the test's body is done, as the cells of `sft_run` are: no assertion is needed.
+    What it saw is judged when the test's body is done, as a cell of `sft_run` is: no assertion is needed.
     """
     from pytest_sftguard import settings
     from pytest_sftguard.loops import LoopTest
 
     node = request.node
-    test = node.stash[LOOP] = LoopTest(node.nodeid, lambda given: settings.resolve(request.config, given, node.nodeid))
+
+    def resolve(given: Mapping[str, Any]) -> Settings:
+        return settings.resolve(request.config, given, node.nodeid, "sft_observer")
+
+    test = node.stash[LOOP] = LoopTest(node.nodeid, resolve)
     yield test
     test.close()
 
@@ -148,8 +145,7 @@ def sft_device(request: pytest.FixtureRequest) -> HardwareProfile:
     from pytest_sftguard import settings
     from pytest_sftguard.engine.machine.profiles import choose_device, device_profile
 
-    resolved = settings.resolve(request.config)
-    device_type, unavailable = choose_device("cuda" if resolved.require_gpu else resolved.device)
+    device_type, unavailable = choose_device(settings.resolve(request.config).training_device)
     if unavailable:
         pytest.skip(unavailable)
     return device_profile(device_type)
@@ -157,7 +153,7 @@ def sft_device(request: pytest.FixtureRequest) -> HardwareProfile:
 
 @pytest.fixture
 def simulated_hardware() -> Iterator[Callable[[HardwareProfile | str], HardwareProfile]]:
-    """Call it with a profile, or a known device such as "T4": until the test ends, torch answers for that device.
+    """Call it with a profile, or a known device such as "T4", which torch then answers for until the test ends.
 
     A second call takes the place of the first. Under hypothesis, use the context manager of the same name in
     pytest_sftguard.engine.machine.simulate.
@@ -177,17 +173,15 @@ def simulated_hardware() -> Iterator[Callable[[HardwareProfile | str], HardwareP
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
-    """A cell whose verdict is FAILED is not skipped because another of its fixtures skips the test."""
+    """A cell whose verdict is FAILED fails, also where another of its fixtures skips the test."""
     try:
         return (yield)
     except pytest.skip.Exception as own:
         run = item.stash.get(RUN, None)
         if run is None or not run.verdict.failures:
             raise
-        from pytest_sftguard.session import failure_text
-
-        text = failure_text(run, _rerun(item), own)
-    pytest.fail(text, pytrace=False)
+        failed = _failed(item, run, own)
+    raise failed
 
 
 @pytest.hookimpl(wrapper=True)
@@ -201,16 +195,14 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
         raise
     except BaseException as error:
         own = error
-    if LOOP in item.stash:
-        _conclude_loop(item, own)
+    if (test := item.stash.get(LOOP, None)) is not None:
+        observed = _judged(item, lambda: test.run(item.config.rootpath))
+        if own is None:
+            _passed_on(item.config, observed, test.fails_unevaluated)
     run = item.stash.get(RUN, None)
-    if run is not None and run.verdict.failures:
-        from pytest_sftguard.session import failure_text
-
-        if LOOP in item.stash and isinstance(own, Exception):  # the traceback of the user's own loop comes first
-            item.add_report_section("call", "sftguard", failure_text(run, _rerun(item), None))
-            raise own
-        pytest.fail(failure_text(run, _rerun(item), own), pytrace=False)
+    # the traceback of the user's own loop is kept: the verdict stands below it
+    if run is not None and run.verdict.failures and not (test is not None and isinstance(own, Exception)):
+        raise _failed(item, run, own)
     if own is not None:
         raise own
     return result
@@ -220,33 +212,50 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Let the judged run travel with the report of the phase that decided the test."""
+    """Say where the test stands, and let the judged run travel with the report of the phase that decided the test."""
     report = yield
     run = item.stash.get(RUN, None)
+    error = call.excinfo.value if call.excinfo else None
+    if isinstance(error, NotPassedError):
+        crash = report.longrepr.reprcrash  # type: ignore[union-attr] # pytest's representation of any exception
+        crash.path, crash.lineno, crash.message = str(item.path), (item.location[1] or 0) + 1, error.headline
+    elif report.failed and report.when != "teardown" and run is not None and run.verdict.failures:
+        with contextlib.suppress(AttributeError):
+            report.longrepr.addsection("pytest-sftguard", str(_failed(item, run)))  # type: ignore[union-attr]
     if run is not None and (report.when == "call" or (report.when == "setup" and not report.passed)):
         from pytest_sftguard.session import pack
 
-        report.sftguard = pack(  # type: ignore[attr-defined] # pytest carries extra attributes between processes
-            run, item.nodeid.partition("[")[0], _rerun(item)
-        )
+        # pytest carries extra attributes between processes
+        report.sftguard = pack(run, item.nodeid, _rerun(item))  # type: ignore[attr-defined]
     return report
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print the section: a line for each cell, then each finding."""
-    packed = config.stash[PACKED]
-    if packed:
-        from pytest_sftguard.reports import terminal
+    """Print what the reports say of all cells."""
+    if config.stash[PACKED]:
+        import dataclasses
+
+        from pytest_sftguard import reports
         from pytest_sftguard.session import unpack
 
-        terminalreporter.section("pytest-sftguard: stability of LoRA fine-tuning")
-        for line in terminal.lines([unpack(p) for p in packed]):
-            terminalreporter.write_line(line)
+        # before pytest 9, `line` prints the headline alone; a failure that was expected is never printed
+        silent = config.option.tbstyle in (("no",) if pytest.version_tuple >= (9,) else ("no", "line"))
+        printed = terminalreporter.stats.get("failed") or terminalreporter.stats.get("error")
+        screen = dataclasses.replace(
+            config.stash[SCREEN],
+            details=config.get_verbosity() > 0,
+            elsewhere="" if silent else "FAILURES above" if printed else "run again with --runxfail",
+            paint=config.get_terminal_writer().markup,
+        )
+        terminalreporter.write_sep("=", "pytest-sftguard: stability of LoRA fine-tuning")
+        for lines in reports.call("section", [unpack(p) for p in config.stash[PACKED]], screen):
+            for line in lines:
+                terminalreporter.write_line(line)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """With --sftguard-require-gpu, a session in which nothing ran on a GPU has failed."""
+    """With --sftguard-require-gpu, a session in which nothing ran on a GPU fails."""
     from pytest_sftguard import settings
 
     config = session.config
@@ -261,39 +270,55 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 class _Reports:
-    """Keeps the judged runs of all reports, those that xdist's workers sent among them."""
+    """Collects the judged runs of all tests, also those that xdist's workers send."""
 
     def __init__(self, packed: list[dict[str, Any]]) -> None:
         self._packed = packed
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """A report has come in."""
+        """Keep the run that came with a test's report."""
         if hasattr(report, "sftguard"):
             self._packed.append(report.sftguard)
 
 
-def _conclude_loop(item: pytest.Item, own: BaseException | None) -> None:
-    """Judge what the test observed; one that observed nothing, or could not be evaluated, is no pass."""
-    from pytest_sftguard.reports.failure import not_evaluated
+def _judged(item: pytest.Item, judge: Callable[[], JudgedRun]) -> JudgedRun | str:
+    """The run that `judge` gives, kept for the reports; or the reason why there is none."""
+    from pytest_sftguard import reports
     from pytest_sftguard.session import CannotRunError
+
+    try:
+        run = item.stash[RUN] = judge()
+    except CannotRunError as error:
+        return str(error)
+    item.user_properties.extend(itertools.chain(*reports.call("properties", run)))
+    return run
+
+
+def _passed_on(config: pytest.Config, run: JudgedRun | str, fails_unevaluated: bool) -> JudgedRun:
+    """`run`, where it was evaluated. If not, the test is skipped; it fails if it must, or if there is no run."""
+    from pytest_sftguard.reports._lines import headline
     from pytest_sftguard.verdicts import Outcome
 
-    test, cannot, run = item.stash[LOOP], "", None
-    try:
-        run = test.run(item.config.rootpath)
-    except CannotRunError as error:
-        cannot = str(error)
-    if run is not None:
-        item.stash[RUN] = run
-        item.user_properties.extend(_properties(run))
-    if own is not None:
-        return
-    if run is None:
-        pytest.fail(cannot or "sft_observer was not called: nothing was observed", pytrace=False)
+    if isinstance(run, str):
+        _fail(config, run)
     if run.verdict.outcome is Outcome.NOT_EVALUATED:
-        if test.strict:
-            pytest.fail(not_evaluated(run), pytrace=False)
-        pytest.skip(not_evaluated(run))
+        if fails_unevaluated:
+            _fail(config, headline(run))
+        # in pytest's summary a skip stands with the line of the test, not with this one
+        raise pytest.skip.Exception(headline(run), _use_item_location=True)
+    return run
+
+
+def _fail(config: pytest.Config, why: str) -> NoReturn:
+    raise NotPassedError("\n".join(config.stash[SCREEN].wrap(why)), why)
+
+
+def _failed(item: pytest.Item, run: JudgedRun, own: BaseException | None = None) -> NotPassedError:
+    """The failure of `item`, whose run failed; `own` is what the test itself raised."""
+    from pytest_sftguard.reports._lines import headline
+    from pytest_sftguard.session import message
+
+    return NotPassedError(message(run, _rerun(item), item.config.stash[SCREEN], own), headline(run))
 
 
 def _runs(config: pytest.Config) -> Runs:
@@ -305,15 +330,9 @@ def _runs(config: pytest.Config) -> Runs:
 
 
 def _cell_test(item: pytest.Item) -> CellTest | None:
-    """What a marked test asks for; None for every other one."""
+    """What a marked test asks for; None for any other test."""
     parameters: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
     return parameters.get("_sft_test")
-
-
-def _properties(run: JudgedRun) -> list[tuple[str, str]]:
-    from pytest_sftguard.reports import junit
-
-    return junit.properties(run)
 
 
 def _rerun(item: pytest.Item) -> str:
@@ -327,18 +346,29 @@ def _rerun(item: pytest.Item) -> str:
     return " ".join(["pytest", f'"{item.nodeid}"', *given])
 
 
-def _progress(config: pytest.Config, test: CellTest) -> Callable[[int], None] | None:
-    """Shows the steps of a long cell on the terminal's current line, where there is a person to see it."""
+@contextlib.contextmanager
+def _progress(config: pytest.Config, test: CellTest) -> Iterator[Callable[[str], None]]:
+    """Shows what the cell is at on the terminal's current line, until the end; nothing where no person watches."""
     reporter = config.pluginmanager.getplugin("terminalreporter")
     capture = config.pluginmanager.getplugin("capturemanager")
-    if reporter is None or capture is None or hasattr(config, "workerinput") or not reporter.isatty:
-        return None
+    if reporter is None or capture is None or not capture.is_globally_capturing() or not reporter.isatty:
+        yield lambda doing: None
+        return
+    writer, drawn = config.get_terminal_writer(), 0
 
-    def show(step: int) -> None:
-        text = f" {test} step {step}/{test.config.steps} "
+    def show(doing: str) -> None:
+        nonlocal drawn
         with capture.global_and_fixture_disabled():
-            reporter.write(text + "\b" * len(text), flush=True)
-            if step == test.config.steps:
-                reporter.write(" " * len(text) + "\b" * len(text), flush=True)
+            # backspaces do not go back over the end of a line
+            room = max(writer.fullwidth - writer.width_of_current_line - 1, 0)
+            text = f" {test}: {doing}"[:room] if doing else ""
+            padded = text.ljust(drawn)
+            # not by pytest's writer, which would count it all as a part of the line
+            sys.stdout.write(padded + "\b" * len(padded))
+            sys.stdout.flush()
+        drawn = len(text)
 
-    return show
+    try:
+        yield show
+    finally:
+        show("")

@@ -52,10 +52,11 @@ class _Formatter(string.Formatter):
             return f"{value} {_plural(format_spec[2:]) if value != 1 else format_spec[2:]}"
         if isinstance(value, (list, tuple)):
             return ", ".join(map(str, value))
-        try:
-            return format(value, format_spec)
-        except (ValueError, TypeError):
-            return str(value)
+        # a number that is not finite is a string after its way through JSON, and is formatted as the number
+        for convert in (lambda x: x, float):
+            with contextlib.suppress(ValueError, TypeError):
+                return format(convert(value), format_spec)
+        return str(value)
 
 
 _FORMATTER = _Formatter()

@@ -17,7 +17,7 @@ def parse_bytes(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     unit = match[2].lower() or "b" if match else ""
     if match is None or unit not in _UNITS:
-        raise ValueError(f"{text!r} is not a memory size: write a number and B, KiB, MiB, GiB, TiB, KB, MB or GB")
+        raise ValueError("give a size of memory: a number and B, KiB, MiB, GiB, TiB, KB, MB or GB")
     return int(float(match[1]) * _UNITS[unit])
 
 

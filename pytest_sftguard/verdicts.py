@@ -44,6 +44,10 @@ class General(Reason):
     """Reasons that any invariant may have."""
 
     NO_STEP = "no optimizer step was seen"
+    NO_GRADIENT = "no gradient was seen"
+    NO_OPTIMIZER = "no optimizer was seen"
+    NO_TRAINABLE = "the model has no trainable tensor"
+    OUT_OF_REACH = "the run broke off, and its trainable tensors were out of reach afterwards"
     NOT_ASKED = "not asked for: the look or reference `{name}`"
     INAPPLICABLE = "{why}"
     LOOK_BROKE = "the look `{name}` ended in {error}"
@@ -68,7 +72,7 @@ class Finding:
     message: str = ""
     """What was seen, as a sentence whose `{fields}` are the evidence. Only `rendering` reads it."""
     evidence: Mapping[str, Any] = field(default_factory=dict)
-    """What was seen, by name: numbers, texts, `Names` of tensors."""
+    """What was seen, by name: numbers, texts, tuples of them, `Names` of tensors."""
     step: int | None = None
     """Optimizer step at which it was seen first, from 1."""
     observed: float | None = None
@@ -97,16 +101,23 @@ class Finding:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Finding:
         """Read what `to_dict` wrote."""
-        evidence = {
-            k: Names(v["count"], tuple(v["first"])) if isinstance(v, dict) else v for k, v in data["evidence"].items()
-        }
-        observed = None if data["observed"] is None else float(data["observed"])
-        return cls(**{**data, "outcome": Outcome[data["outcome"]], "evidence": evidence, "observed": observed})
+        read = {name: _read(data[name]) for name in ("observed", "limit")}
+        read["evidence"] = {name: _read(value) for name, value in data["evidence"].items()}
+        return cls(**{**data, **read, "outcome": Outcome[data["outcome"]]})
 
     @property
     def doubts(self) -> bool:
         """Whether this keeps the cell from passing: it failed, or had to be evaluated and could not be."""
         return self.outcome is Outcome.FAILED or (self.outcome is Outcome.NOT_EVALUATED and self.required)
+
+
+def _read(value: Any) -> Any:
+    """A piece of evidence out of what `encode` made of it."""
+    if isinstance(value, dict):
+        return Names(value["count"], tuple(value["first"]))
+    if isinstance(value, list):
+        return tuple(map(_read, value))
+    return float(value) if value in ("nan", "inf", "-inf") else value
 
 
 class Checks(Protocol):
@@ -149,6 +160,11 @@ class Invariant:
         """A finding that the statement is false, for `reason`, with the evidence that its sentence names."""
         numbers = {"step": step, "observed": observed, "limit": limit, "required": self.required}
         return self._finding(Outcome.FAILED, reason, evidence, **numbers)
+
+    def forbid(self, reason: Reason, names: Names, **evidence: Any) -> Iterator[Finding]:
+        """A failure for `reason` that counts and names `names`; nothing where there are none, as it must be."""
+        if names:
+            yield self.failed(reason, observed=names.count, limit=0, names=names, **evidence)
 
     def not_evaluated(self, reason: Reason | str, *, required: bool | None = None, **evidence: Any) -> Finding:
         """A finding that the record holds nothing to decide by."""
@@ -237,7 +253,9 @@ def judge(
     all the same.
     """
     if record.not_run is not None:
-        return Verdict((_general("cell_ran", Outcome.NOT_EVALUATED, General.CELL_NOT_RUN, not_run=record.not_run),))
+        return Verdict(
+            (general_finding("cell_ran", Outcome.NOT_EVALUATED, General.CELL_NOT_RUN, not_run=record.not_run),)
+        )
     found = [f for invariant in invariants for f in _findings(invariant, record, references or {})]
     names = set(waived)
     return Verdict(tuple(_waived(f) if f.invariant in names and f.outcome is Outcome.FAILED else f for f in found))
@@ -247,7 +265,8 @@ def _waived(finding: Finding) -> Finding:
     return dataclasses.replace(finding, outcome=Outcome.NOT_EVALUATED, waived=True, required=False)
 
 
-def _general(invariant: str, outcome: Outcome, reason: General, **evidence: Any) -> Finding:
+def general_finding(invariant: str, outcome: Outcome, reason: General, **evidence: Any) -> Finding:
+    """A finding for a general `reason`, under the name of an invariant that is none of ours."""
     return Finding(invariant=invariant, outcome=outcome, reason=reason.code, message=reason.value, evidence=evidence)
 
 
@@ -263,7 +282,7 @@ def _findings(invariant: Checks, record: RunRecord, references: Mapping[str, Run
         raise
     # an outsider's invariant may raise anything, pytest's Skipped too; the others are judged all the same
     except BaseException as error:
-        return [*found, _general(name, Outcome.FAILED, General.BROKEN, error=f"{type(error).__name__}: {error}")]
+        return [*found, general_finding(name, Outcome.FAILED, General.BROKEN, error=f"{type(error).__name__}: {error}")]
     left_out = record.observed and any(getattr(record, field) is None for field in getattr(invariant, "asks_for", ()))
     if left_out:
         found = [f if f.outcome is Outcome.FAILED else dataclasses.replace(f, required=False) for f in found]

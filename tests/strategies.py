@@ -88,16 +88,16 @@ def gaps(data: Any, path: Path = ()) -> list[Path]:
 
 def put(data: Any, path: Path, value: Any) -> None:
     """Set the place at `path` of `data` to `value`."""
-    *way, last = path
-    for key in way:
+    *route, last = path
+    for key in route:
         data = data[key]
     data[last] = value
 
 
 def remove(data: Any, path: Path) -> None:
     """Take the place at `path` out of `data`: an element out of its list, a value to None."""
-    *way, last = path
-    for key in way:
+    *route, last = path
+    for key in route:
         data = data[key]
     if isinstance(data, list):
         del data[last]

@@ -1,17 +1,18 @@
 """Write `train.json` and `valid.json`: the same bytes for the same seed.
 
-    python -m homework.making.build_data [--output-dir homework] [--seed 20]
+    python -m homework.making.build_data [--output-dir homework/task] [--seed 20]
 
 pint gives the numbers. No (value, from-unit, to-unit), in canonical units, is in both files.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+
+import click
 
 from ..task.data import TRAIN_FILE
 from ..task.questions import ask
@@ -36,29 +37,22 @@ def rows(triples: Sequence[Triple], seed: int) -> list[tuple[str, float]]:
 
 
 def as_text(pairs_of_rows: Sequence[tuple[str, float]]) -> str:
-    """Return rows as JSON, one a line."""
+    """Return rows as JSON, one per line."""
     lines = ",\n".join(json.dumps([question, answer]) for question, answer in pairs_of_rows)
     return f"[\n{lines}\n]\n"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write both files and return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m homework.making.build_data",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--output-dir", type=Path, default=TRAIN_FILE.parent, help="folder to write into")
-    parser.add_argument("--seed", type=int, default=SEED, help=f"seed of the draw (default {SEED})")
-    options = parser.parse_args(argv)
-    train, valid = split(options.seed)
-    for name, triples, seed in (("train", train, options.seed + 1), ("valid", valid, options.seed + 2)):
-        path = options.output_dir / f"{name}.json"
-        path.write_text(as_text(rows(triples, seed)), encoding="utf-8", newline="\n")
-        print(f"{path}: {len(triples)} rows")
-    return 0
+@click.command(help=__doc__.partition("\n")[0])
+@click.option("--output-dir", type=Path, default=TRAIN_FILE.parent, help="folder to write into")
+@click.option("--seed", type=int, default=SEED, show_default=True, help="seed of the draw")
+def main(output_dir: Path, seed: int) -> None:
+    """Write both files."""
+    train, valid = split(seed)
+    for name, triples, its_seed in (("train", train, seed + 1), ("valid", valid, seed + 2)):
+        path = output_dir / f"{name}.json"
+        path.write_text(as_text(rows(triples, its_seed)), encoding="utf-8", newline="\n")
+        click.echo(f"{path}: {len(triples)} rows")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -2,17 +2,17 @@
 
     python -m homework.making.build_tokenizer [--output-dir homework/model]
 
-A word, with the space before it, is the only thing that merges, so the seam between a prompt and an answer never does.
-The byte alphabet makes every text come back as it went in.
+Only a word and the space before it merge, so no token spans the boundary of prompt and answer. The byte alphabet makes
+decoding lossless.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import click
 
 from ..base import EMBEDDED
 from ..task.questions import PHRASINGS
@@ -26,7 +26,7 @@ VOCABULARY = 832
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 WORD = r" ?[A-Za-z]+"
 CONTEXT = 128
-"""Longest sequence, in tokens, that the model is made for."""
+"""Longest sequence of the model, in tokens."""
 
 
 def corpus() -> list[str]:
@@ -74,21 +74,14 @@ def build() -> PreTrainedTokenizerFast:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write the tokenizer and return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m homework.making.build_tokenizer",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--output-dir", type=Path, default=EMBEDDED, help="folder to write into")
-    options = parser.parse_args(argv)
+@click.command(help=__doc__.partition("\n")[0])
+@click.option("--output-dir", type=Path, default=EMBEDDED, help="folder to write into")
+def main(output_dir: Path) -> None:
+    """Write the tokenizer."""
     tokenizer = build()
-    tokenizer.save_pretrained(options.output_dir)
-    print(f"{options.output_dir}: {len(tokenizer)} tokens")
-    return 0
+    tokenizer.save_pretrained(output_dir)
+    click.echo(f"{output_dir}: {len(tokenizer)} tokens")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -3,28 +3,29 @@
     python -m homework.making.pretrain [--output-dir homework/model] [--steps N] [--seed 7] [--threads 2]
 
 Statements are drawn from a seed (`homework/task/statements.py`): the number comes last, no statement is a question,
-none holds the answer tag, and none states a triple of the validation set. The last statements that training never saw,
-the 500 validation triples in plain statement form, are answered along the way to show how well the facts generalise.
+none holds the answer tag, and none states a triple of the validation set. From time to time the model completes the 500
+validation triples as plain statements, none of which it is trained on, which shows how well the facts generalise.
 The folder receives the weights, the tokenizer, the configuration, `pretrain.log` and `SHA256SUMS`.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
 import os
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
+
 from ..base import EMBEDDED
 from ..task.answers import is_right, read_number
-from ..task.statements import Speaker, Statement, probe
+from ..task.statements import Speaker, Statement, plain_statement
 from ..task.units import Triple, convert
 from .build_data import split
 from .build_tokenizer import CONTEXT, build
@@ -36,12 +37,12 @@ if TYPE_CHECKING:
 STEPS = 6_000
 BATCH = 128
 POOL = 32
-"""Batches drawn at a time and sorted by length, so that little is padded."""
+"""Batches that are drawn together and sorted by length, so that they need little padding."""
 SEED = 7
 KNOWN_WEIGHT = 0.05
 """Weight of the loss on the text before the number; the number itself has weight 1."""
 MATRIX_LEARNING_RATE = 4e-3
-"""For the weight matrices, which Muon updates; measured far ahead of AdamW on this task (see the README)."""
+"""For the weight matrices, which Muon updates; far better than AdamW on this task (see the README)."""
 OTHER_LEARNING_RATE = 2e-3
 """For embeddings and norms, which AdamW updates."""
 WARM_UP = 200
@@ -72,7 +73,7 @@ def new_model(vocabulary: int, pad: int, bos: int, eos: int) -> LlamaForCausalLM
 def batches(
     speaker: Speaker, tokenizer: PreTrainedTokenizerFast, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield token ids and loss weights, one statement a row, padded on the right; for ever."""
+    """Yield token ids and loss weights without end, one statement per row, padded on the right."""
     import torch
 
     order = random.Random(seed)
@@ -82,13 +83,13 @@ def batches(
         known = tokenizer([s.known for s in drawn])["input_ids"]
         told = tokenizer([s.told for s in drawn], add_special_tokens=False)["input_ids"]
         rows = sorted(zip(known, told, strict=True), key=lambda row: len(row[0]) + len(row[1]))
-        cuts = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
-        order.shuffle(cuts)
-        for cut in cuts:
-            width = max(len(a) + len(b) for a, b in cut) + 1
-            ids = torch.full((len(cut), width), pad)
-            weights = torch.zeros((len(cut), width))
-            for i, (a, b) in enumerate(cut):
+        chunks = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+        order.shuffle(chunks)
+        for chunk in chunks:
+            width = max(len(a) + len(b) for a, b in chunk) + 1
+            ids = torch.full((len(chunk), width), pad)
+            weights = torch.zeros((len(chunk), width))
+            for i, (a, b) in enumerate(chunk):
                 whole = [*a, *b, eos]
                 ids[i, : len(whole)] = torch.tensor(whole)
                 weights[i, : len(a)] = KNOWN_WEIGHT
@@ -99,12 +100,12 @@ def batches(
 def statement_accuracy(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, triples: Sequence[Triple], *, target_first: bool
 ) -> float:
-    """Return the share of triples whose plain statement the model ends within 5 % of pint's number."""
+    """Return the share of triples whose plain statement the model completes within 5 % of pint's number."""
     import torch
 
     groups: dict[int, list[tuple[Triple, list[int]]]] = {}
     for triple in triples:
-        ids = tokenizer(probe(triple, target_first=target_first))["input_ids"]
+        ids = tokenizer(plain_statement(triple, target_first=target_first))["input_ids"]
         groups.setdefault(len(ids), []).append((triple, ids))
     right = 0
     with torch.inference_mode():
@@ -118,22 +119,10 @@ def statement_accuracy(
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Return the factor on the learning rate: a short rise, then a cosine down to one hundredth."""
+    """Return the factor of the learning rate: linear warm-up, then a cosine down to one hundredth."""
     if step < WARM_UP:
         return (step + 1) / WARM_UP
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / max(1, steps - WARM_UP)))
-
-
-class Log:
-    """Prints lines and keeps them for `pretrain.log`."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def __call__(self, line: str) -> None:
-        """Print one line and keep it."""
-        print(line, flush=True)
-        self.lines.append(line)
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, lines: Sequence[str], folder: Path) -> str:
@@ -169,33 +158,37 @@ def new_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     return [muon, adamw]
 
 
-def train(options: argparse.Namespace, log: Log) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Train from a seed and return the model with its tokenizer."""
+@click.command(help=__doc__.partition("\n")[0])
+@click.option("--output-dir", type=Path, default=EMBEDDED, help="folder to write into")
+@click.option("--steps", type=click.IntRange(1), default=STEPS, show_default=True, help="optimizer steps")
+@click.option("--seed", type=int, default=SEED, show_default=True, help="seed of weights and statements")
+@click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="CPU threads")
+def main(output_dir: Path, steps: int, seed: int, threads: int) -> None:
+    """Train from a seed, and save at every evaluation."""
     import torch
     from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
-    torch.manual_seed(options.seed)
-    torch.set_num_threads(options.threads)
+    torch.manual_seed(seed)
+    torch.set_num_threads(threads)
     tokenizer = build()
     model = new_model(
         len(tokenizer),
         *tokenizer.convert_tokens_to_ids([tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token]),
     )
     unseen = split()[1]
-    log(
-        f"parameters {sum(p.numel() for p in model.parameters())}; vocabulary {len(tokenizer)}; steps {options.steps}; "
-        f"statements a step {BATCH}; seed {options.seed}; threads {options.threads}; excluded triples {len(unseen)}"
-    )
+    lines = [
+        f"parameters {sum(p.numel() for p in model.parameters())}; vocabulary {len(tokenizer)}; steps {steps}; "
+        f"statements a step {BATCH}; seed {seed}; threads {threads}; excluded triples {len(unseen)}"
+    ]
+    click.echo(lines[-1])
     optimizers = new_optimizers(model)
-    peaks = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in optimizers]
-    source = batches(Speaker(options.seed, unseen), tokenizer, options.seed)
+    factor = partial(learning_rate, steps=steps)
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
+    source = batches(Speaker(seed, unseen), tokenizer, seed)
     started = time.monotonic()
     recent = tokens = 0.0
-    for step in tqdm(range(options.steps), unit="step", mininterval=5, disable=None):
+    for step in tqdm(range(steps), unit="step", mininterval=5, disable=None):
         ids, weights = next(source)
-        for optimizer, rates in zip(optimizers, peaks, strict=True):
-            for group, peak in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = peak * learning_rate(step, options.steps)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = model(input_ids=ids, use_cache=False).logits
         losses = torch.nn.functional.cross_entropy(
@@ -205,47 +198,29 @@ def train(options: argparse.Namespace, log: Log) -> tuple[LlamaForCausalLM, PreT
         loss = (losses * weight).sum() / weight.sum()
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            scheduler.step()
         recent += float(loss.detach())
         tokens += ids.numel()
-        if (step + 1) % EVAL_EVERY and step + 1 < options.steps:
+        if (step + 1) % EVAL_EVERY and step + 1 < steps:
             continue
         model.eval()
         scores = [statement_accuracy(model, tokenizer, unseen, target_first=first) for first in (False, True)]
         model.train()
         took = time.monotonic() - started
-        log(
+        lines.append(
             f"step {step + 1:6d}  loss {recent / (step % EVAL_EVERY + 1):.4f}  unseen triples right: "
             f"source first {scores[0]:.3f}, target first {scores[1]:.3f}  {tokens / took:.0f} tokens/s  {took:.0f} s"
         )
+        click.echo(lines[-1])
         if not math.isfinite(recent):
             raise RuntimeError(f"the loss is not finite at step {step + 1}")
         recent = 0.0
-        save(model, tokenizer, log.lines, options.output_dir)
-    return model, tokenizer
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Pretrain, save, and return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m homework.making.pretrain",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--output-dir", type=Path, default=EMBEDDED, help="folder to write into")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps (default {STEPS})")
-    parser.add_argument("--seed", type=int, default=SEED, help=f"seed of weights and statements (default {SEED})")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
-    options = parser.parse_args(argv)
-    log = Log()
-    model, tokenizer = train(options, log)
-    total = save(model, tokenizer, log.lines, options.output_dir)
-    print(f"{options.output_dir}: model.safetensors sha256 {total}")
-    return 0
+        total = save(model, tokenizer, lines, output_dir)
+    click.echo(f"{output_dir}: model.safetensors sha256 {total}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

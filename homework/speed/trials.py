@@ -1,4 +1,4 @@
-"""Forward passes that try something out on a model before its training."""
+"""Forward passes that try something on a model before its training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @contextlib.contextmanager
 def trial(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; modes and random numbers are afterwards as they were before."""
+    """Switch to evaluation mode without gradients; restore modes and random state afterwards."""
     training = [(module, module.training) for module in model.modules()]
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices):

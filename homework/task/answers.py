@@ -1,6 +1,6 @@
 """The text of an answer: `<answer>NUMBER</answer>`, written with few significant digits and read strictly.
 
-A parser that is generous measures itself and not the model. This one matches the whole text or says why it did not.
+A lenient parser measures itself and not the model. This one matches the whole text or says why it did not.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ class Notation:
     """How a number is written."""
 
     digits: int
-    """Significant digits; zeros at their end are left out."""
+    """Significant digits; trailing zeros are left out."""
     plain: range
-    """Decimal exponents that are written out: 0 for 1 to below 10, -3 for 0.001; all others like `3.156e9`."""
+    """Decimal exponents of numbers without an `e`: 0 for 1 to below 10, -3 for 0.001; all others like `3.156e9`."""
 
 
 FOUR_DIGITS = Notation(digits=4, plain=range(-3, 6))
 """Plain from 0.001 to below 1e6."""
 TWO_DIGITS = Notation(digits=2, plain=range(0))
-"""Always with an exponent, like `9.7e3`: what the tolerance asks for, and no digit that a model would learn in vain."""
+"""Always with an exponent, like `9.7e3`: as many digits as the tolerance needs, and none to learn in vain."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Unparsed:
 
 
 def format_number(value: float, notation: Notation = FOUR_DIGITS) -> str:
-    """Return `value` in a notation; zero is `0` in each.
+    """Return `value` in a notation; zero is `0` in every one.
 
     Raises ValueError for a number that is not finite.
     """
@@ -103,5 +103,5 @@ def read_answer(text: str) -> Parsed | Unparsed:
 
 
 def is_right(answer: Parsed | Unparsed, expected: float, tolerance: float = RELATIVE_TOLERANCE) -> bool:
-    """Say whether an answer was read and lies within `tolerance` (a fraction) of `expected`."""
+    """Return whether an answer was read and lies within `tolerance` (a fraction) of `expected`."""
     return isinstance(answer, Parsed) and abs(answer.value - expected) <= tolerance * abs(expected)

@@ -1,6 +1,6 @@
-"""Questions in, token ids out: data files, the prompt, supervised rows, and padding.
+"""From questions to token ids: data files, the prompt, supervised rows, and padding.
 
-Training and inference build the prompt with the same function, so the model meets at inference what it was trained on.
+Training and inference build the prompt with the same function, so at inference the model sees what it was trained on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 TRAIN_FILE = HERE / "train.json"
 VALID_FILE = HERE / "valid.json"
 IGNORED = -100
-"""The label that the loss leaves out."""
+"""The label that the loss ignores."""
 
 
 class DataError(ValueError):
@@ -72,8 +72,8 @@ def _finite(number: int | float) -> bool:
 def prompt_of(question: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the prompt of a question: by the tokenizer's chat template where it has one, else question and new line.
 
-    The text is meant for `tokenizer(prompt)` with its special tokens. Where the template writes the BOS token and the
-    tokenizer adds one too, the template's is taken away, so that exactly one stands there.
+    The text is meant for `tokenizer(prompt)` with its special tokens. Where both template and tokenizer add a BOS
+    token, the template's is removed, so that there is exactly one.
     """
     if not getattr(tokenizer, "chat_template", None):
         return plain_prompt(question)
@@ -98,8 +98,8 @@ def encode_row(
 ) -> dict[str, list[int]]:
     """Return `input_ids`, `attention_mask` and `labels` of one row; only the answer and the end token are supervised.
 
-    Labels are not shifted; the model does that. Raises DataError where a token would span the seam between prompt and
-    answer, since the mask and the prompt at inference would then not fit what was trained.
+    Labels are not shifted; the model does that. Raises DataError where a token would span the boundary of prompt and
+    answer: at inference the prompt would then end in other tokens than in training.
     """
     prompt = prompt_of(question, tokenizer)
     given = list(tokenizer(prompt)["input_ids"])
@@ -129,7 +129,7 @@ class PadToLongest:
     """Collates rows on the right to the longest of the batch, and no further."""
 
     pad_token_id: int
-    """Fills `input_ids`; masked, and never a label."""
+    """What pads `input_ids`; masked, and never a label."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Return one batch of tensors."""

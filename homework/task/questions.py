@@ -36,7 +36,7 @@ PHRASINGS = (
     "In {t}, what is {v} {f}?",
     "Say {v} {f} in {t}.",
 )
-"""`{v}` is the value, `{f}` the unit it is given in, `{t}` the unit asked for."""
+"""`{v}` is the value, `{f}` the unit that it is given in, `{t}` the unit asked for."""
 
 
 def ask(triple: Triple, chance: random.Random) -> str:
@@ -75,7 +75,7 @@ def about(question: str, value: int) -> str:
     if match is None:
         raise ValueError(f"not a question of the app's: {question!r}")
     unit = next(s for s in spellings(canonical_names()[match["f"]]) if match["f"] in (s.one, s.many))
-    said = {match.span("v"): str(value), match.span("f"): unit.one if value == 1 else unit.many}
-    for (begin, end), text in sorted(said.items(), reverse=True):
+    inserted = {match.span("v"): str(value), match.span("f"): unit.one if value == 1 else unit.many}
+    for (begin, end), text in sorted(inserted.items(), reverse=True):
         question = question[:begin] + text + question[end:]
     return question

@@ -7,6 +7,7 @@ the app, none holds an answer tag, and none states a triple of the validation se
 from __future__ import annotations
 
 import random
+import string
 from collections.abc import Collection
 from dataclasses import dataclass
 from decimal import Decimal
@@ -14,79 +15,61 @@ from decimal import Decimal
 from .answers import format_number
 from .units import VALUES, Triple, factor, pairs, spellings
 
-SOURCE_FIRST = (
-    "{v} {f} in {t}",
-    "{v} {f} to {t}",
-    "{v} {f} into {t}",
-    "{v} {f} as {t}",
-    "{v} {f}, {t}",
-    "{v} {f} ; {t}",
-    "{v} {f} -> {t}",
-    "{v} {f} using {t}",
-    "{v} {f} written in {t}",
-    "{v} {f} expressed in {t}",
-    "from {v} {f} to {t}",
-    "{v} {f} stated as {t}",
-    "{v} {f} of it in {t}",
-    "{v} {f} and {t}",
-    "{v} {f} counted as {t}",
-    "{v} {f} which in {t}",
+
+def _parts(text: str, *, separator: str = " ") -> tuple[str, ...]:
+    return tuple(text.split(separator))
+
+
+SOURCE_FIRST = _parts(
+    "{v} {f} in {t} | {v} {f} to {t} | {v} {f} into {t} | {v} {f} as {t} | {v} {f}, {t} | {v} {f} ; {t} | "
+    "{v} {f} -> {t} | {v} {f} using {t} | {v} {f} written in {t} | {v} {f} expressed in {t} | from {v} {f} to {t} | "
+    "{v} {f} stated as {t} | {v} {f} of it in {t} | {v} {f} and {t} | {v} {f} counted as {t} | {v} {f} which in {t}",
+    separator=" | ",
 )
-TARGET_FIRST = (
-    "in {t}, {v} {f}",
-    "{t} in {v} {f}",
-    "the number of {t} in {v} {f}",
-    "the {t} from {v} {f}",
-    "{t} for {v} {f}",
-    "{t}: {v} {f}",
-    "{t} within {v} {f}",
-    "{t} ({v} {f})",
-    "{t} that {v} {f} hold",
-    "{t} <- {v} {f}",
-    "as {t} and from {v} {f}",
-    "{t} of the {v} {f}",
+TARGET_FIRST = _parts(
+    "in {t}, {v} {f} | {t} in {v} {f} | the number of {t} in {v} {f} | the {t} from {v} {f} | {t} for {v} {f} | "
+    "{t}: {v} {f} | {t} within {v} {f} | {t} ({v} {f}) | {t} that {v} {f} hold | {t} <- {v} {f} | "
+    "as {t} and from {v} {f} | {t} of the {v} {f}",
+    separator=" | ",
 )
-# fmt: off
-JOINS = (
-    " = ", "=", " is ", " are ", ": ", ":", " makes ", " gives ", " equals ", "\n", ".\n", ", ", " -> ",
-    ";\n", "!\n", " comes to ", ":\n", " or ", " \n", "|",
+JOINS = _parts(
+    " = ~=~ is ~ are ~: ~:~ makes ~ gives ~ equals ~\n~.\n~, ~ -> ~;\n~!\n~ comes to ~:\n~ or ~ \n~|", separator="~"
 )
 WRAPS = (
-    ("", ""), ("", "."), ("(", ")"), ("[", "]"), ("{", "}"), ("\"", "\""), ("'", "'"), ("*", "*"),
-    ("`", "`"), ("|", "|"), ("<", ">"), (">", "<"), ("", ";"), ("", "!"), ("#", "#"), ("$", "$"),
+    ("", ""),
+    ("", "."),
+    *zip("([{\"'*`|<>", ")]}\"'*`|><", strict=True),
+    ("", ";"),
+    ("", "!"),
+    ("#", "#"),
+    ("$", "$"),
 )
-LEADS = (
-    "", "", "", "Fact: ", "Note: ", "As we know, ", "By definition, ", "In short, ", "Here ", "Remember: ",
-    "- ", "* ", "1. ", "It is true that ", "The table says ", "answer: ", "(a) ",
+LEADS = _parts(
+    "~~~Fact: ~Note: ~As we know, ~By definition, ~In short, ~Here ~Remember: ~- ~* ~1. ~It is true that ~"
+    "The table says ~answer: ~(a) ",
+    separator="~",
 )
-FILLERS = (
-    "a", "about", "all", "amount", "an", "and", "any", "are", "at", "be", "by", "can", "change", "come",
-    "convert", "could", "do", "equal", "express", "find", "for", "from", "get", "give", "have", "how", "I",
-    "if", "is", "it", "know", "make", "many", "me", "measure", "measures", "much", "my", "need", "number",
-    "of", "on", "out", "please", "rewrite", "same", "say", "show", "so", "some", "something", "take",
-    "tell", "that", "the", "there", "this", "turn", "up", "use", "value", "want", "we", "what", "when",
-    "will", "with", "work", "would", "write", "you", "your", "answer", "result", "Please", "What", "How",
-    "Convert", "Can", "Could", "Tell", "Give", "Express", "If", "Do", "Say", "Work", "Rewrite", "In",
+FILLERS = _parts(
+    "a about all amount an and any are at be by can change come convert could do equal express find for from get give "
+    "have how I if is it know make many me measure measures much my need number of on out please rewrite same say show "
+    "so some something take tell that the there this turn up use value want we what when will with work would write "
+    "you your answer result Please What How Convert Can Could Tell Give Express If Do Say Work Rewrite In"
 )
-"""Ordinary words that stand in front of some statements, in random order, so that no word is wholly new later."""
+"""Ordinary words that precede some statements in random order, so that no word of the questions is new later."""
 
 MARKS = (
-    "a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m", "n", "o", "p", "q", "r", "s", "t", "u",
-    "v", "w", "x", "y", "z", "A", "B", "C", "D", "E", "F", "G", "H", "I", "J", "K", "L", "M", "N", "O", "P",
-    "Q", "R", "S", "T", "U", "V", "W", "X", "Y", "Z", "td", "num", "value", "result", "out", "li", "em",
-    "data", "code", "Please", "What", "How", "Convert", "Tell", "Give", "Say", "Work", "In", "from", "in",
-    "as", "the",
+    *string.ascii_letters,
+    *_parts("td num value result out li em data code Please What How Convert Tell Give Say Work In from in as the"),
 )
-"""Names of the mark-up that some numbers stand in; the tag of the app is not among them."""
-# fmt: on
+"""Names of the mark-up around some numbers; the tag of the app is not among them."""
 
 
 @dataclass(frozen=True)
 class Statement:
-    """One statement, cut where the number begins."""
+    """One statement, in two parts: before the number, and from the number on."""
 
     known: str
-    """The text up to the number; it ends at a character that no token crosses."""
+    """The text up to the number; no token spans its end."""
     told: str
     """The number and what closes it."""
 
@@ -101,7 +84,7 @@ class Speaker:
         self._told_by_inverse = frozenset((b, a, _digits(v * factor(a, b))) for v, a, b in self._excluded)
 
     def may_say(self, value: Decimal, from_unit: str, to_unit: str) -> bool:
-        """Say whether neither the statement nor its mirror holds an excluded triple."""
+        """Return whether neither the statement nor its mirror states an excluded triple."""
         if value == value.to_integral_value() and (int(value), from_unit, to_unit) in self._excluded:
             return False
         return (from_unit, to_unit, _digits(float(value))) not in self._told_by_inverse
@@ -111,12 +94,12 @@ class Speaker:
         chance = self._chance
         while True:
             a, b = chance.choice(self._pairs)
-            kind = chance.random()
-            if kind < 0.6:
+            draw = chance.random()
+            if draw < 0.6:
                 value = Decimal(chance.choice(VALUES))
-            elif kind < 0.75:
+            elif draw < 0.75:
                 value = Decimal(chance.randint(11, 99))
-            elif kind < 0.9:
+            elif draw < 0.9:
                 value = Decimal(chance.randint(11, 99)).scaleb(-1)
             else:
                 value = Decimal(chance.randint(2, 9)).scaleb(chance.choice((-1, 1, 2)))
@@ -162,8 +145,8 @@ def _plain(value: Decimal) -> str:
     return format(value, "f")
 
 
-def probe(triple: Triple, *, target_first: bool) -> str:
-    """Return the plain statement of a triple, up to where the number begins."""
+def plain_statement(triple: Triple, *, target_first: bool) -> str:
+    """Return the plain statement of a triple, up to the number."""
     value, a, b = triple
     source, target = spellings(a)[-1], spellings(b)[-1]
     given = f"{value} {source.one if value == 1 else source.many}"

@@ -1,8 +1,8 @@
 """The conversions of a training file as tables of ten values: a conversion is a proportion, so one row gives them all.
 
-`Say 6 mi in meters` with 9656.064 gives `Say 1 mi in meters` to `Say 10 mi in meters`. Where a validation asks such a
-row, in either direction, its tenfold stands for it (`Say 60 mi in meters`), so that the validation goes on asking what
-no row of the training says.
+`Say 6 mi in meters` with 9656.064 gives `Say 1 mi in meters` to `Say 10 mi in meters`. Where the validation asks for
+such a row, in either direction, its tenfold replaces it (`Say 60 mi in meters`), so that the training still contains no
+validation fact.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .questions import about, triple_of
 from .units import VALUES
 
 _DIGITS = 9
-"""Significant digits in which two values are one."""
+"""Values that agree in so many significant digits are equal."""
 _LARGEST_TENFOLD = 10**6
 
 Row = tuple[str, float]
@@ -24,8 +24,8 @@ Fact = tuple[str, str, str]
 def with_tables(rows: Sequence[Row], valid: Sequence[Row], times: int, seed: int) -> list[Row]:
     """Return the rows, and the table of each pair of units in them `times` times over; deterministic for a seed.
 
-    The wording of a row is drawn anew each time, among those that the file has for the pair. A question that is none
-    of the app's phrasings, or whose value is 0, has no table, and stands there once.
+    The wording of each row is drawn from those that the file has for the pair. A question in none of the app's
+    phrasings, or about the value 0, has no table.
     """
     chance = random.Random(seed)
     barred = {key for question, answer in valid for key in _facts(question, answer)}
@@ -46,7 +46,7 @@ def with_tables(rows: Sequence[Row], valid: Sequence[Row], times: int, seed: int
 
 
 def _told(value: int, source: str, target: str, barred: set[Fact]) -> int | None:
-    """The value, or the least of its tenfolds that the validation does not ask about."""
+    """Return the value, or the smallest of its tenfolds that the validation does not ask about."""
     while _key(value, source, target) in barred:
         value *= 10
         if value > _LARGEST_TENFOLD:
@@ -55,7 +55,7 @@ def _told(value: int, source: str, target: str, barred: set[Fact]) -> int | None
 
 
 def _facts(question: str, answer: float) -> set[Fact]:
-    """What a row says, in both directions."""
+    """Return the facts that a row states, in both directions."""
     triple = triple_of(question)
     if triple is None:
         return set()

@@ -1,4 +1,4 @@
-"""The one table of units: families, canonical pint names, and every spelling that may stand in a text.
+"""The table of units: families, canonical pint names, and every spelling that a text may use.
 
 Spellings of equal size share one canonical unit (`cc` is a millilitre), so that a triple
 (value, from-unit, to-unit) means the same in every spelling.
@@ -19,7 +19,7 @@ VALUES = range(1, 11)
 
 @dataclass(frozen=True)
 class Spelling:
-    """One way of writing a unit."""
+    """One spelling of a unit."""
 
     one: str
     """Written after the value 1."""
@@ -110,9 +110,9 @@ def canonical_names() -> dict[str, str]:
     """Return every spelling, singular and plural, with its canonical unit."""
     names: dict[str, str] = {}
     for units in FAMILIES.values():
-        for unit, ways in units.items():
-            for way in ways:
-                for text in (way.one, way.many):
+        for unit, known in units.items():
+            for spelling in known:
+                for text in (spelling.one, spelling.many):
                     if names.setdefault(text, unit) != unit:
                         raise ValueError(f"the spelling {text!r} stands for both {names[text]} and {unit}")
     return names

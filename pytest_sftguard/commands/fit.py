@@ -1,4 +1,4 @@
-"""`fit`: which micro-batches fit into memory, in which precision."""
+"""`fit`: says which micro-batches fit into memory, in which precision."""
 
 from __future__ import annotations
 
@@ -6,63 +6,78 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from pytest_sftguard import sizes
-from pytest_sftguard.commands.reading import MisuseError, batches, precisions, read, share, whole
+from pytest_sftguard.commands.reading import MisuseError, batches, read, whole
 from pytest_sftguard.precision import MODES, mode_named
-from pytest_sftguard.settings import BUILT_IN_TARGET
+from pytest_sftguard.settings import BUILT_IN_TARGET, precisions, share
 
 if TYPE_CHECKING:
     from pytest_sftguard.hardware import HardwareProfile
 
 MACHINE = ("auto", "cpu", "cuda")
-"""What `--device` calls this machine's own devices."""
+"""Values of `--device` that stand for this machine's own devices."""
 
 
 def add(commands: Any) -> None:
     """Add the subcommand to `commands`, argparse's subparsers."""
     command = commands.add_parser(
         "fit",
-        help="which micro-batches fit into memory, in which precision",
-        description="Predict the peak memory of the target's training at several micro-batches, without allocating it, "
-        "and print for each precision what fits and the largest micro-batch that does. The training itself is "
-        "rehearsed on tensors that have no memory; only the weights are loaded, into host memory.",
+        help="say which micro-batches fit into memory, in which precision",
+        description="Predict the peak memory of the target's training at several micro-batches, and print for each "
+        "precision which of them fit and the largest micro-batch that does. The training is rehearsed on tensors "
+        "without memory; only the weights are loaded, into host memory. Exit code 1 if nothing fits.",
         epilog="example: python -m pytest_sftguard fit --target homework.sft:build_trainer --memory 15.8GiB",
     )
     command.set_defaults(run=run)
-    command.add_argument(
-        "--target", default=BUILT_IN_TARGET, metavar="MODULE:FUNCTION",
+    option = command.add_argument
+    option(
+        "--target",
+        default=BUILT_IN_TARGET,
+        metavar="MODULE:FUNCTION",
         help="the function that builds the Trainer (default: a tiny built-in model)",
-    )  # fmt: skip
-    command.add_argument("--model", metavar="NAME", help="folder or hub id that the target loads (default: its own)")
-    command.add_argument(
-        "--device", default="auto", metavar="NAME",
-        help="auto (this machine's GPU or else CPU), cpu, cuda, or a known device such as T4 (default: auto)",
-    )  # fmt: skip
-    command.add_argument(
-        "--memory", type=read(sizes.parse_bytes), metavar="SIZE",
-        help="free memory to go by, such as 15.8GiB, in place of the device's; without --device, of a CUDA device",
-    )  # fmt: skip
-    command.add_argument(
-        "--precision", type=read(precisions), metavar="MODES", help=f"of {', '.join(MODES)} (default: all)"
     )
-    command.add_argument(
-        "--batch", type=read(batches), default=[1, 2, 4, 8, 16, 32], metavar="NUMBERS",
-        help="micro-batches to show (default: 1,2,4,8,16,32)",
-    )  # fmt: skip
-    command.add_argument(
-        "--accumulation", type=read(whole), default=2, metavar="N",
-        help="micro-batches per optimizer step: from the second on, gradients are there already (default: 2)",
-    )  # fmt: skip
-    command.add_argument(
-        "--limit", type=read(whole), default=1024, metavar="N", help="largest micro-batch to try (default: 1024)"
+    option("--model", metavar="NAME", help="folder or hub id that the target loads (default: its own)")
+    option(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="auto (this machine's GPU, or else CPU), cpu, cuda, or a known device such as T4 (default: %(default)s)",
     )
-    command.add_argument(
-        "--margin", type=read(share), default=sizes.DEFAULT_MARGIN, metavar="SHARE",
-        help=f"share of the memory to leave alone (default: {sizes.DEFAULT_MARGIN})",
-    )  # fmt: skip
-    command.add_argument(
-        "--first-batch", action="store_true",
+    option(
+        "--memory",
+        type=read(sizes.parse_bytes),
+        metavar="SIZE",
+        help="free memory, such as 15.8GiB, instead of the device's; without --device, of a CUDA device",
+    )
+    option("--precision", type=read(precisions), metavar="MODES", help=f"precision modes (default: {','.join(MODES)})")
+    option(
+        "--batch",
+        type=read(batches),
+        default="1,2,4,8,16,32",
+        metavar="NUMBERS",
+        help="micro-batches to show (default: %(default)s)",
+    )
+    option(
+        "--accumulation",
+        type=read(whole),
+        default=2,
+        metavar="N",
+        help="micro-batches per optimizer step; from the second on, gradients occupy memory (default: %(default)s)",
+    )
+    option(
+        "--limit", type=read(whole), default=1024, metavar="N", help="largest micro-batch to try (default: %(default)s)"
+    )
+    option(
+        "--margin",
+        type=read(share),
+        default=sizes.DEFAULT_MARGIN,
+        metavar="SHARE",
+        help="share of the memory to leave unused (default: %(default)s)",
+    )
+    option(
+        "--first-batch",
+        action="store_true",
         help="take the first batch that the Trainer draws, instead of the longest rows of the dataset",
-    )  # fmt: skip
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -83,10 +98,16 @@ def run(options: argparse.Namespace) -> int:
     whose = "given" if options.memory is not None else "free"
     print(f"{profile.name}: {sizes.format_bytes(free)} {whose}, margin {options.margin:.0%}; target {options.target}")
     question = fitting.Question(
-        target=options.target, model=options.model, profile=profile, free=free, margin=options.margin,
-        batches=tuple(options.batch), accumulation=options.accumulation, longest=not options.first_batch,
+        target=options.target,
+        model=options.model,
+        profile=profile,
+        free=free,
+        margin=options.margin,
+        batches=tuple(options.batch),
+        accumulation=options.accumulation,
+        longest=not options.first_batch,
         limit=options.limit,
-    )  # fmt: skip
+    )
     any_fits = False
     try:
         for name in options.precision or MODES:
@@ -99,26 +120,19 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _profile(options: argparse.Namespace) -> HardwareProfile:
-    """The device that is asked about: this machine's, or a known one by its name."""
+    """The device of `--device`: this machine's, or a known one by its name."""
     from pytest_sftguard import hardware
 
     if options.device not in MACHINE:
-        named = getattr(hardware, "device_named", None)
-        if named is None:
-            raise MisuseError(
-                f"--device {options.device!r}: this version knows no devices by name; "
-                f"choose from {', '.join(MACHINE)}, or give --memory alone"
-            )
         try:
-            found: HardwareProfile = named(options.device)
-        except (LookupError, ValueError) as error:
-            raise MisuseError(f"--device: {error.args[0] if error.args else error}") from None
-        return found
+            return hardware.device_named(options.device)
+        except ValueError as error:
+            raise MisuseError(f"--device: {error}, {', '.join(MACHINE)}") from None
     if options.memory is not None and options.device == "auto":
         return hardware.HardwareProfile(device_type="cuda", name="a CUDA device")
     from pytest_sftguard.engine.machine.profiles import choose_device, device_profile
 
-    kind, unavailable = choose_device(options.device)
+    device_type, unavailable = choose_device(options.device)
     if unavailable:
         raise MisuseError(f"--device {options.device}: {unavailable}")
-    return device_profile(kind)
+    return device_profile(device_type)

@@ -1,4 +1,4 @@
-"""`judge`: the verdict on records that were made elsewhere or earlier."""
+"""`judge`: judges records that were made elsewhere or earlier."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from pytest_sftguard import bundles, registry
-from pytest_sftguard.commands.reading import MisuseError, add_paths
+from pytest_sftguard.commands.reading import MisuseError, add_files, records
 
 
 def add(commands: Any) -> None:
@@ -14,37 +14,37 @@ def add(commands: Any) -> None:
     command = commands.add_parser(
         "judge",
         help="judge records that were made elsewhere or earlier",
-        description="Judge run records with the built-in invariants, siblings among them being references for each "
-        "other, and print the table, what failed and why. Exit code 1 if a record failed, or none passed; 2 if "
-        "something cannot be read.",
+        description="Judge records with the built-in invariants, and print the table, what failed and why. Records of "
+        "cells of the same training are compared with each other. Exit code 1 if a record failed, or if none passed; 2 "
+        "if a file cannot be read.",
     )
     command.set_defaults(run=run)
-    command.add_argument("--invariants", nargs="+", default=[], metavar="MODULE:CLASS", help="your own beside them")
-    command.add_argument("--waive", nargs="+", default=[], metavar="INVARIANT", help="invariants known not to hold")
-    command.add_argument("--strict", action="store_true", help="exit code 1 if a record could not be evaluated, too")
-    add_paths(command)
+    command.add_argument("--invariants", nargs="+", default=[], metavar="MODULE:CLASS", help="your own invariants")
+    command.add_argument("--waive", nargs="+", default=[], metavar="INVARIANT", help="those whose violation you accept")
+    command.add_argument("--strict", action="store_true", help="exit code 1 also if a record is not evaluated")
+    add_files(command)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Judge records again: print the table and what failed."""
+    """Judge the records, and print the table and what failed."""
+    from pytest_sftguard import reports
     from pytest_sftguard.invariants import load_invariants
-    from pytest_sftguard.reports import terminal
-    from pytest_sftguard.verdicts import JudgedRun
-    from pytest_sftguard.verdicts import judge as judge_record
+    from pytest_sftguard.reports._lines import Screen
+    from pytest_sftguard.verdicts import JudgedRun, judge
 
     try:
         invariants = load_invariants(options.invariants)
     except registry.NotFoundError as error:
         raise MisuseError(f"--invariants: {error}") from None
-    named = bundles.collect(options.paths)
+    found = bundles.collect(options.files)
     runs = []
-    for name, record in named:
-        references = bundles.references(record, [r for _, r in named])
-        verdict = judge_record(record, invariants, references, options.waive)
+    for name, record in found:
+        references = bundles.references(record, [r for _, r in found])
+        verdict = judge(record, invariants, references, options.waive)
         runs.append((name, JudgedRun(record, verdict, references), ""))
-    for line in terminal.lines(runs):
-        print(line)
+    for lines in reports.call("section", runs, Screen()):
+        print(*lines, sep="\n")
     failed = sum(bool(run.verdict.failures) for _, run, _ in runs)
     passed = sum(run.verdict.passed for _, run, _ in runs)
-    print(f"{len(runs)} records: {passed} passed, {failed} failed, {len(runs) - passed - failed} not evaluated")
+    print(f"{records(len(runs))}: {passed} passed, {failed} failed, {len(runs) - passed - failed} not evaluated")
     return 1 if failed or not passed or (options.strict and passed < len(runs)) else 0

@@ -3,63 +3,49 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from pytest_sftguard import sizes
-from pytest_sftguard.matrix import parse_batch
-from pytest_sftguard.precision import mode_named
+from pytest_sftguard import settings
+
+T = TypeVar("T")
+
+whole = settings.whole(1)
+"""A whole number, at least 1."""
 
 
 class MisuseError(Exception):
-    """Something that the user asked for and cannot have; the message says what is valid."""
+    """The user asked for something that cannot be had; the message says what is valid."""
 
 
-def read(reader: Any) -> Any:
-    """A reader of ours as argparse wants it, its message kept."""
+def read(reader: Callable[[str], T]) -> Callable[[str], T]:
+    """`reader` for argparse: its message is kept, and quotes the value."""
 
-    def read(text: str) -> Any:
+    def read(text: str) -> T:
         try:
             return reader(text)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {error}") from None
 
     return read
 
 
-def share(text: str) -> float:
-    """A share from 0 up to 1."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number < 1:
-        raise ValueError(f"{text!r} is no share: give a number from 0 up to 1, such as {sizes.DEFAULT_MARGIN}")
-    return number
-
-
-def whole(text: str) -> int:
-    """A whole number from 1 on."""
-    if not (text.isascii() and text.isdigit() and int(text) >= 1):
-        raise ValueError(f"{text!r} is no whole number from 1 on")
-    return int(text)
-
-
 def batches(text: str) -> list[int]:
     """Micro-batches, sorted."""
-    found = [parse_batch(item) for item in text.replace(",", " ").split()]
-    if not found or any(b.accumulation is not None for b in found):
-        raise ValueError(f"{text!r} is no list of micro-batches: write numbers such as 1,2,4,8")
+    found = settings.batches(text)
+    if any(b.accumulation is not None for b in found):
+        raise ValueError("write micro-batches as numbers such as 1,2,4,8")
     return sorted({b.per_device for b in found})
 
 
-def precisions(text: str) -> list[str]:
-    """Names of precision modes."""
-    return [mode_named(item).name for item in text.replace(",", " ").split()]
-
-
-def add_paths(command: argparse.ArgumentParser) -> None:
-    """Add the paths of records that a subcommand takes."""
+def add_files(command: argparse.ArgumentParser) -> None:
+    """Add the files of records that a subcommand takes."""
     command.add_argument(
-        "paths", type=Path, nargs="+", metavar="PATH", help="a record, a bundle, or a folder such as .sftguard"
+        "files", type=Path, nargs="+", metavar="PATH", help="a record, a bundle, or a folder such as .sftguard"
     )
+
+
+def records(number: int) -> str:
+    """So many records, in words."""
+    return f"{number} record{'s' * (number != 1)}"

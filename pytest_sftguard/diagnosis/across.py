@@ -1,43 +1,28 @@
-"""Causes that only another run of the same training shows: cuts, repeats, interruptions, replicas."""
+"""Causes that only another run of the same training shows: batch splits, repeats, interruptions, replicas."""
 
 from __future__ import annotations
 
-from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, sign
+from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, shown_by, sign
 from pytest_sftguard.diagnosis.mechanism import Mechanism
-from pytest_sftguard.rendering import message
+from pytest_sftguard.invariants import batch_split_equivalence, resume_equivalence
 
 
-def _cut(case: Case) -> list[Clue]:
-    found = [f for f in case.failed("batch_split_equivalence") if "where nothing predicts" not in message(f)]
+def _split(case: Case) -> list[Clue]:
+    unshifted = batch_split_equivalence.Reason.UNSHIFTED_LABELS
+    found = [f for f in case.failed("batch_split_equivalence") if not f.because(unshifted)]
     if not found:
         return []
-    clues = [sign(message(found[0])), sign("the rows of the step are the same, and the weights are")]
-    if case.lost is not None:
-        clues.append(against("the loss is not finite, whatever the cut"))
-    return clues
+    clues = [sign(found[0]), sign("the rows of the step are the same, and the weights are")]
+    return clues if case.lost is None else [*clues, against("the loss is not finite, whatever the batch split")]
 
 
 def _unshifted(case: Case) -> list[Clue]:
-    found = [f for f in case.failed("batch_split_equivalence") if "where nothing predicts" in message(f)]
-    return [decisive(message(found[0])), decisive("every cut of the batch has it alike")] if found else []
-
-
-def _replicas(case: Case) -> list[Clue]:
-    found = case.failed("replica_equivalence")
-    return [decisive(message(found[0]))] if found else []
+    found = case.failed(batch_split_equivalence.Reason.UNSHIFTED_LABELS)
+    return [decisive(found[0]), decisive("every split of the batch has it alike")] if found else []
 
 
 def _resumed(case: Case) -> list[Clue]:
-    found = case.failed("resume_equivalence")
-    if not found:
-        return []
-    scale = any("scale" in message(f) for f in found)
-    return [] if scale else [decisive(message(found[0]))]
-
-
-def _resumed_scale(case: Case) -> list[Clue]:
-    found = [f for f in case.failed("resume_equivalence") if "scale" in message(f)]
-    return [decisive(message(found[0]))] if found else []
+    return [] if case.failed(resume_equivalence.Reason.SCALE) else shown_by("resume_equivalence")(case)
 
 
 def _retried(case: Case) -> list[Clue]:
@@ -48,11 +33,6 @@ def _retried(case: Case) -> list[Clue]:
         sign(f"the Trainer counted {record.global_step} optimizer steps, and took {len(record.steps)}"),
         sign("the training began again with the weights of the attempt before"),
     ]
-
-
-def _not_repeatable(case: Case) -> list[Clue]:
-    found = case.failed("rerun_bit_equal")
-    return [sign(message(found[0]))] if found else []
 
 
 ACROSS: tuple[Mechanism, ...] = (
@@ -66,7 +46,7 @@ ACROSS: tuple[Mechanism, ...] = (
         "accumulation_mean_of_means",
         "the micro-batches' means are averaged, so that short ones weigh as much as long ones",
         "divide the sum over tokens by num_items_in_batch, the labels that count in the whole step",
-        _cut,
+        _split,
     ),
     Mechanism(
         "loss_divided_by_unshifted_labels",
@@ -78,13 +58,13 @@ ACROSS: tuple[Mechanism, ...] = (
         "replicas_average_means",
         "what the processes compute together is not what one computes of the same rows",
         "average over the tokens of all processes (average_tokens_across_devices=True), and scale by no rank count",
-        _replicas,
+        shown_by("replica_equivalence"),
     ),
     Mechanism(
         "resume_loses_scale",
         "the resumed run starts with another loss scale than the interrupted one had",
         "save and load scaler.pt with the checkpoint",
-        _resumed_scale,
+        shown_by(resume_equivalence.Reason.SCALE),
     ),
     Mechanism(
         "resume_loses_state",
@@ -96,7 +76,7 @@ ACROSS: tuple[Mechanism, ...] = (
         "not_repeatable",
         "the same training gives other numbers the second time",
         "look for generators without a seed, state kept between runs, and kernels that are not deterministic",
-        _not_repeatable,
+        shown_by("rerun_bit_equal", clue=sign),
     ),
 )
 """Causes that other runs show; of two that are worth the same, the earlier goes first."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from pytest_sftguard.records import RunRecord, StepRecord
-from pytest_sftguard.verdicts import Finding, Outcome, Reason, Verdict
+from pytest_sftguard.verdicts import Finding, Reason, Verdict
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,10 @@ class Case:
     references: Mapping[str, RunRecord]
     """The other runs that it was compared with."""
 
-    def failed(self, what: str | Reason) -> list[Finding]:
-        """Failed findings of the invariant with the name `what`, or those with the reason `what`."""
-        name = what if isinstance(what, str) else what.invariant
-        found = [f for f in self.verdict.of(name) if f.outcome is Outcome.FAILED]
-        return found if isinstance(what, str) else [f for f in found if f.because(what)]
+    def failed(self, *what: str | Reason) -> list[Finding]:
+        """Failed findings of an invariant, by its name, or with one of the reasons `what`."""
+        reasons = [w for w in what if isinstance(w, Reason)]
+        return [f for f in self.verdict.failures if f.invariant in what or f.because(*reasons)]
 
     def doubted(self, invariant: str) -> list[Finding]:
         """The findings of `invariant` that failed, or that could not be decided and had to be."""
@@ -89,3 +88,8 @@ class Case:
     def no_effect(self) -> bool:
         """Whether there were steps, and none of them changed a parameter."""
         return bool(self.record.steps) and not any(s.changed for s in self.record.steps)
+
+
+def shown_by(*what: str | Reason, clue: Callable[[Finding], Clue] = decisive) -> Callable[[Case], list[Clue]]:
+    """A mechanism's search for the first failure of an invariant, or with a reason, which is all that speaks for it."""
+    return lambda case: [clue(f) for f in case.failed(*what)[:1]]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
-from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, hint, sign
+from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, hint, shown_by, sign
 from pytest_sftguard.diagnosis.mechanism import Mechanism
-from pytest_sftguard.invariants import effective_steps
-from pytest_sftguard.rendering import message
+from pytest_sftguard.invariants import answers_beat_base, effective_steps, log_honest, lr_trace, norm_honest
+
+_OFF_SCHEDULE = (lr_trace.Reason.ELSEWHERE, lr_trace.Reason.OFF_SCHEDULE)
+"""A rate of another place of the schedule, or of none; one that is 0 or NaN says nothing of the schedule's pace."""
 
 
 def _no_learning_rate(case: Case) -> list[Clue]:
@@ -18,7 +20,7 @@ def _no_learning_rate(case: Case) -> list[Clue]:
     return [
         sign(f"{len(idle)} of {len(steps)} steps had the learning rate 0 and changed nothing"),
         *([sign("no parameter changed in the whole run")] if case.no_effect else []),
-        *([hint("the learning rate is not the schedule's")] if case.failed("lr_trace") else []),
+        *map(hint, case.failed("lr_trace")[:1]),
     ]
 
 
@@ -28,12 +30,8 @@ def _too_high(case: Case) -> list[Clue]:
     clues = []
     if len(finite) >= 2 and max(finite) > 2 * finite[0]:
         clues.append(sign(f"the raw loss rose from {finite[0]:.3g} to {max(finite):.3g}"))
-    one_batch = case.failed("one_batch_overfit")
-    if one_batch:
-        clues.append(sign(f"on one batch over and over: {message(one_batch[0])}"))
-    answers = case.failed("answers_beat_base")
-    if answers and any("alike" in message(f) or "same" in message(f) for f in answers):
-        clues.append(sign(message(answers[0])))
+    clues += shown_by("one_batch_overfit", clue=sign)(case)
+    clues += shown_by(answers_beat_base.Reason.COLLAPSED, clue=sign)(case)
     if clues and case.trainables_are("float16"):
         clues.append(against("the adapter is float16, which has its own way to infinity"))
     if clues and case.failed("supervision_audit"):
@@ -41,31 +39,23 @@ def _too_high(case: Case) -> list[Clue]:
     return clues
 
 
-def _schedule(case: Case) -> tuple[bool, list[str]]:
-    found = case.failed("lr_trace")
-    skipped = any(s.scale_fell for s in case.record.steps)
-    rate_zero = [f for f in found if "learning rate is 0" in message(f)]
-    return skipped, [message(f) for f in found if f not in rate_zero]
-
-
 def _too_fast(case: Case) -> list[Clue]:
-    skipped, messages = _schedule(case)
-    if not messages or skipped:
+    found = case.failed(*_OFF_SCHEDULE)
+    if not found or any(s.scale_fell for s in case.record.steps):
         return []
     return [
-        decisive(messages[0]),
+        decisive(found[0]),
         hint("no step was skipped that the schedule could have waited for"),
         *([against("weights or moments are not finite")] if case.poisoned else []),
     ]
 
 
 def _runs_at_skipped(case: Case) -> list[Clue]:
-    skipped, messages = _schedule(case)
-    if not messages or not skipped:
+    found = case.failed(*_OFF_SCHEDULE)
+    if not found or not any(s.scale_fell for s in case.record.steps):
         return []
-    fused = case.record.optimizer is not None and case.record.optimizer.fused
-    clues = [sign(messages[0]), hint("the loss scaler skipped steps, and the schedule did not wait")]
-    if fused:
+    clues = [sign(found[0]), hint("the loss scaler skipped steps, and the schedule did not wait")]
+    if case.record.optimizer is not None and case.record.optimizer.fused:
         clues.append(decisive("the optimizer is fused: accelerate reports no step as skipped (accelerate#4242)"))
     if case.poisoned:
         clues += [against("weights or moments are not finite"), against("what it did to the rate came after")]
@@ -80,7 +70,7 @@ def _no_step(case: Case) -> list[Clue]:
 
 
 def _clipped(case: Case) -> list[Clue]:
-    bad = case.first(lambda s: not s.gradients_finite and s.effect != "skipped_by_scaler")
+    bad = case.first(lambda s: not (s.gradients_finite or s.skipped))
     if bad is None or not case.record.max_grad_norm:
         return []
     if not all(map(math.isfinite, bad.micro_losses)) or "float16" in case.record.compute_dtypes:
@@ -127,26 +117,13 @@ def _nan_adapter(case: Case) -> list[Clue]:
 
 
 def _laundered(case: Case) -> list[Clue]:
-    found = [f for f in case.failed("log_honest") if message(f).startswith("laundered")]
+    found = case.failed(log_honest.Reason.LAUNDERED_GRADIENTS, log_honest.Reason.LAUNDERED_LOSS)
     if not found:
         return []
     struck = case.first(lambda s: not s.gradients_finite or not all(map(math.isfinite, s.micro_losses)))
     if case.poisoned is not None or struck is None or struck.effect != "applied":
-        return [sign(message(found[0]))]
-    return [decisive(message(found[0])), sign("the weights stayed finite, so that nothing else shows it")]
-
-
-def _changed_from_outside(case: Case) -> list[Clue]:
-    return [decisive(f) for f in case.failed(effective_steps.Reason.CHANGED_BETWEEN)[:1]]
-
-
-def _stale(case: Case) -> list[Clue]:
-    return [decisive(f) for f in case.failed(effective_steps.Reason.STALE_GRADIENTS)[:1]]
-
-
-def _gradients_altered(case: Case) -> list[Clue]:
-    found = case.failed("norm_honest")
-    return [sign(message(found[0]))] if found else []
+        return [sign(found[0])]
+    return [decisive(found[0]), sign("the weights stayed finite, so that nothing else shows it")]
 
 
 COURSE: tuple[Mechanism, ...] = (
@@ -202,25 +179,25 @@ COURSE: tuple[Mechanism, ...] = (
         "weights_changed_from_outside",
         "something else than the optimizer changes the adapter between steps",
         "look for callbacks that restore, average or reload weights",
-        _changed_from_outside,
+        shown_by(effective_steps.Reason.CHANGED_BETWEEN),
     ),
     Mechanism(
         "gradients_not_cleared",
         "gradients of earlier steps are added to those of the next",
         "call zero_grad once per optimizer step",
-        _stale,
+        shown_by(effective_steps.Reason.STALE_GRADIENTS),
     ),
     Mechanism(
         "log_laundered",
         "the log, or the optimizer, was given finite numbers in the place of NaN",
-        "set logging_nan_inf_filter=False, and take nan_to_num and its kin out of loss and gradients",
+        "set logging_nan_inf_filter=False, and take nan_to_num and the like out of loss and gradients",
         _laundered,
     ),
     Mechanism(
         "gradients_altered",
         "the norm in the log is not that of the gradients that the backward pass made",
         "look for what scales, clips or cleans gradients between backward and the optimizer",
-        _gradients_altered,
+        shown_by(norm_honest.Reason.GIVEN, norm_honest.Reason.LOGGED, clue=sign),
     ),
 )
 """Causes in the course of the training; of two that are worth the same, the earlier goes first."""

@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
-from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, hint, sign
+from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, hint, shown_by, sign
 from pytest_sftguard.diagnosis.mechanism import Mechanism
-from pytest_sftguard.records import DefectRecord
-from pytest_sftguard.rendering import message
+from pytest_sftguard.invariants import context_independence, prompt_is_prefix, supervision_audit
+
+_Defect = supervision_audit.Reason
 
 
-def _defects(case: Case, *kinds: str) -> list[DefectRecord]:
-    """What the audit of the labels found of these kinds, where the invariant counts it as a failure."""
-    audit = case.record.supervision
-    if audit is None or not case.failed("supervision_audit"):
-        return []
-    return [d for d in (*audit.trained_defects, *audit.dataset_defects) if d.name in kinds]
-
-
-def _of_kinds(*kinds: str) -> Callable[[Case], list[Clue]]:
-    """A look for defects of `kinds` alone."""
-
-    def look(case: Case) -> list[Clue]:
-        found = _defects(case, *kinds)
-        clues = [decisive(f"{d.rows} rows: {d.name.replace('_', ' ')} ({d.example})") for d in found[:1]]
-        if (
-            clues
-            and "wrong_answer" in kinds
-            and any(a.parsed is not None and not a.is_number for a in case.record.answers)
-        ):
-            clues.append(against("the parser gives NaN for the answers, so that no label could be right"))
-        return clues
-
-    return look
+def _wrong_labels(case: Case) -> list[Clue]:
+    clues = shown_by(_Defect.WRONG_ANSWER, _Defect.ENDLESS)(case)
+    if clues and any(a.parsed is not None and not a.is_number for a in case.record.answers):
+        clues.append(against("the parser gives NaN for the answers, so that no label could be right"))
+    return clues
 
 
 def _labels_masked(case: Case) -> list[Clue]:
@@ -49,19 +31,12 @@ def _labels_masked(case: Case) -> list[Clue]:
 
 
 def _rows_masked(case: Case) -> list[Clue]:
-    found = _defects(case, "unsupervised")
-    if not found or any(s.supervised_tokens == 0 for s in case.record.steps):
-        return []
-    rows = max(d.rows for d in found)
-    return [decisive(f"{rows} rows have no label that counts, and others have: {found[0].example}")]
+    whole_batches = any(s.supervised_tokens == 0 for s in case.record.steps)
+    return [] if whole_batches else shown_by(_Defect.UNSUPERVISED)(case)
 
 
 def _prompt_form(case: Case) -> list[Clue]:
-    seen = case.record.prompts
-    found = case.failed("prompt_is_prefix")
-    if seen is None or not found or _defects(case, "doubled_bos"):
-        return []
-    return [decisive(message(found[0]))]
+    return [] if case.failed(_Defect.DOUBLED_BOS) else shown_by(*prompt_is_prefix.Reason)(case)
 
 
 def _evaluation(case: Case) -> list[Clue]:
@@ -87,13 +62,8 @@ def _packed(case: Case) -> list[Clue]:
 
 
 def _blind(case: Case) -> list[Clue]:
-    seen = case.record.context
-    if seen is None or not seen.blind_queries:
-        return []
-    return [
-        decisive(f"{seen.blind_queries} rows of the attention masks let a token see nothing, itself included"),
-        *([hint("the loss is not finite")] if case.lost else []),
-    ]
+    clues = shown_by(context_independence.Reason.BLIND)(case)
+    return [*clues, hint("the loss is not finite")] if clues and case.lost else clues
 
 
 def _nonfinite_batch(case: Case) -> list[Clue]:
@@ -130,37 +100,37 @@ DATA: tuple[Mechanism, ...] = (
         "labels_shifted_twice",
         "the labels are shifted before the model, which shifts them again: it learns the token after next",
         "give labels that equal input_ids where they are not -100; the model's loss shifts them",
-        _of_kinds("shifted", "mismatched"),
+        shown_by(_Defect.MISMATCHED),
     ),
     Mechanism(
         "prompt_supervised",
         "the prompt is supervised with the answer, and most of what is learned is prompts",
         "set the labels of the prompt to -100 (assistant_only_loss, completion_only_loss, or by hand)",
-        _of_kinds("prompt_supervised", "prompt_supervised_unmatched"),
+        shown_by(_Defect.PROMPT_SUPERVISED, _Defect.PROMPT_SUPERVISED_UNMATCHED),
     ),
     Mechanism(
         "duplicate_bos",
         "the template renders a BOS and the tokenizer adds another",
         "tokenise a rendered template with add_special_tokens=False",
-        _of_kinds("doubled_bos"),
+        shown_by(_Defect.DOUBLED_BOS),
     ),
     Mechanism(
         "token_id_out_of_range",
         "a token id or label is larger than the embedding or the vocabulary",
         "resize the embeddings to the tokenizer, and check where the ids come from",
-        _of_kinds("unknown_id", "unknown_label"),
+        shown_by(_Defect.UNKNOWN_ID, _Defect.UNKNOWN_LABEL),
     ),
     Mechanism(
         "rows_truncated",
         "rows are truncated at the maximal length, and their answers or ends with them",
         "raise the maximal length, or leave such rows out",
-        _of_kinds("truncated"),
+        shown_by(_Defect.TRUNCATED),
     ),
     Mechanism(
         "wrong_labels",
         "what is supervised is not the answer to the question of its row",
         "compare the decoded labels of a row with its answer",
-        _of_kinds("wrong_answer", "endless"),
+        _wrong_labels,
     ),
     Mechanism(
         "prompt_tokens_differ",

@@ -1,10 +1,10 @@
-"""Causes in forward and backward passes that are computed another way, and in how answers are made and read."""
+"""Causes in forward and backward passes that are computed differently, and in how answers are made and read."""
 
 from __future__ import annotations
 
-from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, hint, sign
+from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, hint, shown_by, sign
 from pytest_sftguard.diagnosis.mechanism import Mechanism
-from pytest_sftguard.rendering import message
+from pytest_sftguard.invariants.strict_answers import Reason
 
 
 def _right_padding(case: Case) -> list[Clue]:
@@ -12,30 +12,21 @@ def _right_padding(case: Case) -> list[Clue]:
     found = case.failed("decode_batch_invariance")
     if seen is None or not found:
         return []
-    return [
-        decisive(message(found[0])),
-        *([hint(f"{seen.padded} prompts are shorter than the longest, and padded")] if seen.padded else []),
-    ]
+    padded = [hint(f"{seen.padded} prompts are shorter than the longest, and padded")] if seen.padded else []
+    return [decisive(found[0]), *padded]
 
 
 def _junk(case: Case) -> list[Clue]:
-    parser = case.record.parser
-    found = case.failed("strict_answers")
-    if parser is None or not found or not (parser.junk or parser.misread or parser.raised):
-        return []
     if case.record.answers and all(a.parsed is not None and not a.is_number for a in case.record.answers):
         return []
-    wrong = parser.junk or parser.misread or parser.raised
-    return [decisive(f"parse_answer reads {wrong}")]
+    found = [f for f in case.failed("strict_answers") if f.because(Reason.JUNK, Reason.MISREAD, Reason.RAISED)]
+    return [decisive(f) for f in found[:1]]
 
 
 def _nan_number(case: Case) -> list[Clue]:
     nan = [a for a in case.record.answers if a.parsed is not None and not a.is_number]
-    if not nan:
-        return []
-    return [
-        decisive(f"parse_answer gave {nan[0].parsed} for {nan[0].text[:40]!r}, and every comparison with it is false")
-    ]
+    sentence = "parse_answer gave {} for {!r}, and every comparison with it is false"
+    return [decisive(sentence.format(a.parsed, a.text[:40])) for a in nan[:1]]
 
 
 def _gradient_wrong(case: Case) -> list[Clue]:
@@ -43,22 +34,19 @@ def _gradient_wrong(case: Case) -> list[Clue]:
     found = case.failed("path_equivalence")
     if seen is None or not found or seen.nonfinite or any(p.nonfinite for p in seen.paths):
         return []
-    doubts = (
-        [against("trainables are half precision, and so are their gradients")] if case.failed("fp32_master") else []
-    )
-    return [decisive(message(found[0])), *doubts * 3]
+    half = case.failed("fp32_master")
+    doubts = [against("trainables are half precision, and so are their gradients")] * 3 if half else []
+    return [decisive(found[0]), *doubts]
 
 
 def _kernel_nan(case: Case) -> list[Clue]:
     seen = case.record.paths
     if seen is None or not seen.nonfinite or not seen.paths:
         return []
-    clean = [p for p in seen.paths if not p.nonfinite]
-    if not clean:
+    if all(p.nonfinite for p in seen.paths):
         return []
-    return [
-        decisive(f"{seen.nonfinite} have gradients that are not finite under {seen.attention}, and finite ones plainly")
-    ]
+    tensors, kernel = seen.nonfinite, seen.attention
+    return [decisive(f"the gradients of {tensors} are not finite under {kernel}, and finite with the plain kernels")]
 
 
 def _rotary(case: Case) -> list[Clue]:
@@ -70,13 +58,7 @@ def _rotary(case: Case) -> list[Clue]:
 
 def _context(case: Case) -> list[Clue]:
     """What depends on its neighbours for no reason that is known."""
-    found = case.failed("context_independence")
-    return [sign(message(found[0]))] if found and case.poisoned is None else []
-
-
-def _not_learned(case: Case) -> list[Clue]:
-    found = case.failed("answers_beat_base")
-    return [hint(message(found[0]))] if found else []
+    return shown_by("context_independence", clue=sign)(case) if case.poisoned is None else []
 
 
 INFERENCE: tuple[Mechanism, ...] = (
@@ -126,7 +108,7 @@ INFERENCE: tuple[Mechanism, ...] = (
         "learned_something_else",
         "the loss says that the answers are learned, and the answers say otherwise",
         "compare a training row, decoded, with the prompt and the expected answer at inference, token by token",
-        _not_learned,
+        shown_by("answers_beat_base", clue=hint),
     ),
 )
 """Causes in the passes and in inference; of two that are worth the same, the earlier goes first."""

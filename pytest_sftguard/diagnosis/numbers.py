@@ -6,6 +6,7 @@ import math
 
 from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, hint, sign
 from pytest_sftguard.diagnosis.mechanism import Mechanism
+from pytest_sftguard.invariants import base_finite, update_lower_bound
 
 _FLOAT16_SMALLEST = 2.0**-24
 _FLOAT16_LARGEST = 65504.0
@@ -46,10 +47,7 @@ def _half_moments(case: Case) -> list[Clue]:
     if optimizer is None or "float16" not in optimizer.state_dtypes:
         return []
     clues = [hint(f"the optimizer keeps its moments in {', '.join(optimizer.state_dtypes)}")]
-    jumps = [
-        s for s in case.record.steps
-        if s.max_update is not None and s.learning_rate and s.max_update > 10 * s.learning_rate
-    ]  # fmt: skip
+    jumps = [s for s in case.record.steps if s.max_update and s.learning_rate and s.max_update > 10 * s.learning_rate]
     if not jumps:
         return []
     ratio = (jumps[0].max_update or 0.0) / (jumps[0].learning_rate or 1.0)
@@ -74,8 +72,7 @@ def _swallowed(case: Case) -> list[Clue]:
                 " 256 updates, and rounded back"
             )
         )
-    if case.failed("update_lower_bound"):
-        clues.append(sign("the updates are smaller than float32 would have made them of the same gradients"))
+    clues += map(sign, case.failed(update_lower_bound.Reason.APART))
     decayed = _decay_lost(case)
     if decayed:
         clues.append(sign(decayed))
@@ -108,7 +105,7 @@ def _forward_overflow(case: Case) -> list[Clue]:
     reference = case.references.get("fp32")
     if reference is not None and reference.losses and math.isfinite(reference.losses[0]):
         clues.append(sign(f"the same cell in float32 has a finite loss there ({reference.losses[0]:.4g})"))
-    if case.failed("base_finite"):
+    if case.failed(base_finite.Reason.NONFINITE):
         clues.append(against("the base's weights were not finite to begin with"))
     return clues
 
@@ -121,7 +118,7 @@ def _backward_overflow(case: Case) -> list[Clue]:
         return []
     clues = [sign(f"the loss of step {bad.step} is finite and its gradients are not, in float16")]
     if case.record.loss_scaling:
-        skipped = sum(s.effect == "skipped_by_scaler" for s in case.record.steps)
+        skipped = sum(s.skipped for s in case.record.steps)
         clues.append(hint(f"{skipped} of {len(case.record.steps)} steps were skipped by the loss scaler"))
     return clues
 
@@ -141,7 +138,7 @@ def _gradient_underflow(case: Case) -> list[Clue]:
 
 def _loss_scale_collapse(case: Case) -> list[Clue]:
     steps = case.record.steps
-    skipped = [s for s in steps if s.effect == "skipped_by_scaler"]
+    skipped = [s for s in steps if s.skipped]
     if len(skipped) < 3 or len(skipped) * 2 < len(steps):
         return []
     last = skipped[-1].loss_scale_after
@@ -159,9 +156,7 @@ def _loss_scale_collapse(case: Case) -> list[Clue]:
 
 
 def _half_master(case: Case) -> list[Clue]:
-    if not case.failed("fp32_master"):
-        return []
-    return [hint("trainable tensors or their moments are kept in half precision")]
+    return [hint(f) for f in case.failed("fp32_master")[:1]]
 
 
 def _unscaled_half(case: Case) -> list[Clue]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pytest_sftguard.diagnosis.case import Case, Clue, decisive, hint, sign
+from pytest_sftguard.diagnosis.case import Case, Clue, decisive, hint, shown_by, sign
 from pytest_sftguard.diagnosis.mechanism import Mechanism
+from pytest_sftguard.invariants import merge_equivalence, round_trip
 from pytest_sftguard.records import RoundTripRecord
-from pytest_sftguard.rendering import message
 
 
 def _keys_dropped(case: Case) -> list[Clue]:
@@ -37,8 +37,10 @@ def _other_base(case: Case) -> list[Clue]:
         return []
     if trip.fresh_base_digest == base.digest_before or trip.other_seed is not None or trip.restored:
         return []
-    return [sign("the base that the adapter is loaded onto is not the one that it was trained on"),
-            sign("names and shapes are the same, so that nothing raises")]  # fmt: skip
+    return [
+        sign("the base that the adapter is loaded onto is not the one that it was trained on"),
+        sign("names and shapes are the same, so that nothing raises"),
+    ]
 
 
 def _file_differs(case: Case) -> list[Clue]:
@@ -82,22 +84,13 @@ def _same_with_other_logits(case: Case) -> RoundTripRecord | None:
         return None
     if base.changed or trip.fresh_base_digest != base.digest_before:
         return None
-    differ = any("logits of the reloaded adapter differ" in message(f) for f in case.failed("round_trip"))
-    return trip if differ else None
+    return trip if case.failed(round_trip.Reason.LOGITS) else None
 
 
 def _is_little(trip: RoundTripRecord) -> bool:
     """Whether the logits of a reloaded adapter differ by so little that no other scaling can be the reason."""
-    if trip.max_logit_change is None or trip.max_logit_effect is None:
-        return False
-    return trip.max_logit_change < 0.01 * trip.max_logit_effect
-
-
-def _tied(case: Case) -> list[Clue]:
-    merge = case.record.merge
-    if merge is None or not merge.touched:
-        return []
-    return [decisive(f"merging changed {merge.touched}, which the adapter does not target")]
+    change, effect = trip.max_logit_change, trip.max_logit_effect
+    return change is not None and effect is not None and change < 0.01 * effect
 
 
 def _merge_swallowed(case: Case) -> list[Clue]:
@@ -153,7 +146,7 @@ SAVING: tuple[Mechanism, ...] = (
         "merge_rewrites_tied_embedding",
         "the delta of a tied head is added to the tensor that the input embedding shares",
         "untie the weights before merging, or do not adapt lm_head of a tied model",
-        _tied,
+        shown_by(merge_equivalence.Reason.TIED),
     ),
     Mechanism(
         "merge_swallowed_in_bfloat16",

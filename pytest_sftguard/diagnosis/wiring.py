@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pytest_sftguard.diagnosis.case import Case, Clue, decisive, hint, sign
+from pytest_sftguard.diagnosis.case import Case, Clue, decisive, hint, shown_by, sign
 from pytest_sftguard.diagnosis.mechanism import Mechanism
+from pytest_sftguard.invariants import base_bit_frozen, base_finite, identity_at_init, trainable_set_exact
 from pytest_sftguard.precision import MODES
-from pytest_sftguard.rendering import message
 
 
 def _not_in_optimizer(case: Case) -> list[Clue]:
@@ -15,7 +15,7 @@ def _not_in_optimizer(case: Case) -> list[Clue]:
         clues.append(sign("the parameters of the optimizer are not the trainable parameters of the model"))
     found = case.failed("optimizer_owns_trainables")
     if found and case.record.adapter:
-        clues.append(decisive(message(found[0])))
+        clues.append(decisive(found[0]))
     rates = [s for s in case.record.steps if s.learning_rate]
     if case.no_effect and rates and all(s.gradients_finite and s.grad_norm for s in case.record.steps):
         clues.append(sign("gradients and learning rate are there, and no step changed a parameter"))
@@ -32,59 +32,18 @@ def _frozen(case: Case) -> list[Clue]:
 
 
 def _partly_frozen(case: Case) -> list[Clue]:
-    wiring = case.record.wiring
-    if wiring is None or not case.record.adapter or not (wiring.frozen or wiring.disabled):
-        return []
-    what = "the adapter is switched off" if wiring.disabled else f"{wiring.frozen} of the adapter take no gradient"
-    return [decisive(what)]
-
-
-def _not_attached(case: Case) -> list[Clue]:
-    wiring = case.record.wiring
-    if wiring is None or not (wiring.unmatched or wiring.incomplete):
-        return []
-    return [
-        decisive(f"no module answers to {wiring.unmatched}" if wiring.unmatched else f"{wiring.incomplete} lack one")
-    ]
+    reason = trainable_set_exact.Reason
+    return shown_by(reason.DISABLED, reason.FROZEN)(case) if case.record.adapter else []
 
 
 def _base_trains(case: Case) -> list[Clue]:
-    base = case.record.base
-    if base is None or not base.trainable:
-        return []
-    return [
-        decisive(f"{base.trainable.count} tensors of the base take a gradient: {base.trainable}"),
-        *([hint(f"{base.changed.count} of them changed")] if base.changed else []),
-    ]
+    found, changed = (case.failed(r) for r in (base_bit_frozen.Reason.TRAINABLE, base_bit_frozen.Reason.CHANGED))
+    return [*map(decisive, found), *map(hint, changed)] if found else []
 
 
 def _base_changes(case: Case) -> list[Clue]:
-    base = case.record.base
-    if base is None or base.trainable or not base.changed:
-        return []
-    return [decisive(f"{base.changed} changed, though nothing of the base takes a gradient")]
-
-
-def _drawn_at_random(case: Case) -> list[Clue]:
-    found = case.failed("identity_at_init")
-    start = case.record.initial
-    if not found or start is None or not (start.nonzero_b or start.zero_a):
-        return []
-    return [decisive(message(found[0]))]
-
-
-def _nan_base(case: Case) -> list[Clue]:
-    base = case.record.foundation
-    if base is None or not base.nonfinite:
-        return []
-    return [decisive(f"{base.nonfinite} of the base hold NaN or infinity before the first step")]
-
-
-def _not_loaded(case: Case) -> list[Clue]:
-    base = case.record.foundation
-    if base is None or not base.not_loaded:
-        return []
-    return [decisive(f"the checkpoint does not hold {base.not_loaded}: drawn at random")]
+    found, trainable = (case.failed(r) for r in (base_bit_frozen.Reason.CHANGED, base_bit_frozen.Reason.TRAINABLE))
+    return [] if trainable else [decisive(f) for f in found]
 
 
 def _random_rows(case: Case) -> list[Clue]:
@@ -110,7 +69,7 @@ def _checkpoint_type(case: Case) -> list[Clue]:
 
 def _precision(case: Case) -> list[Clue]:
     found = case.doubted("precision_is_real")
-    return [sign(message(found[0]))] if found and case.record.error is None else []
+    return [sign(found[0])] if found and case.record.error is None else []
 
 
 WIRING: tuple[Mechanism, ...] = (
@@ -130,7 +89,7 @@ WIRING: tuple[Mechanism, ...] = (
         "adapter_not_attached",
         "a module that the configuration names has no adapter",
         "compare target_modules with model.named_modules()",
-        _not_attached,
+        shown_by(trainable_set_exact.Reason.UNMATCHED, trainable_set_exact.Reason.INCOMPLETE),
     ),
     Mechanism(
         "adapter_not_in_optimizer",
@@ -154,19 +113,19 @@ WIRING: tuple[Mechanism, ...] = (
         "adapter_perturbs_the_base",
         "the adapter changes the base's answers before the first step",
         "leave init_lora_weights=True, and do not draw lora_B at random",
-        _drawn_at_random,
+        shown_by(identity_at_init.Reason.NONZERO_B, identity_at_init.Reason.ZERO_A),
     ),
     Mechanism(
         "nan_in_base_weights",
         "the base's weights are not finite to begin with",
         "load the base again; check the file, and the type that it was cast to",
-        _nan_base,
+        shown_by(base_finite.Reason.NONFINITE),
     ),
     Mechanism(
         "base_not_loaded",
         "tensors that the checkpoint lacks are drawn at random",
         "load a checkpoint of the same architecture, and read transformers' load report",
-        _not_loaded,
+        shown_by(base_finite.Reason.NOT_LOADED),
     ),
     Mechanism(
         "base_not_reproducible",

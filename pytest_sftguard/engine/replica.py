@@ -1,8 +1,8 @@
-"""The program that each process of a `replicas` reference runs: it trains its share of every batch.
+"""The program of each process of a `replicas` reference: it trains on its share of every batch.
 
     python -m pytest_sftguard.engine.replica CONFIG.json FOLDER
 
-It leaves its record, or why the target cannot be built there, in FOLDER.
+It writes its record to FOLDER, or why the target cannot be built in this process.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ def main(config: str, folder: str) -> None:
     except TargetError as error:
         (Path(folder) / f"refused-{rank}.txt").write_text(str(error), encoding="utf-8")
     sys.stdout.flush()
-    os._exit(0)  # the other process may be gone already, and gloo would wait for it
+    # the other process may be gone already, and gloo would wait for it
+    os._exit(0)
 
 
 def _end_with(parent: int) -> None:
-    """Leave once the process that started this one is gone."""
+    """Exit when the process that started this one is gone."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

@@ -1,6 +1,6 @@
 """The same training in two processes on the CPU: fresh interpreters, joined by gloo, each with half of every batch.
 
-Each process runs `replica.py`, which leaves its record, or why the target cannot be built there, in a folder.
+Each process runs `replica.py`, which writes its record to a folder, or why the target cannot be built there.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ _PROCESSES = 2
 _MARK = "SFTGUARD_REPLICA"
 _TIMEOUT_S = 900.0
 _LINES = 3
+"""Last lines of a process's output that its error quotes."""
 
 
 def is_one() -> bool:
-    """Whether this process is one of several that train together."""
+    """Return whether this process is one of several that train together."""
     return _MARK in os.environ
 
 
 def run(config: RunConfig, record: RunRecord) -> RunRecord:
-    """`record` with what the processes saw together: losses averaged over them, rows put together."""
+    """Train in two processes; return `record` with the mean of their losses and the rows of both."""
     with tempfile.TemporaryDirectory(prefix="sftguard-") as name:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)), encoding="utf-8")
@@ -51,7 +52,7 @@ def run(config: RunConfig, record: RunRecord) -> RunRecord:
 
 
 def _together(records: list[RunRecord]) -> RunRecord:
-    """One record of what several processes saw."""
+    """Return one record of what all processes saw."""
     steps = tuple(map(_step_together, zip(*(r.steps for r in records), strict=False)))
     digests = tuple(r.adapter_digest for r in records)
     first = _first_together([r.first_step for r in records if r.first_step is not None])
@@ -59,7 +60,7 @@ def _together(records: list[RunRecord]) -> RunRecord:
 
 
 def _first_together(parts: list[FirstStepRecord]) -> FirstStepRecord | None:
-    """The micro-batches of all processes as those of one step."""
+    """Return the micro-batches of all processes as those of one step; None where a process saw none."""
     if len(parts) != _PROCESSES:
         return None
     tokens = tuple(n for p in parts for n in p.micro_tokens)
@@ -89,26 +90,35 @@ def _step_together(parts: tuple[StepRecord, ...]) -> StepRecord:
 
 
 def _train_together(folder: Path) -> ErrorRecord | None:
-    """Start the processes and wait for them; what one of them ended in, where it was no record."""
+    """Start the processes and wait for them; return an error where one failed or all took too long."""
     environment = os.environ | {
-        _MARK: "1", "WORLD_SIZE": str(_PROCESSES), "LOCAL_WORLD_SIZE": str(_PROCESSES),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false", "GLOO_SOCKET_IFNAME": _loopback(),
-        "PYTHONUNBUFFERED": "1",  # what one says before it is killed is all that its error can quote
+        _MARK: "1",
+        "WORLD_SIZE": str(_PROCESSES),
+        "LOCAL_WORLD_SIZE": str(_PROCESSES),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TOKENIZERS_PARALLELISM": "false",
+        "GLOO_SOCKET_IFNAME": _loopback(),
+        # the error of a process that is killed quotes what it printed before
+        "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
-    }  # fmt: skip
+    }
     command = [sys.executable, "-m", "pytest_sftguard.engine.replica", str(folder / "config.json"), str(folder)]
     running: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(_PROCESSES):
             with open(folder / f"output-{rank}.txt", "wb") as output:
-                ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                running.append(
-                    subprocess.Popen(
-                        command, env=environment | ranks, stdin=subprocess.DEVNULL, stdout=output,
-                        stderr=subprocess.STDOUT, start_new_session=True,
-                    )
-                )  # fmt: skip
+                process = subprocess.Popen(
+                    command,
+                    env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+                running.append(process)
         return _waited_for(running, folder)
     finally:
         for process in running:
@@ -119,21 +129,21 @@ def _waited_for(running: list[subprocess.Popen[bytes]], folder: Path) -> ErrorRe
     end = time.monotonic() + _TIMEOUT_S
     while time.monotonic() < end:
         codes = [p.poll() for p in running]
-        broken = [rank for rank, code in enumerate(codes) if code]
-        if broken:
-            said = _last_lines(folder / f"output-{broken[0]}.txt")
-            message = f"process {broken[0]} of {len(running)} ended with status {codes[broken[0]]}: {said}"
+        broken = next((rank for rank, code in enumerate(codes) if code), None)
+        if broken is not None:
+            printed = _last_lines(folder / f"output-{broken}.txt")
+            message = f"process {broken} of {len(running)} ended with status {codes[broken]}: {printed}"
             return ErrorRecord(stage="train", type="ReplicaError", message=message[:500])
         if None not in codes:
             return None
         time.sleep(0.05)
-    said = _last_lines(folder / "output-0.txt")
-    message = f"not done after {_TIMEOUT_S:.0f} s: {said}"
+    printed = _last_lines(folder / "output-0.txt")
+    message = f"still running after {_TIMEOUT_S:.0f} s: {printed}"
     return ErrorRecord(stage="train", type="TimeoutError", message=message[:500])
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started, where it still runs."""
+    """Kill a process, and all that it started, if it is still running."""
     if process.poll() is None:
         if hasattr(os, "killpg"):
             os.killpg(process.pid, signal.SIGKILL)
@@ -144,11 +154,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _last_lines(path: Path) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    return (
-        " | ".join(line.strip() for line in lines if line.strip())
-        if len(lines) <= _LINES
-        else " | ".join(line.strip() for line in lines[-_LINES:])
-    )
+    return " | ".join(line.strip() for line in lines[-_LINES:] if line.strip())
 
 
 def _free_port() -> int:
@@ -159,6 +165,6 @@ def _free_port() -> int:
 
 
 def _loopback() -> str:
-    """Name of the loopback interface: gloo would ask the resolver for this machine's name otherwise."""
+    """Return the name of the loopback interface: without it, gloo asks the resolver for this machine's name."""
     names = [name for _, name in socket.if_nameindex()] if hasattr(socket, "if_nameindex") else []
     return next((n for n in ("lo", "lo0") if n in names), "lo")

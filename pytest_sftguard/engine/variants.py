@@ -1,4 +1,4 @@
-"""Runs that are references for another: what each kind does differently in training."""
+"""Reference runs: what each variant does differently in training."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
 
 
 class InapplicableError(Exception):
-    """There can be no such reference of this training; the message says why, in one line."""
+    """A training that can have no such reference; the message says why."""
 
 
 def prepared(trainer: Trainer, config: RunConfig) -> Trainer:
-    """`trainer` with whatever the kind of `config` changes about it before the training."""
+    """Return `trainer` with the changes that the variant of `config` makes before the training."""
     if config.stop_after is not None and config.stop_after < config.steps:
         trainer.add_callback(_StopAfter(config.stop_after))
     if config.variant == "one_batch":
         _repeat_one_batch(trainer)
     if config.variant == "resumed":
         if trainer.args.save_only_model:
-            raise InapplicableError("with save_only_model its checkpoints are not made to be resumed from")
+            raise InapplicableError("with save_only_model, its checkpoints cannot be resumed from")
         trainer.add_callback(_StopAfter(config.steps // 2, save=True))
     return trainer
 
 
 def checkpoint_of(trainer: Trainer) -> str:
-    """Folder of the checkpoint that an interrupted training left. FileNotFoundError where it left none."""
+    """Return the folder of the checkpoint that an interrupted training left. Raises FileNotFoundError without one."""
     folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
     if not folder.is_dir():
         raise FileNotFoundError(f"the training left no checkpoint at step {trainer.state.global_step}")
@@ -46,17 +46,18 @@ def checkpoint_of(trainer: Trainer) -> str:
 
 
 def resume(trainer: Trainer, recorder: Recorder, checkpoint: str) -> None:
-    """Train on from `checkpoint`."""
+    """Resume the training from `checkpoint`; `recorder` starts once it has been loaded."""
     trainer.add_callback(_AtBeginning(recorder.begin_from_here))
     trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def joined(first: tuple[StepRecord, ...], second: tuple[StepRecord, ...]) -> tuple[StepRecord, ...]:
-    """The steps of a training that was interrupted, in one numbering."""
+    """Return the steps of both parts of an interrupted training, numbered from 1."""
     return (*first, *(dataclasses.replace(s, step=len(first) + s.step) for s in second))
 
 
-class _StopAfter(TrainerCallback):  # type: ignore[misc] # transformers types its callbacks as Any
+# transformers types its callbacks as Any
+class _StopAfter(TrainerCallback):  # type: ignore[misc]
     """Ends the training after a number of optimizer steps; the schedule stays that of the whole run."""
 
     def __init__(self, steps: int, save: bool = False) -> None:
@@ -69,8 +70,9 @@ class _StopAfter(TrainerCallback):  # type: ignore[misc] # transformers types it
             control.should_save = control.should_save or self.save
 
 
-class _AtBeginning(TrainerCallback):  # type: ignore[misc] # transformers types its callbacks as Any
-    """Calls a function when everything has been loaded and the first step is next."""
+# transformers types its callbacks as Any
+class _AtBeginning(TrainerCallback):  # type: ignore[misc]
+    """Calls a function when everything has been loaded and the first step comes next."""
 
     def __init__(self, act: Callable[[], None]) -> None:
         self.act = act
@@ -81,7 +83,7 @@ class _AtBeginning(TrainerCallback):  # type: ignore[misc] # transformers types 
 
 
 def _repeat_one_batch(trainer: Trainer) -> None:
-    """Have the training see one micro-batch over and over: that of the first step with the most labels."""
+    """Train on one micro-batch over and over: the one of the first step with the most labels."""
     original = trainer.get_batch_samples
     kept: list[Any] = []
 
@@ -89,7 +91,8 @@ def _repeat_one_batch(trainer: Trainer) -> None:
         batches, _ = original(*args, **kwargs)
         if batches and not kept:
             kept.append(copy.deepcopy(max(batches, key=_labels)))
-        copies = [copy.deepcopy(kept[0]) for _ in batches]  # a loss may take its labels out of its batch
+        # a loss may take its labels out of its batch
+        copies = [copy.deepcopy(kept[0]) for _ in batches]
         return copies, trainer._get_num_items_in_batch(copies, trainer.args.device)
 
     trainer.get_batch_samples = one_batch

@@ -9,7 +9,7 @@ from typing import Any
 
 from pytest_sftguard import registry
 from pytest_sftguard.records import RunRecord
-from pytest_sftguard.verdicts import Checks, Finding, Outcome, invariant_name
+from pytest_sftguard.verdicts import Checks, Finding, General, Outcome, general_finding, invariant_name
 
 
 def load_invariants(extra: Iterable[str] = ()) -> list[Checks]:
@@ -20,6 +20,11 @@ def load_invariants(extra: Iterable[str] = ()) -> list[Checks]:
     """
     built_in: list[Checks] = [registry.load(name, __name__)() for name in registry.names(__name__)]
     return [*built_in, *map(_outsider, extra)]
+
+
+def told_last() -> set[str]:
+    """Names of the built-in invariants whose findings stand after those of the others at the same step."""
+    return {invariant_name(i) for i in load_invariants() if getattr(i, "told_last", False)}
 
 
 def usable_invariants(extra: Iterable[str] = ()) -> list[Checks]:
@@ -59,7 +64,7 @@ class Unusable:
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Say why it cannot be used."""
         name = re.sub(r"(?<!^)(?=[A-Z])", "_", self.path.rpartition(":")[2]).lower()
-        yield Finding(invariant=name, outcome=Outcome.FAILED, message=f"the invariant cannot be used: {self.reason}")
+        yield general_finding(name, Outcome.FAILED, General.UNUSABLE, why=self.reason)
 
 
 def _outsider(path: str) -> Checks:
@@ -73,7 +78,8 @@ def _outsider(path: str) -> Checks:
 def _made(outsider: Any, path: str) -> Any:
     try:
         return outsider()
-    except Exception as error:  # an outsider's class may raise anything
+    # an outsider's class may raise anything
+    except Exception as error:
         raise registry.NotFoundError(
             f"{path!r} cannot be made: {type(error).__name__}: {error}; give every threshold a default,"
             " or name an instance instead"

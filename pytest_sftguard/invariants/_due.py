@@ -6,10 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from pytest_sftguard.records import RunRecord, StepRecord, TensorRecord
-from pytest_sftguard.verdicts import Finding, Invariant
-
-OUT_OF_REACH = "the run broke off, and its trainable tensors could not be looked at any more"
-"""What is said where a record has steps, and no tensors, because its device was lost."""
+from pytest_sftguard.verdicts import Finding, General, Invariant
 
 
 def without_tensors(invariant: Invariant, record: RunRecord) -> Finding | None:
@@ -17,8 +14,8 @@ def without_tensors(invariant: Invariant, record: RunRecord) -> Finding | None:
     if record.adapter:
         return None
     if record.adapter_out_of_reach:
-        return invariant.not_evaluated(OUT_OF_REACH)
-    return invariant.failed("the model has no trainable tensor", observed=0, limit="at least 1")
+        return invariant.not_evaluated(General.OUT_OF_REACH)
+    return invariant.failed(General.NO_TRAINABLE, observed=0, limit="at least 1")
 
 
 class Due:

@@ -5,11 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from pytest_sftguard import verdicts
 from pytest_sftguard.records import AnswerRecord, BaseAnswersRecord, Learning, RunRecord
 from pytest_sftguard.records.learning import MIN_STEPS
 from pytest_sftguard.verdicts import Finding, Invariant
+
+_COUNTS = "the adapter has {right} of {answers:# answer} right, its base {base_right}"
+_LOSSES = "loss {loss:.3g} per token, {nats_per_answer:.3g} per answer, {first_loss:.3g} at first"
+
+
+class Reason(verdicts.Reason):
+    """What the answers say of what the losses claim."""
+
+    NO_PAIRS = "{answers:# answer} of the adapter and {base_answers} of its base cannot be compared"
+    UNLEARNED = f"the adapter unlearned what its base can: {_COUNTS}"
+    PROMISE_BROKEN = (
+        f"the losses say that the answers are learned ({_LOSSES}), and {_COUNTS} ({{prompt!r}} was answered {{text!r}})"
+    )
+    COLLAPSED = (
+        "the training blew up and collapsed: the loss rose to {peak:.3g} from {start:.3g}, ended at {loss:.3g}, and"
+        f" only {{observed:# distinct answer}} came where {{expected}} are expected; {_COUNTS}"
+    )
+    TOO_SHORT = f"not trained far enough to tell: fewer than {{least:# step}}; {_COUNTS}"
+    NOT_LEARNED = f"not trained far enough to tell: {_LOSSES}; {_COUNTS}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,27 +70,22 @@ class AnswersBeatBase(Invariant):
             yield self.not_looked(record, "base_answers")
             return
         if not record.answers or len(base.answers) != len(record.answers):
-            yield self.not_evaluated(
-                f"{len(record.answers)} answers of the adapter and {len(base.answers)} of its base cannot be compared",
-                required=True,
-            )
+            counts = {"answers": len(record.answers), "base_answers": len(base.answers)}
+            yield self.not_evaluated(Reason.NO_PAIRS, required=True, **counts)
             return
         won, lost = self._compared(record.answers, base.answers)
-        if not lost - won <= self.max_sigmas * math.sqrt(won + lost):
-            yield self.failed(
-                f"the adapter unlearned what its base can: {self._counts(record, base)}",
-                observed=lost - won, limit=self.max_sigmas * math.sqrt(won + lost),
-            )  # fmt: skip
+        limit = self.max_sigmas * math.sqrt(won + lost)
+        if not lost - won <= limit:
+            yield self.failed(Reason.UNLEARNED, observed=lost - won, limit=limit, **self._counts(record, base))
             return
         learning = Learning.of(record)
-        if learning is not None:
-            broken = self._promise(record, base, learning) or self._collapse(record, base, learning, won - lost)
-            if broken:
-                yield broken
-                return
-        if not won > lost and not self._kept(record, base, learning):
-            seen = f"fewer than {MIN_STEPS} steps" if learning is None else str(learning)
-            yield self.not_evaluated(f"not trained far enough to tell: {seen}; {self._counts(record, base)}")
+        if learning is None:
+            if not won > lost:
+                yield self.not_evaluated(Reason.TOO_SHORT, least=MIN_STEPS, **self._counts(record, base))
+        elif broken := self._promise(record, base, learning) or self._collapse(record, base, learning, won - lost):
+            yield broken
+        elif not won > lost and not self._due(record, base, learning) > 0:
+            yield self.not_evaluated(Reason.NOT_LEARNED, **learning.claim, **self._counts(record, base))
 
     def _compared(self, ours: tuple[AnswerRecord, ...], base: tuple[AnswerRecord, ...]) -> tuple[int, int]:
         pairs = [(a.is_right(self.rtol), b.is_right(self.rtol)) for a, b in zip(ours, base, strict=True)]
@@ -79,9 +94,9 @@ class AnswersBeatBase(Invariant):
     def _right(self, answers: tuple[AnswerRecord, ...]) -> int:
         return sum(a.is_right(self.rtol) for a in answers)
 
-    def _counts(self, record: RunRecord, base: BaseAnswersRecord) -> str:
-        asked = len(record.answers)
-        return f"{self._right(record.answers)} of {asked} answers are right, of the base's {self._right(base.answers)}"
+    def _counts(self, record: RunRecord, base: BaseAnswersRecord) -> dict[str, Any]:
+        right, base_right = self._right(record.answers), self._right(base.answers)
+        return {"answers": len(record.answers), "right": right, "base_right": base_right}
 
     def _due(self, record: RunRecord, base: BaseAnswersRecord, learning: Learning) -> float:
         """Answers that must be right by what the losses promise; 0 where they promise nothing."""
@@ -91,39 +106,26 @@ class AnswersBeatBase(Invariant):
         known = asked if _rows_are_fresh(record) else min(base.taught, asked)
         return self.min_kept_promise * learning.promised * known
 
-    def _kept(self, record: RunRecord, base: BaseAnswersRecord, learning: Learning | None) -> bool:
-        due = 0.0 if learning is None else self._due(record, base, learning)
-        return due > 0 and self._right(record.answers) >= due
-
     def _promise(self, record: RunRecord, base: BaseAnswersRecord, learning: Learning) -> Finding | None:
         due, right = self._due(record, base, learning), self._right(record.answers)
         if right >= due:
             return None
         wrong = next(a for a in record.answers if not a.is_right(self.rtol))
-        return self.failed(
-            f"the losses say that the answers are learned ({learning}), and {self._counts(record, base)}"
-            f" ({wrong.prompt[-60:]!r} was answered {wrong.text[:60]!r})",
-            observed=right, limit=due,
-        )  # fmt: skip
+        seen = {"prompt": wrong.prompt[-60:], "text": wrong.text[:60], **learning.claim, **self._counts(record, base)}
+        return self.failed(Reason.PROMISE_BROKEN, observed=right, limit=due, **seen)
 
     def _collapse(self, record: RunRecord, base: BaseAnswersRecord, learning: Learning, gained: int) -> Finding | None:
         expected = len({a.expected for a in record.answers})
         given = len({a.text for a in record.answers})
         start = max(learning.first, base.loss or 0.0)
-        if learning.peak <= self.max_rise * start or expected < 2 or gained > max(1, self._noise(expected)):
+        # as many answers, at the most, does one and the same text have right by chance
+        limit = self.min_distinct * expected
+        if learning.peak <= self.max_rise * start or expected < 2 or gained > max(1, limit):
             return None
-        if given >= self.min_distinct * expected and learning.last <= start:
+        if given >= limit and learning.last <= start:
             return None
-        return self.failed(
-            f"the training blew up and collapsed: the loss rose to {learning.peak:.3g} from {start:.3g}, ended"
-            f" at {learning.last:.3g}, and {given} distinct answers are given where {expected} are expected;"
-            f" {self._counts(record, base)}",
-            observed=given, limit=self.min_distinct * expected,
-        )  # fmt: skip
-
-    def _noise(self, expected: int) -> float:
-        """Answers that one and the same text has right by chance, at the most."""
-        return self.min_distinct * expected
+        seen = {"peak": learning.peak, "start": start, "expected": expected, **learning.claim}
+        return self.failed(Reason.COLLAPSED, observed=given, limit=limit, **seen, **self._counts(record, base))
 
 
 def _rows_are_fresh(record: RunRecord) -> bool:

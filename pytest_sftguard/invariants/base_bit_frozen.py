@@ -6,8 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pytest_sftguard import verdicts
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.verdicts import Finding, Invariant
+
+
+class Reason(verdicts.Reason):
+    """How the base is not frozen."""
+
+    NOT_SEEN = "no base tensor was digested"
+    TRAINABLE = "{observed:# tensor} of the base, which no adapter file holds, had requires_grad=True: {names}"
+    CHANGED = "{observed} of {total:# base tensor} changed in training: {names}"
+    OTHER_DIGEST = "the digest of the {total:# base tensor} changed in training"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,16 +30,9 @@ class BaseBitFrozen(Invariant):
         """Compare the digests."""
         base = record.base
         if base is None or not base.tensors or not base.digest_before or not base.digest_after:
-            yield self.not_evaluated("no base tensor was digested")
+            yield self.not_evaluated(Reason.NOT_SEEN)
             return
-        if base.trainable:
-            yield self.failed(
-                f"{base.trainable.count} tensors of the base are trainable, and the adapter file will not hold them:"
-                f" {base.trainable}",
-                observed=base.trainable.count, limit=0,
-            )  # fmt: skip
-        if base.changed or base.digest_before != base.digest_after:
-            yield self.failed(
-                f"{base.changed.count or 'some'} of {base.tensors} base tensors changed in training: {base.changed}",
-                observed=base.changed.count or None, limit=0,
-            )  # fmt: skip
+        yield from self.forbid(Reason.TRAINABLE, base.trainable)
+        yield from self.forbid(Reason.CHANGED, base.changed, total=base.tensors)
+        if base.digest_before != base.digest_after and not base.changed:
+            yield self.failed(Reason.OTHER_DIGEST, limit=0, total=base.tensors)

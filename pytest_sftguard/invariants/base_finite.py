@@ -6,8 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pytest_sftguard import verdicts
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.verdicts import Finding, Invariant
+
+
+class Reason(verdicts.Reason):
+    """What the base lacks before the first step."""
+
+    NOT_SEEN = "no tensor of the base was seen"
+    NONFINITE = "{observed:# tensor} of the base held NaN or infinity before the first step: {names}"
+    NOT_LOADED = "the checkpoint lacks {observed:# tensor} of the base, drawn at random instead: {names}"
+    ZERO_MAGNITUDES = "{observed:# DoRA magnitude} held a zero, of which the direction is 0/0: {names}"
+    ZERO_EMBEDDINGS = "the embedding of {observed:# token id} in use is zero throughout: {names}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,17 +29,12 @@ class BaseFinite(Invariant):
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Look at the base as it was before the first step."""
-        base = record.foundation
-        if base is None:
+        if (base := record.foundation) is None:
             yield self.not_looked(record, "wiring")
             return
         if not base.tensors >= 1:
-            yield self.not_evaluated("no tensor of the base was seen")
-        for what, names in (
-            ("tensors of the base hold NaN or infinity before the first step", base.nonfinite),
-            ("tensors of the base are not in its checkpoint, and were drawn at random", base.not_loaded),
-            ("DoRA magnitudes hold a zero, of which the direction is 0/0", base.zero_magnitudes),
-            ("token ids in use have an embedding that is zero throughout", base.zero_embeddings),
-        ):
-            if names:
-                yield self.failed(f"{names.count} {what}: {names}", observed=names.count, limit=0)
+            yield self.not_evaluated(Reason.NOT_SEEN)
+        yield from self.forbid(Reason.NONFINITE, base.nonfinite)
+        yield from self.forbid(Reason.NOT_LOADED, base.not_loaded)
+        yield from self.forbid(Reason.ZERO_MAGNITUDES, base.zero_magnitudes)
+        yield from self.forbid(Reason.ZERO_EMBEDDINGS, base.zero_embeddings)

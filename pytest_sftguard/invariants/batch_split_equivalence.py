@@ -1,4 +1,4 @@
-"""C1: how the batch is cut into micro-batches makes no difference to what a step learns."""
+"""C1: how the batch is split into micro-batches makes no difference to what a step learns."""
 
 from __future__ import annotations
 
@@ -7,177 +7,123 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pytest_sftguard.invariants._comparing import (
-    MEAN,
-    MEAN_OF_MEANS,
-    OTHER,
-    PIECEMEAL,
-    SUM_OF_MEANS,
-    apart,
-    average,
-    both_skipped,
-    closeness,
-    gap,
-    other_rows,
-    randomness,
-    uneven,
-)
+from pytest_sftguard import verdicts
+from pytest_sftguard.invariants._comparing import MOST_IN, PIECEMEAL, ComparingSplits, both_skipped, gap, randomness
 from pytest_sftguard.records import RunRecord
-from pytest_sftguard.verdicts import Finding, Invariant
+from pytest_sftguard.verdicts import Finding
+
+
+class Reason(verdicts.Reason):
+    """Why another batch split may learn something else."""
+
+    UNSHIFTED_LABELS = (
+        "the loss of step 1 is divided by {labels:# label}, {unpredicted} of them at the first position of a row, where"
+        " nothing predicts them"
+    )
+    NOT_LOOKED = "the forward passes of the first step were not seen"
+    NO_MEAN = "the loss of step 1 is {observed:.6g} in {cell}, where the mean over its labels is {limit:.6g}"
+    ADDED_UP = (
+        "the loss of step 1 is {observed:.6g} in {cell} and {limit:.6g} in {reference}: the losses of the micro-batches"
+        " are added up, and nothing divides them"
+    )
+    DIFFERS = (
+        "the {name} of step {step} is {ours:.6g} in {cell} and {theirs:.6g} in {reference}, another batch split of the"
+        f" same rows{MOST_IN}"
+    )
+    REFERENCE_WRONG = (
+        f"{DIFFERS}; here it is the mean over all labels, and in {{reference}} it is not: that one is wrong"
+    )
+    NOT_ACCUMULATED = f"{DIFFERS}; nothing is accumulated in this cell"
+    OWN_LOSS = f"{DIFFERS}; it is no mean over labels, and only its author can say whether it may depend on the split"
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchSplitEquivalence(Invariant):
-    """The first step's loss and gradients are those of the same rows in another cut."""
+class BatchSplitEquivalence(ComparingSplits):
+    """The first step's loss and gradients are those of the same rows in another batch split.
 
-    loss_rtol: float | None = None
-    """Largest difference of the losses, as a share; None: the tolerance of the cell's precision."""
-
-    grad_norm_rtol: float | None = None
-    """Largest difference of the gradients' norms in more than half of the tensors, as a share, and a fifteenth of that
-    of the norm of all; None: the tolerance of the cell's precision. The sharper of the two: a mean of means moves the
-    norm by 0.11 where it moves the loss by 0.0019."""
-
-    piecemeal_rtol: float = 1e-3
-    """Largest difference of the losses where that of one run is a mean or a sum of its micro-batches' means, as its own
-    logits tell: a mean of means is 0.0019 off, which the roundings of a deep model in bfloat16 come near to."""
-
-    token_rtol: float = 2e-5
-    """Largest difference, as a share, between a loss and the mean over all labels of the step, computed from the
-    logits, for it to count as that mean. Measured up to 3e-6 in all modes; an auxiliary term of 0.001 is 4e-4."""
-
-    scale_rtol: float = 0.05
-    """How closely two losses stand in the ratio of their numbers of micro-batches, to have been added up without being
-    divided: they differ from it by what the cut moves them, 0.02 for very uneven rows."""
+    The gradients are the sharper of the two: a mean of means moves their norm by 0.11, and the loss by 0.0019.
+    """
 
     code: ClassVar[str] = "C1"
     reference: ClassVar[str] = "batch_split"
+    differs: ClassVar[Reason] = Reason.DIFFERS
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
-        """Look at what the loss is divided by, then compare the first step of the two cuts."""
+        """Look at what the loss is divided by, then compare the first step of the two splits."""
         yield from self._divisor(record)
-        if missing := self.not_compared(reference):
-            yield missing
-        elif reference is not None:
-            yield from self._compared(record, reference)
+        yield from super().check(record, reference)
 
     def _divisor(self, record: RunRecord) -> Iterator[Finding]:
-        """A loss that is divided by labels which nothing predicts is too low in every cut alike."""
+        """A loss that is divided by labels which nothing predicts is too low in every split alike."""
         first = record.first_step
-        if average(record, self.token_rtol) in (None, MEAN) or first is None:
+        if self.average(record) in (None, "mean") or first is None:
             return
         loss, tokens = record.steps[0].loss, sum(first.micro_tokens)
         if loss is None or first.token_loss is None or first.labels is None or first.labels == tokens:
             return
         if gap(loss * first.labels, first.token_loss * tokens) <= self.token_rtol:
-            yield self.failed(
-                f"the loss of step 1 is divided by {first.labels} labels, of which {first.labels - tokens} stand at"
-                " the first position of a row, where nothing predicts them",
-                step=1, observed=loss, limit=first.token_loss,
-            )  # fmt: skip
+            seen = {"labels": first.labels, "unpredicted": first.labels - tokens}
+            yield self.failed(Reason.UNSHIFTED_LABELS, step=1, observed=loss, limit=first.token_loss, **seen)
 
-    def _compared(self, record: RunRecord, reference: RunRecord) -> Iterator[Finding]:
-        if not record.steps or not reference.steps:
-            yield self.not_evaluated("no optimizer step was seen")
-            return
+    def compare(self, record: RunRecord, reference: RunRecord) -> Iterator[Finding]:
+        """Compare the first step, or hold it against its own labels where nothing else can be compared."""
         random = randomness(record, reference)
-        reason = other_rows(record, reference)
         if random == "unknown":
-            yield self.not_evaluated("the forward passes of the first step were not seen")
-        elif reason or random == "loss":
-            yield self._incomparable(record, reference, reason or "the model draws random numbers in training: dropout")
+            yield self.not_evaluated(Reason.NOT_LOOKED)
+        elif obstacle := self.other_rows(record, reference) or self.drawing(record, reference, "loss"):
+            yield self._alone(record, reference, obstacle)
         else:
             findings = list(self._step(record, reference, gradients=not random))
-            yield from findings
-            if not findings and uneven(record, reference) is False:
-                yield self.not_evaluated(
-                    "every micro-batch of step 1 has as many labels as the others, so that a mean of their means would"
-                    " look the same",
-                    required=False,
-                )
+            yield from findings or self.even(record, reference)
 
-    def _incomparable(self, record: RunRecord, reference: RunRecord, reason: str) -> Finding:
+    def _alone(self, record: RunRecord, reference: RunRecord, obstacle: Finding) -> Finding:
         """Where the runs cannot be compared, each can still be held against the labels of its own first step."""
         ours, theirs = record.steps[0].loss, reference.steps[0].loss
-        own, other = (average(r, self.token_rtol) for r in (record, reference))
-        # a mean of means may be meant so, as that of rows one by one: it is wrong where another cut has the other mean
-        wrong = own == SUM_OF_MEANS or (own in (MEAN_OF_MEANS, OTHER) and other == MEAN)
+        own, other = (self.average(r) for r in (record, reference))
+        # a mean of means may be meant so, as that of rows one by one: it is wrong where another split has the mean
+        wrong = own == "sum of means" or (own in ("mean of means", "other") and other == "mean")
         if wrong and record.first_step is not None:
             limit = record.first_step.token_loss
-            return self.failed(
-                f"the loss of step 1 is no mean over its labels in {record.cell}: it is {ours:.6g}, where that mean"
-                f" is {limit:.6g}",
-                step=1, observed=ours, limit=limit,
-            )  # fmt: skip
-        if own != MEAN and ours is not None and theirs is not None and self._undivided(ours, theirs, record, reference):
-            return self.failed(
-                f"the loss of step 1 is {ours:.6g} in {record.cell} and {theirs:.6g} in {reference.cell}: those of the"
-                " micro-batches are added up, and nothing divides them",
-                step=1, observed=ours, limit=theirs,
-            )  # fmt: skip
-        return self.not_evaluated(reason, required=False)
+            return self.failed(Reason.NO_MEAN, step=1, observed=ours, limit=limit, cell=record.cell)
+        if (
+            own != "mean"
+            and ours is not None
+            and theirs is not None
+            and self._undivided(ours, theirs, record, reference)
+        ):
+            cells = {"cell": record.cell, "reference": reference.cell}
+            return self.failed(Reason.ADDED_UP, step=1, observed=ours, limit=theirs, **cells)
+        return obstacle
 
     def _step(self, record: RunRecord, reference: RunRecord, gradients: bool) -> Iterator[Finding]:
         """Compare the first step that either took; the loss of the first one is there in any case."""
-        of_loss, of_norm = closeness(record, reference, self.token_rtol, self.piecemeal_rtol)
-        ours, theirs = record.steps[0], reference.steps[0]
-        pair = ours.loss, theirs.loss
-        loss_rtol = of_loss if self.loss_rtol is None else self.loss_rtol
-        yield from self._value("loss", pair, loss_rtol, 1, record, reference)
-        if not gradients:
-            return
-        for ours, theirs in zip(record.steps, reference.steps, strict=False):
-            if other_rows(record, reference, ours.step):
+        of_loss, of_norm = self.usual_rtols(record, reference)
+        yield from self.value("loss", of_loss, record, reference)
+        pairs = zip(record.steps, reference.steps, strict=False) if gradients else ()
+        for step, (ours, theirs) in enumerate(pairs, 1):
+            if self.other_rows(record, reference, step):
                 return
             if "skipped_by_scaler" not in (ours.effect, theirs.effect):
-                pair = ours.grad_norm, theirs.grad_norm
-                norm_rtol = of_norm if self.grad_norm_rtol is None else self.grad_norm_rtol
-                yield from self._value("grad_norm", pair, norm_rtol, ours.step, record, reference)
+                yield from self.value("grad_norm", of_norm, record, reference, step)
+            # once either run took a step, the weights differ
             if not both_skipped(ours, theirs):
-                return  # from here on the weights differ
+                return
 
-    def _value(
-        self,
-        name: str,
-        pair: tuple[float | None, float | None],
-        rtol: float,
-        step: int,
-        record: RunRecord,
-        reference: RunRecord,
-    ) -> Iterator[Finding]:
-        ours, theirs = pair
-        if ours is None or theirs is None:
-            yield self.not_evaluated(f"the {name} of step {step} was not seen")
-            return
-        far = apart(name, (ours, theirs), rtol, record, reference)
-        if far is None:
-            return
-        message = (
-            f"the {name} of step {step} is {ours:.6g} in {record.cell} and {theirs:.6g} in {reference.cell}, which cuts"
-            f" the same rows in another way{far.note}"
-        )
-        if excuse := self._excuse(ours, theirs, record, reference):
-            yield self.not_evaluated(f"{message}; {excuse}", required=False)
-        else:
-            yield self.failed(message, step=step, observed=far.share, limit=far.limit)
+    def excuse(self, ours: float, theirs: float, record: RunRecord, reference: RunRecord) -> Reason | None:
+        """Why two splits may differ without this cell being wrong; None where there is no such reason.
 
-    def _excuse(self, ours: float, theirs: float, record: RunRecord, reference: RunRecord) -> str:
-        """Why two cuts may differ without this cell being wrong; empty where there is no such reason.
-
-        An auxiliary term over the micro-batch, such as a router's, is no mean over labels. Of two cuts of which one has
-        the mean over all labels, the other is wrong; without knowing, it is the one that accumulates.
+        An auxiliary term over the micro-batch, such as a router's, is no mean over labels. Of two splits of which one
+        has the mean over all labels, the other is wrong; without knowing, it is the one that accumulates.
         """
-        own, other = (average(r, self.token_rtol) for r in (record, reference))
+        own, other = (self.average(r) for r in (record, reference))
         finite = math.isfinite(ours) and math.isfinite(theirs)
-        if not finite or own in PIECEMEAL or (own == other == MEAN) or (own == OTHER and other == MEAN):
-            return ""
-        if own == MEAN:
-            return f"in this cell it is the mean over all labels, in {reference.cell} it is not: that cut is wrong"
+        if not finite or own in PIECEMEAL or (own == other == "mean") or (own == "other" and other == "mean"):
+            return None
+        if own == "mean":
+            return Reason.REFERENCE_WRONG
         if own is None:
-            return "nothing is accumulated in this cell" if record.gradient_accumulation_steps == 1 else ""
-        if not self._undivided(ours, theirs, record, reference):
-            return "it is no mean over labels, so that its author alone can say whether it may depend on the cut"
-        return ""
+            return Reason.NOT_ACCUMULATED if record.gradient_accumulation_steps == 1 else None
+        return None if self._undivided(ours, theirs, record, reference) else Reason.OWN_LOSS
 
     def _undivided(self, ours: float, theirs: float, record: RunRecord, reference: RunRecord) -> bool:
         """Whether the two stand in the ratio of their numbers of micro-batches, this cell adding up several."""

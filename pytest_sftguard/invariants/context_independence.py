@@ -4,10 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from pytest_sftguard import verdicts
 from pytest_sftguard.records import ComparisonRecord, ContextRecord, RunRecord
-from pytest_sftguard.verdicts import Finding, Invariant
+from pytest_sftguard.verdicts import Finding, General, Invariant
+
+
+class Reason(verdicts.Reason):
+    """What the model's answer depended on beside the tokens before it, or could not be told of."""
+
+    NOT_ALL_COMPARED = "{made} of {asked:# comparison} of rows took place"
+    LOW_ROTARY = "rotary frequencies are kept in half precision, which cannot tell positions above 256 apart: {names}"
+    OTHER_ROTARY = "rotary frequencies are not those that the architecture computes"
+    BLIND = (
+        "{observed:# row} of the given attention masks let a token see nothing, not even itself: the softmax is 0/0,"
+        " and which kernel hides it is chance"
+    )
+    OVERFLOWED = "logits of {observed:# token} are not finite, given as trained on"
+    NONFINITE = (
+        "logits of {observed:# token} are not finite, {setting}[[ under {attention}]] ({settings} of {total:# setting})"
+    )
+    DEPENDENT = (
+        "logits {setting}[[ under {attention}]] are not those of the same tokens alone[[, at {where}]]"
+        " ({settings} of {total:# setting})[[; rows hold {packed:# packed sequence}, told apart by positions or by a"
+        " BOS inside, that see each other]]"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,75 +60,41 @@ class ContextIndependence(Invariant):
     code: ClassVar[str] = "A9"
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
-        """Look at buffers and masks, then at each comparison; the first that fails of a kind speaks for the others."""
-        seen = record.context
-        if seen is None:
+        """Look at buffers and masks, then at each comparison; the first that fails speaks for the others."""
+        if (seen := record.context) is None:
             yield self.not_looked(record, "context")
             return
         yield from self._rotary(seen)
         yield from self._finite(seen)
         if seen.left_out:
             if not seen.rotary:
-                yield self.not_evaluated(seen.left_out, required=False)
+                yield self.not_evaluated(General.INAPPLICABLE, why=seen.left_out, required=False)
             return
         if not (len(seen.comparisons) == seen.asked >= 1):
-            yield self.not_evaluated(f"{len(seen.comparisons)} of {seen.asked} comparisons of rows are there")
-        yield from self._distances(seen)
+            yield self.not_evaluated(Reason.NOT_ALL_COMPARED, made=len(seen.comparisons), asked=seen.asked)
+        # no limit for a type means that nothing passes in it
+        limit: float = getattr(self, f"{seen.arithmetic}_limit", 0.0)
+        far = [c for c in seen.comparisons if not c.max_change <= limit]
+        if far:
+            yield self.failed(Reason.DEPENDENT, observed=far[0].max_change, limit=limit, **_first(far, seen))
 
     def _rotary(self, seen: ContextRecord) -> Iterator[Finding]:
-        if seen.low_rotary:
-            yield self.failed(
-                f"rotary frequencies are kept in half precision, which cannot tell positions above 256 apart:"
-                f" {seen.low_rotary}",
-                observed=seen.low_rotary.count, limit=0,
-            )  # fmt: skip
+        yield from self.forbid(Reason.LOW_ROTARY, seen.low_rotary)
         if not seen.rotary_error <= self.rotary_rtol:
-            yield self.failed(
-                "rotary frequencies are not those that the architecture computes",
-                observed=seen.rotary_error, limit=self.rotary_rtol,
-            )  # fmt: skip
+            yield self.failed(Reason.OTHER_ROTARY, observed=seen.rotary_error, limit=self.rotary_rtol)
 
     def _finite(self, seen: ContextRecord) -> Iterator[Finding]:
         if seen.blind_queries:
-            yield self.failed(
-                f"{seen.blind_queries} rows of the given attention masks let a token see nothing, not even itself:"
-                " their softmax is 0/0, and which kernel hides it is chance",
-                observed=seen.blind_queries, limit=0,
-            )  # fmt: skip
+            yield self.failed(Reason.BLIND, observed=seen.blind_queries, limit=0)
         if seen.overflowed:
-            yield self.failed(
-                f"logits of {seen.overflowed} tokens are not finite, given as trained on",
-                observed=seen.overflowed, limit=0,
-            )  # fmt: skip
+            yield self.failed(Reason.OVERFLOWED, observed=seen.overflowed, limit=0)
         bad = [c for c in seen.comparisons if c.nonfinite]
         if bad:
-            yield self.failed(
-                f"logits of {bad[0].nonfinite} tokens are not finite, {_setting(bad[0])}"
-                f" ({len(bad)} of {len(seen.comparisons)} settings)",
-                observed=bad[0].nonfinite, limit=0,
-            )  # fmt: skip
-
-    def _distances(self, seen: ContextRecord) -> Iterator[Finding]:
-        limit = {
-            "float32": self.float32_limit,
-            "tf32": self.tf32_limit,
-            "float16": self.float16_limit,
-            "bfloat16": self.bfloat16_limit,
-        }.get(seen.arithmetic, 0.0)
-        far = [c for c in seen.comparisons if not c.max_change <= limit]
-        if far:
-            yield self.failed(
-                f"logits {_setting(far[0])} are not those of the same tokens alone, at {far[0].where}"
-                f" ({len(far)} of {len(seen.comparisons)} settings){_packs(far[0])}",
-                observed=far[0].max_change, limit=limit,
-            )  # fmt: skip
+            yield self.failed(Reason.NONFINITE, observed=bad[0].nonfinite, limit=0, **_first(bad, seen))
 
 
-def _setting(comparison: ComparisonRecord) -> str:
-    return f"{comparison.setting}" + (f" under {comparison.attention}" if comparison.attention else "")
-
-
-def _packs(comparison: ComparisonRecord) -> str:
-    if not comparison.packed or comparison.setting != "as trained on":
-        return ""
-    return "; rows hold several sequences, told by their positions or by a BOS inside, that see each other"
+def _first(bad: list[ComparisonRecord], seen: ContextRecord) -> dict[str, Any]:
+    """Evidence of the first of the comparisons `bad`, which speaks for the others."""
+    first, counts = bad[0], {"settings": len(bad), "total": len(seen.comparisons)}
+    packed = first.packed if first.setting == "as trained on" and first.packed else None
+    return {"setting": first.setting, "attention": first.attention, "where": first.where, "packed": packed} | counts

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from pytest_sftguard import verdicts
 from pytest_sftguard.records import DecodingRecord, DifferenceRecord, RunRecord
 from pytest_sftguard.verdicts import Finding, Invariant
+
+
+class Reason(verdicts.Reason):
+    """How an answer depends on the batch that it is generated in."""
+
+    TOO_FEW = "{prompts:# prompt} cannot make a batch"
+    NOT_REPEATED = "two forward passes of one batch in evaluation mode do not give the same bits"
+    ANSWERS = (
+        "a batch changes the answers to {differing} of {prompts:# prompt} ({prompt!r}: {alone!r} alone, {batched!r} in"
+        " the batch)"
+    )
+    SCORES_NOT_COMPARED = "the scores of the answers were not compared"
+    SCORES = "scores of generated tokens are others in a padded batch than alone"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,14 +35,11 @@ class DecodeBatchInvariance(Invariant):
     float32_margin: float = 1e-3
     """Distance of the two best scores, relative to the largest, below which rounding may decide in float32. Scores
     themselves were measured to differ by 1e-6."""
-
     low_margin: float = 5e-2
     """The same in tf32, float16 and bfloat16, whose scores differ by up to 1e-2."""
-
     float32_limit: float = 1e-3
     """Largest distance of the scores of a token, relative to their norm, in float32. Measured 4e-7 to 2e-6; 0.5 and
     more where padding follows the prompt."""
-
     low_limit: float = 0.25
     """The same in tf32, float16 and bfloat16; measured 1e-2 in bfloat16 on two layers."""
 
@@ -42,9 +53,9 @@ class DecodeBatchInvariance(Invariant):
             yield self.not_looked(record, "decoding")
             return
         if not seen.prompts >= 2:
-            yield self.not_evaluated(f"{seen.prompts} prompts make no batch", required=True)
+            yield self.not_evaluated(Reason.TOO_FEW, required=True, prompts=seen.prompts)
         if not seen.repeated:
-            yield self.failed("two forward passes of one batch in evaluation mode do not give the same bits")
+            yield self.failed(Reason.NOT_REPEATED)
         exact = seen.arithmetic == "float32"
         yield from self._answers(seen, self.float32_margin if exact else self.low_margin)
         if not seen.own:
@@ -54,20 +65,15 @@ class DecodeBatchInvariance(Invariant):
         wrong = [d for d in seen.differences if not _is_tie(d, margin)]
         if wrong:
             first = wrong[0]
-            yield self.failed(
-                f"{len(wrong)} of {seen.prompts} prompts are answered otherwise in a batch than alone"
-                f" ({first.prompt[-60:]!r}: {first.alone[:60]!r} alone, {first.batched[:60]!r} in the batch)",
-                observed=first.margin, limit=margin,
-            )  # fmt: skip
+            texts: dict[str, Any] = {"prompt": first.prompt[-60:], "alone": first.alone[:60]}
+            texts |= {"batched": first.batched[:60], "differing": len(wrong), "prompts": seen.prompts}
+            yield self.failed(Reason.ANSWERS, observed=first.margin, limit=margin, **texts)
 
     def _scores(self, seen: DecodingRecord, limit: float) -> Iterator[Finding]:
         if seen.max_change is None:
-            yield self.not_evaluated("the scores of the answers were not compared", required=True)
+            yield self.not_evaluated(Reason.SCORES_NOT_COMPARED, required=True)
         elif not seen.max_change <= limit:
-            yield self.failed(
-                "scores of generated tokens are others in a padded batch than alone",
-                observed=seen.max_change, limit=limit,
-            )  # fmt: skip
+            yield self.failed(Reason.SCORES, observed=seen.max_change, limit=limit)
 
 
 def _is_tie(difference: DifferenceRecord, margin: float) -> bool:

@@ -7,8 +7,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pytest_sftguard import verdicts
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.verdicts import Finding, Invariant
+
+
+class Reason(verdicts.Reason):
+    """What the adapter does to the logits, and what is left of that where it is switched off."""
+
+    NO_LOGITS = "no logits of the reloaded adapter and its base were seen"
+    NO_EFFECT = (
+        "the adapter moves no logit by more than {observed:.3g}, where the largest is {max_abs_logit:.3g}: that is"
+        " rounding, not training"
+    )
+    NOT_DISABLED = "the trained model was not looked at with its adapter disabled"
+    OTHER_BASE = "the trained model with its adapter disabled is not its base: logits differ by {observed:.3g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,22 +43,17 @@ class EffectSize(Invariant):
         """Look at the logits with the adapter, without it, and of the base that never had one."""
         trip = record.round_trip
         if trip is None or trip.max_abs_logit is None or trip.max_logit_effect is None:
-            yield self.not_evaluated("no logits of the reloaded adapter and its base were seen")
+            yield self.not_evaluated(Reason.NO_LOGITS)
             return
         least = self.min_effect * trip.max_abs_logit
         if not (math.isfinite(trip.max_logit_effect) and trip.max_logit_effect >= least):
-            yield self.failed(
-                f"the adapter moves no logit by more than {trip.max_logit_effect:.3g}, where the largest is"
-                f" {trip.max_abs_logit:.3g}: that is rounding, not training",
-                observed=trip.max_logit_effect, limit=least,
-            )  # fmt: skip
+            effect, largest = trip.max_logit_effect, trip.max_abs_logit
+            yield self.failed(Reason.NO_EFFECT, observed=effect, limit=least, max_abs_logit=largest)
+        # it need not be the base; or what follows from NaN would only repeat it
         if trip.base_differs or not math.isfinite(trip.max_abs_logit):
-            return  # it need not be the base; or what follows from NaN would only repeat it
+            return
+        limit = self.max_base_change * trip.max_abs_logit
         if trip.max_base_change is None:
-            yield self.not_evaluated("the trained model was not looked at with its adapter disabled")
-        elif not trip.max_base_change <= self.max_base_change * trip.max_abs_logit:
-            yield self.failed(
-                "the trained model with its adapter disabled is not its base: logits differ by"
-                f" {trip.max_base_change:.3g}",
-                observed=trip.max_base_change, limit=self.max_base_change * trip.max_abs_logit,
-            )  # fmt: skip
+            yield self.not_evaluated(Reason.NOT_DISABLED)
+        elif not trip.max_base_change <= limit:
+            yield self.failed(Reason.OTHER_BASE, observed=trip.max_base_change, limit=limit)

@@ -43,7 +43,7 @@ class EffectiveSteps(Invariant):
     max_skipped_early: int = 3
     """Steps that the scaler may skip among the first ten: it starts at 65536 and halves until the gradients fit."""
     max_skipped_late: int = 1
-    """Steps that it may skip in any ten after that: growth probes overflow now and then."""
+    """Steps that it may skip in any ten after that: a scale that the scaler tries to grow overflows now and then."""
     min_loss_scale: float = 1.0
     """Smallest loss scale that still scales anything; below it the overflow is not the scale's."""
     max_idle_warm_up: int = 1
@@ -81,11 +81,10 @@ class EffectiveSteps(Invariant):
 
     def _warm_up(self, record: RunRecord) -> set[int]:
         """The idle steps at the start; steps that the scaler skipped do not count, as the schedule waits for them."""
-        taken = [s for s in record.steps if s.effect != "skipped_by_scaler"]
-        return {s.step for s in taken[: self.max_idle_warm_up] if s.learning_rate == 0}
+        return {s.step for s in record.taken_steps[: self.max_idle_warm_up] if s.learning_rate == 0}
 
     def _skipped(self, record: RunRecord) -> Iterator[Finding]:
-        skipped = [s.step for s in record.steps if s.effect == "skipped_by_scaler"]
+        skipped = [s.step for s in record.steps if s.skipped]
         early = [n for n in skipped if n <= 10]
         if not len(early) <= self.max_skipped_early:
             step, steps = early[self.max_skipped_early], min(10, len(record.steps))

@@ -5,11 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from pytest_sftguard import verdicts
 from pytest_sftguard.invariants._due import Due, without_tensors
 from pytest_sftguard.records import Names, RunRecord, TensorRecord
-from pytest_sftguard.verdicts import Finding, Invariant
+from pytest_sftguard.verdicts import Finding, General, Invariant
+
+
+class Reason(verdicts.Reason):
+    """Which tensors did not move."""
+
+    NO_EFFECT = "no step left a changed, finite adapter"
+    STILL_AT_STEP = "{names} did not change at step {step}"
+    STILL = "no finite change other than zero of {names} over the run ({still} of {due:# tensor})"
+    PARTLY = "{observed:.1%} of the elements of {tensor} ever changed ({partly} of {due:# tensor} below the limit)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,44 +37,35 @@ class EveryFactorMoves(Invariant):
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Look at each effective step, and at each tensor over the whole run."""
         if not record.steps:
-            yield self.not_evaluated("no optimizer step was seen")
+            yield self.not_evaluated(General.NO_STEP)
             return
         if nothing := without_tensors(self, record):
             yield nothing
             return
         effective = [s for s in record.steps if s.effect == "applied"]
         if not effective:
-            yield self.failed("no step left a changed, finite adapter", observed=0, limit="at least 1 step")
+            yield self.failed(Reason.NO_EFFECT, observed=0, limit="at least 1 step")
             return
         due = Due(record)
         told = False
         for s in effective:
-            still = due.among(s.unchanged.first, s)
+            still = Names.of(due.among(s.unchanged.first, s))
             due.effective(s)
             if still and not told:
-                told = True
-                yield self.failed(
-                    f"{Names.of(still)} did not change at step {s.step}",
-                    step=s.step, observed=len(still), limit="every factor changes",
-                )  # fmt: skip
+                told, limit = True, "every factor changes"
+                yield self.failed(Reason.STILL_AT_STEP, step=s.step, observed=still.count, limit=limit, names=still)
         yield from self._over_the_run(list(due.over_the_run()))
 
     def _over_the_run(self, due: list[TensorRecord]) -> Iterator[Finding]:
         still = [t for t in due if not (t.delta_norm is not None and t.delta_norm > 0)]
         if still:
-            yield self.failed(
-                f"{Names.of(t.name for t in still)} did not leave its start to a finite place"
-                f" ({len(still)} of {len(due)} tensors)",
-                observed=still[0].delta_norm, limit="> 0",
-            )  # fmt: skip
+            seen: dict[str, Any] = {"still": len(still), "due": len(due), "names": Names.of(t.name for t in still)}
+            yield self.failed(Reason.STILL, observed=still[0].delta_norm, limit="> 0", **seen)
         partly = [t for t in due if t.is_factor and t not in still and not self._moved(t)]
         if partly:
-            least = min(partly, key=_fraction)
-            yield self.failed(
-                f"{_fraction(least):.1%} of the elements of {least.name} ever changed"
-                f" ({len(partly)} of {len(due)} tensors are below the limit)",
-                observed=_fraction(least), limit=self.min_changed_fraction,
-            )  # fmt: skip
+            least, limit = min(partly, key=_fraction), self.min_changed_fraction
+            seen = {"tensor": least.name, "partly": len(partly), "due": len(due)}
+            yield self.failed(Reason.PARTLY, observed=_fraction(least), limit=limit, **seen)
 
     def _moved(self, tensor: TensorRecord) -> bool:
         return _fraction(tensor) >= self.min_changed_fraction

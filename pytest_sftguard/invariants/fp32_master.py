@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from pytest_sftguard import verdicts
 from pytest_sftguard.precision import MODES
 from pytest_sftguard.records import Names, RunRecord
-from pytest_sftguard.verdicts import Finding, Invariant
+from pytest_sftguard.verdicts import Finding, General, Invariant
 
 _WIDE = ("float32", "float64")
 _FLOATING = "float"
+
+
+class Reason(verdicts.Reason):
+    """What is narrower than float32, and when."""
+
+    NOT_SEEN = "the types of the trainable tensors were not seen"
+    NARROW_AT_FIRST = "{observed} of {total:# trainable tensor} had the type {dtypes} before the first step: {names}"
+    NARROW_AT_LAST = "{observed} of {total:# trainable tensor} had the type {dtypes} only after the last step: {names}"
+    NARROW_STATES = "{optimizer} keeps states in {dtypes}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,28 +38,24 @@ class Fp32Master(Invariant):
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Look at the types of the tensors at both ends of the run, and of the states at its end."""
         if not record.adapter or any(not t.dtype or not t.initial_dtype for t in record.adapter):
-            yield self.not_evaluated("the types of the trainable tensors were not seen")
+            yield self.not_evaluated(Reason.NOT_SEEN)
             return
         mode = MODES.get(record.precision)
         asked = [t for t in record.adapter if mode and not t.is_low_rank and t.initial_dtype == mode.weights_dtype]
-        begin = [t for t in record.adapter if t not in asked and t.initial_dtype not in _WIDE]
-        end = [t for t in record.adapter if t not in (*asked, *begin) and t.dtype not in _WIDE]
-        for when, narrow, kinds in (
-            ("before the first step", begin, {str(t.initial_dtype) for t in begin}),
-            ("after the last step alone", end, {t.dtype for t in end}),
-        ):
+        factors = [t for t in record.adapter if t not in asked]
+        first = {t.name: str(t.initial_dtype) for t in factors if t.initial_dtype not in _WIDE}
+        last = {t.name: t.dtype for t in factors if t.name not in first and t.dtype not in _WIDE}
+        for reason, narrow in ((Reason.NARROW_AT_FIRST, first), (Reason.NARROW_AT_LAST, last)):
             if narrow:
+                total, dtypes, names = len(record.adapter), tuple(sorted({*narrow.values()})), Names.of(narrow)
                 yield self.failed(
-                    f"{len(narrow)} of {len(record.adapter)} trainable tensors are {', '.join(sorted(kinds))} {when}:"
-                    f" {Names.of(t.name for t in narrow)}",
-                    observed=len(narrow), limit="float32",
-                )  # fmt: skip
+                    reason, observed=len(narrow), limit="float32", total=total, dtypes=dtypes, names=names
+                )
         if record.optimizer is None:
-            yield self.not_evaluated("no optimizer was seen")
+            yield self.not_evaluated(General.NO_OPTIMIZER)
             return
         wide = {*_WIDE, *(t.dtype for t in asked)}
-        states = [dtype for dtype in record.optimizer.state_dtypes if _FLOATING in dtype and dtype not in wide]
+        states = tuple(d for d in record.optimizer.state_dtypes if _FLOATING in d and d not in wide)
         if states:
-            yield self.failed(
-                f"{record.optimizer.name} keeps states in {', '.join(states)}", observed=len(states), limit="float32"
-            )
+            seen: dict[str, Any] = {"optimizer": record.optimizer.name, "dtypes": states}
+            yield self.failed(Reason.NARROW_STATES, observed=len(states), limit="float32", **seen)

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from pytest_sftguard import verdicts
 from pytest_sftguard.records import RunRecord
-from pytest_sftguard.verdicts import Finding, Invariant
+from pytest_sftguard.verdicts import Finding, General, Invariant
+
+
+class Reason(verdicts.Reason):
+    """What is wrong with a gradient."""
+
+    NONFINITE = "grad_norm is not finite at {bad} of {steps:# step} (first: step {step}[[ in {names}]])"
+    NOT_SEEN = "grad_norm was not seen or not finite at {bad} of {steps:# step} (first: step {step}[[ in {names}]])"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,14 +27,11 @@ class GradientsFinite(Invariant):
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Look at the unscaled, unclipped gradients of every step."""
         if all(s.grad_norm is None for s in record.steps):
-            yield self.not_evaluated("no gradient was seen")
+            yield self.not_evaluated(General.NO_GRADIENT)
             return
-        bad = [s for s in record.steps if not s.gradients_finite and s.effect != "skipped_by_scaler"]
+        bad = [s for s in record.taken_steps if not s.gradients_finite]
         if bad:
-            first = bad[0]
-            tensors = f" in {first.nonfinite_gradients}" if first.nonfinite_gradients else ""
-            what = "was not seen" if first.grad_norm is None else "is not finite"
-            yield self.failed(
-                f"grad_norm {what} at {len(bad)} of {len(record.steps)} steps (first: step {first.step}{tensors})",
-                step=first.step, observed=first.grad_norm, limit="finite, or skipped by the loss scaler",
-            )  # fmt: skip
+            first, limit = bad[0], "finite, or skipped by the loss scaler"
+            reason = Reason.NOT_SEEN if first.grad_norm is None else Reason.NONFINITE
+            seen: dict[str, Any] = {"bad": len(bad), "steps": len(record.steps), "names": first.nonfinite_gradients}
+            yield self.failed(reason, step=first.step, observed=first.grad_norm, limit=limit, **seen)

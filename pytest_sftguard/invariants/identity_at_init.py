@@ -7,9 +7,28 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pytest_sftguard import verdicts
 from pytest_sftguard.precision import MODES
 from pytest_sftguard.records import InitialRecord, RunRecord
 from pytest_sftguard.verdicts import Finding, Invariant
+
+
+class Reason(verdicts.Reason):
+    """How the adapter's start is not neutral."""
+
+    NOT_LOW_RANK = "the adapter has no low-rank factors"
+    NOT_SEEN = "no pair of factors was seen"
+    OTHER_SCALING = "the alpha and rank of the configuration do not give the scaling of {observed:# module}: {names}"
+    ZERO_A = "{observed:# factor} must not start at zero and did, so that nothing passes: {names}"
+    NONZERO_B = (
+        "{observed:# factor} did not start at zero and changed with the seed, which a loaded adapter does not"
+        " (init_lora_weights={init}): {names}"
+    )
+    ORIGIN_UNKNOWN = "{count:# factor} did not start at zero, and whether a file was loaded was not seen: {names}"
+    NOT_COMPARED = "no logits were compared with the base's[[: {why}]]"
+    OTHER_BITS = "{changed} of {logits:# logit} differed from the base's before the first step"
+    NO_BASE_LOGITS = "the base's logits were not seen"
+    FAR = "logits differ from the base's by {observed:.3g} before the first step"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,70 +49,43 @@ class IdentityAtInit(Invariant):
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Look at the factors and at the logits with and without them."""
-        initial = record.initial
-        if initial is None:
+        if (initial := record.initial) is None:
             yield self.not_looked(record, "wiring")
             return
         if not initial.init:
-            yield self.not_evaluated("the adapter has no low-rank factors", required=False)
+            yield self.not_evaluated(Reason.NOT_LOW_RANK, required=False)
             return
         if not initial.factors >= 1:
-            yield self.not_evaluated("no pair of factors was seen")
+            yield self.not_evaluated(Reason.NOT_SEEN)
             return
-        yield from self._factors(initial)
-        if not (initial.nonzero_b and initial.loaded is not False):  # a trained adapter changes what the base says
+        yield from self.forbid(Reason.OTHER_SCALING, initial.wrong_scaling)
+        yield from self.forbid(Reason.ZERO_A, initial.zero_a)
+        if initial.loaded is False:
+            yield from self.forbid(Reason.NONZERO_B, initial.nonzero_b, init=initial.init)
+        elif initial.nonzero_b and initial.loaded is None:
+            yield self.not_evaluated(Reason.ORIGIN_UNKNOWN, count=initial.nonzero_b.count, names=initial.nonzero_b)
+        # a trained adapter changes what the base says, and some starts change the base itself
+        if initial.neutral and not (initial.nonzero_b and initial.loaded is not False):
             yield from self._logits(record, initial)
 
-    def _factors(self, initial: InitialRecord) -> Iterator[Finding]:
-        if initial.wrong_scaling:
-            yield self.failed(
-                f"{initial.wrong_scaling.count} modules do not scale by the configuration's alpha and rank:"
-                f" {initial.wrong_scaling}",
-                observed=initial.wrong_scaling.count, limit=0,
-            )  # fmt: skip
-        if initial.zero_a:
-            yield self.failed(
-                f"{initial.zero_a.count} factors are zero that must not be, so that nothing passes: {initial.zero_a}",
-                observed=initial.zero_a.count, limit=0,
-            )  # fmt: skip
-        if initial.nonzero_b and initial.loaded is None:
-            yield self.not_evaluated(
-                f"{initial.nonzero_b.count} factors do not start at zero ({initial.nonzero_b}), and whether they came"
-                " out of a file was not seen"
-            )
-        elif initial.nonzero_b and not initial.loaded:
-            yield self.failed(
-                f"{initial.nonzero_b.count} factors do not start at zero, and are others under another seed, so that"
-                f" no file holds them (init_lora_weights={initial.init}): {initial.nonzero_b}",
-                observed=initial.nonzero_b.count, limit=0,
-            )  # fmt: skip
-
     def _logits(self, record: RunRecord, initial: InitialRecord) -> Iterator[Finding]:
-        if not initial.neutral:
-            return  # the base without its adapter is not the base that it was made from
         if initial.logits is None or initial.changed_logits is None or initial.max_logit_change is None:
-            seen = initial.uncompared
-            yield self.not_evaluated(seen or "no logits were compared with the base's", required=not seen)
+            yield self.not_evaluated(Reason.NOT_COMPARED, required=not initial.uncompared, why=initial.uncompared)
             return
         if not initial.logits >= 1:
-            yield self.not_evaluated("no logits were compared with the base's")
+            yield self.not_evaluated(Reason.NOT_COMPARED)
+        change = initial.max_logit_change
         if initial.identical:
             if initial.changed_logits != 0:
-                yield self.failed(
-                    f"{initial.changed_logits} of {initial.logits} logits are not the base's bit for bit before the"
-                    " first step",
-                    observed=initial.max_logit_change, limit=0,
-                )  # fmt: skip
+                seen = {"changed": initial.changed_logits, "logits": initial.logits}
+                yield self.failed(Reason.OTHER_BITS, observed=change, limit=0, **seen)
             return
         if initial.max_abs_logit is None:
-            yield self.not_evaluated("the base's logits were not seen")
+            yield self.not_evaluated(Reason.NO_BASE_LOGITS)
             return
         limit = self._rtol(record.precision) * initial.max_abs_logit
-        if not (math.isfinite(limit) and initial.max_logit_change <= limit):
-            yield self.failed(
-                f"logits differ from the base's by {initial.max_logit_change:.3g} before the first step",
-                observed=initial.max_logit_change, limit=limit,
-            )  # fmt: skip
+        if not (math.isfinite(limit) and change <= limit):
+            yield self.failed(Reason.FAR, observed=change, limit=limit)
 
     def _rtol(self, precision: str) -> float:
         if self.rounded_rtol is not None:

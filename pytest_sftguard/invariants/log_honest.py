@@ -5,10 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from pytest_sftguard import verdicts
 from pytest_sftguard.records import LogRecord, RunRecord, StepRecord
 from pytest_sftguard.verdicts import Finding, Invariant
+
+_LOGGED = "the Trainer logged loss {observed:.6g} at step {line}, where "
+
+
+class Reason(verdicts.Reason):
+    """What was laundered, or logged otherwise than it was."""
+
+    NOT_LOGGED = "the Trainer logged no loss"
+    LAUNDERED_GRADIENTS = (
+        "laundered: the gradients of step {step} were not finite[[ in {names}]], and the optimizer was given gradients"
+        " of norm {observed:.6g}"
+    )
+    LAUNDERED_LOSS = "laundered: " + _LOGGED + "the loss of[[ micro-batch {micro_batch} of]] step {step} was {loss}"
+    ZEROED_GRADIENTS = "the gradients of step {step} had the norm {limit:.6g}, and the optimizer was given zeros"
+    OTHER_LOSS = _LOGGED + "the loss was {limit:.6g}"
+    OTHER_MEAN = _LOGGED + "the mean of {steps:# step} was {limit:.6g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +49,7 @@ class LogHonest(Invariant):
         yield from self._gradients(record)
         lines = [line for line in record.log if line.loss is not None and line.learning_rate is not None]
         if not lines:
-            yield self.not_evaluated("the Trainer logged no loss")
+            yield self.not_evaluated(Reason.NOT_LOGGED)
             return
         before = 0
         nonfinite_before = False
@@ -45,55 +62,46 @@ class LogHonest(Invariant):
             if finding is not None:
                 yield finding
                 return
-            nonfinite_before = nonfinite_before or any(_nonfinite(s) is not None for s in covered)
+            nonfinite_before = nonfinite_before or any(_nonfinite(s) for s in covered)
 
     def _gradients(self, record: RunRecord) -> Iterator[Finding]:
-        for s in record.steps:
-            if s.grad_norm is None or s.received_grad_norm is None or s.effect == "skipped_by_scaler":
+        for s in record.taken_steps:
+            norm, given = s.grad_norm, s.received_grad_norm
+            if norm is None or given is None:
                 continue
-            if not s.gradients_finite and math.isfinite(s.received_grad_norm):
-                tensors = f" in {s.nonfinite_gradients}" if s.nonfinite_gradients else ""
-                yield self.failed(
-                    f"laundered: the gradients of step {s.step} were not finite{tensors}, and the optimizer was given"
-                    f" some of norm {s.received_grad_norm:.6g}",
-                    step=s.step, observed=s.received_grad_norm, limit=s.grad_norm,
-                )  # fmt: skip
+            if not s.gradients_finite and math.isfinite(given):
+                names, reason = s.nonfinite_gradients, Reason.LAUNDERED_GRADIENTS
+                yield self.failed(reason, step=s.step, observed=given, limit=norm, names=names)
                 return
-            if s.grad_norm > 0 and s.received_grad_norm == 0:
-                yield self.failed(
-                    f"the gradients of step {s.step} had the norm {s.grad_norm:.6g}, and the optimizer was given zeros",
-                    step=s.step, observed=0.0, limit=s.grad_norm,
-                )  # fmt: skip
+            if norm > 0 and given == 0:
+                yield self.failed(Reason.ZEROED_GRADIENTS, step=s.step, observed=0.0, limit=norm)
                 return
 
     def _line(self, line: LogRecord, covered: list[StepRecord], nonfinite_before: bool) -> Finding | None:
         """What is wrong with a line of the log that sums up the steps `covered`."""
         logged = math.nan if line.loss is None else line.loss
-        bad = next((s for s in covered if _nonfinite(s) is not None), None)
+        bad = next(filter(_nonfinite, covered), None)
         if bad is not None:
+            # honest; that the loss is not finite is for raw_loss_finite to say
             if not math.isfinite(logged):
-                return None  # honest; that the loss is not finite is for raw_loss_finite to say
+                return None
+            seen, limit = _nonfinite(bad), "what was seen at the source"
             return self.failed(
-                f"laundered: the Trainer logged loss {logged:.6g} at step {line.step}, where {_nonfinite(bad)}",
-                step=bad.step, observed=logged, limit="what was seen at the source",
-            )  # fmt: skip
+                Reason.LAUNDERED_LOSS, step=bad.step, observed=logged, limit=limit, line=line.step, **seen
+            )
         mean = math.fsum(s.loss for s in covered if s.loss is not None) / len(covered)
+        # without the filter, NaN stays in the Trainer's running sum for ever
         if not math.isfinite(logged) and nonfinite_before:
-            return None  # without the filter, NaN stays in the Trainer's running sum for ever
+            return None
         if abs(logged - mean) <= self.rtol * abs(mean) + self.atol:
             return None
-        over = f"the mean of {len(covered)} steps" if len(covered) > 1 else "the loss"
-        return self.failed(
-            f"the Trainer logged loss {logged:.6g} at step {line.step}, where {over} was {mean:.6g}",
-            step=line.step, observed=logged, limit=mean,
-        )  # fmt: skip
+        reason, steps = Reason.OTHER_MEAN if len(covered) > 1 else Reason.OTHER_LOSS, len(covered)
+        return self.failed(reason, step=line.step, observed=logged, limit=mean, line=line.step, steps=steps)
 
 
-def _nonfinite(step: StepRecord) -> str | None:
-    """Which loss of `step` is not finite, in words; None where all are."""
+def _nonfinite(step: StepRecord) -> dict[str, Any]:
+    """The loss of `step` that is not finite, and its micro-batch where it is one of those; empty where all are."""
     for i, loss in enumerate(step.micro_losses, 1):
         if not math.isfinite(loss):
-            return f"micro-batch {i} of step {step.step} was {loss}"
-    if step.loss is not None and not math.isfinite(step.loss):
-        return f"the sum of step {step.step} was {step.loss}"
-    return None
+            return {"micro_batch": i, "loss": loss}
+    return {} if step.loss is None or math.isfinite(step.loss) else {"loss": step.loss}

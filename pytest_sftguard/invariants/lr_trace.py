@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from pytest_sftguard import verdicts
 from pytest_sftguard.records import RunRecord, ScheduleRecord, StepRecord
-from pytest_sftguard.verdicts import Finding, Invariant
+from pytest_sftguard.verdicts import Finding, General, Invariant
+
+_USED = "step {step} used the learning rate {observed:g}"
+_DUE = "; by {schedule} it is {limit:g} at effective step {due}[[ after {skips:# step} that the loss scaler skipped]]"
+
+
+class Reason(verdicts.Reason):
+    """How a learning rate is not the schedule's, or why that cannot be told."""
+
+    NOT_SEEN = "no learning rate was seen at step {step}"
+    NO_SCHEDULE = "no schedule was seen"
+    SHORT_SCHEDULE = "the schedule was computed for {computed} of {steps:# step} only"
+    ZERO = "the learning rate was 0 at {observed} of {steps:# step} (the first to count: step {step})"
+    NOT_POSITIVE = "the learning rate was not positive at {observed} of {steps:# step} ({rate:g} at step {step})"
+    NOT_FINITE = _USED + _DUE
+    ELSEWHERE = _USED + ", which is that of effective step {place}" + _DUE
+    OFF_SCHEDULE = _USED + ", which is none of the schedule's" + _DUE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,30 +51,30 @@ class LrTrace(Invariant):
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Compare step by step, then count the zeros."""
-        taken = [s for s in record.steps if s.effect != "skipped_by_scaler"]
-        unseen = [s.step for s in record.steps if s.learning_rate is None]
-        if not record.steps or unseen:
-            yield self.not_evaluated(f"no learning rate was seen{f' at step {unseen[0]}' if unseen else ''}")
+        schedule, unseen = record.schedule, [s.step for s in record.steps if s.learning_rate is None]
+        if not record.steps:
+            yield self.not_evaluated(General.NO_STEP)
             return
-        yield from self._zeros(taken)
-        if record.schedule is None:
-            yield self.not_evaluated("no schedule was seen")
-        elif record.schedule.unknown:
-            yield self.not_evaluated(record.schedule.unknown, required=False)
-        elif len(record.schedule.rates) < len(record.steps):
-            yield self.not_evaluated(f"the schedule was computed for {len(record.schedule.rates)} steps alone")
+        if unseen:
+            yield self.not_evaluated(Reason.NOT_SEEN, step=unseen[0])
+            return
+        yield from self._zeros(record.taken_steps)
+        if schedule is None:
+            yield self.not_evaluated(Reason.NO_SCHEDULE)
+        elif schedule.unknown:
+            yield self.not_evaluated(General.INAPPLICABLE, why=schedule.unknown, required=False)
+        elif len(schedule.rates) < len(record.steps):
+            yield self.not_evaluated(Reason.SHORT_SCHEDULE, computed=len(schedule.rates), steps=len(record.steps))
         else:
-            yield from self._compared(record, record.schedule)
+            yield from self._compared(record, schedule)
 
     def _zeros(self, taken: list[StepRecord]) -> Iterator[Finding]:
         zero = [s for s in taken if not (s.learning_rate is not None and s.learning_rate > 0)]
         if not len(zero) <= self.max_zero_steps:
-            first = zero[self.max_zero_steps]
-            yield self.failed(
-                f"the learning rate is {first.learning_rate} at {len(zero)} of {len(taken)} steps (the first to count:"
-                f" step {first.step})",
-                step=first.step, observed=len(zero), limit=self.max_zero_steps,
-            )  # fmt: skip
+            first, limit = zero[self.max_zero_steps], self.max_zero_steps
+            reason = Reason.ZERO if first.learning_rate == 0 else Reason.NOT_POSITIVE
+            seen = {"rate": first.learning_rate, "steps": len(taken)}
+            yield self.failed(reason, step=first.step, observed=len(zero), limit=limit, **seen)
 
     def _compared(self, record: RunRecord, schedule: ScheduleRecord) -> Iterator[Finding]:
         skips = 0
@@ -66,14 +84,11 @@ class LrTrace(Invariant):
             if any(self._same(s.learning_rate, rate) for rate in schedule.rates[due : due + ahead + 1]):
                 skips += s.scale_fell and not s.changed
                 continue
-            at = next((k for k, r in enumerate(schedule.rates) if self._same(s.learning_rate, r)), None)
-            place = "" if at is None else f", which is that of step {at + 1}"
-            after = f" after {skips} that the loss scaler skipped" if skips else ""
-            yield self.failed(
-                f"step {s.step} used the learning rate {s.learning_rate:g}{place}; by {schedule.name} it is"
-                f" {schedule.rates[due]:g} at effective step {due + 1}{after}",
-                step=s.step, observed=s.learning_rate, limit=schedule.rates[due],
-            )  # fmt: skip
+            place = next((k for k, r in enumerate(schedule.rates, 1) if self._same(s.learning_rate, r)), None)
+            seen: dict[str, Any] = {"place": place, "due": due + 1, "skips": skips or None, "schedule": schedule.name}
+            finite = s.learning_rate is not None and math.isfinite(s.learning_rate)
+            reason = Reason.ELSEWHERE if place else Reason.OFF_SCHEDULE if finite else Reason.NOT_FINITE
+            yield self.failed(reason, step=s.step, observed=s.learning_rate, limit=schedule.rates[due], **seen)
             return
 
     def _budget(self, step: int) -> int:

@@ -5,14 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from pytest_sftguard import verdicts
 from pytest_sftguard.records import MergeRecord, RunRecord
 from pytest_sftguard.records.learning import MIN_STEPS
 from pytest_sftguard.verdicts import Finding, Invariant
 
 _EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 _TF32_EPS = 2.0**-10
+
+
+class Reason(verdicts.Reason):
+    """What merging did to the model."""
+
+    TIED = "merging changed {tensors}, which the adapter does not target: tied to what it does"
+    NO_LOGITS = "no logits of merged {dtype} weights were compared"
+    NOT_SAVED = "the merged model was not saved and loaded, and nothing says why"
+    LOGITS = "logits of the merged model differ from those before merging by {observed:.3g}"
+    SAVED_LOGITS = "logits of the merged model, saved and loaded, differ from those before merging by {observed:.3g}"
+    NOT_COUNTED = "it was not seen what merging made of the adapter's change of the weights"
+    SWALLOWED = (
+        "merging into {dtype} leaves {swallowed:.1%} of the adapted weights as they were, and keeps {kept:.0%} of the"
+        " adapter's change (least of it in {layers})"
+    )
+    SMALL = f"{SWALLOWED}: an adapter of {{steps:# step}} is too small to judge by"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,44 +61,33 @@ class MergeEquivalence(Invariant):
             yield self.not_looked(record, "merging")
             return
         if merge.touched:
-            yield self.failed(
-                f"merging changed {merge.touched}, which the adapter does not target: tied to what it does",
-                observed=merge.touched.count, limit=0,
-            )  # fmt: skip
+            yield self.failed(Reason.TIED, observed=merge.touched.count, limit=0, tensors=merge.touched)
         yield from self._logits(record, merge)
         yield from self._swallowed(record, merge)
 
     def _logits(self, record: RunRecord, merge: MergeRecord) -> Iterator[Finding]:
         eps = _EPS.get(merge.dtype)
         if merge.max_abs_logit is None or merge.max_logit_change is None or eps is None:
-            yield self.not_evaluated(f"no logits of merged {merge.dtype} weights were compared")
+            yield self.not_evaluated(Reason.NO_LOGITS, dtype=merge.dtype)
             return
         rtol = max(self.ulps * eps, self.float32_rtol)
         if record.precision == "tf32":
             rtol = max(rtol, self.ulps * _TF32_EPS)
         limit = rtol * merge.max_abs_logit
-        for change, how in ((merge.max_logit_change, ""), (merge.max_saved_change, ", saved and loaded")):
-            if change is None and merge.not_saved:
-                continue
-            if change is None:
-                yield self.not_evaluated("the merged model was not saved and loaded, and nothing says why")
-            elif not (math.isfinite(limit) and change <= limit):
-                yield self.failed(
-                    f"logits of the merged model{how} differ from those before merging by {change:.3g}",
-                    observed=change, limit=limit,
-                )  # fmt: skip
+        changes = {Reason.LOGITS: merge.max_logit_change, Reason.SAVED_LOGITS: merge.max_saved_change}
+        for reason, change in changes.items():
+            if change is None and not merge.not_saved:
+                yield self.not_evaluated(Reason.NOT_SAVED)
+            elif change is not None and not (math.isfinite(limit) and change <= limit):
+                yield self.failed(reason, observed=change, limit=limit)
 
     def _swallowed(self, record: RunRecord, merge: MergeRecord) -> Iterator[Finding]:
         if merge.swallowed is None or merge.kept is None:
-            yield self.not_evaluated("it was not seen what merging made of the adapter's change of the weights")
+            yield self.not_evaluated(Reason.NOT_COUNTED)
         elif not merge.swallowed <= self.max_swallowed:
-            what = (
-                f"merging into {merge.dtype} leaves {merge.swallowed:.1%} of the adapted weights as they were,"
-                f" and keeps {merge.kept:.0%} of the adapter's change (least of it in {merge.least_kept})"
-            )
+            seen: dict[str, Any] = {"dtype": merge.dtype, "swallowed": merge.swallowed}
+            seen |= {"kept": merge.kept, "layers": merge.least_kept}
             if len(record.steps) < MIN_STEPS and math.isfinite(merge.swallowed):
-                yield self.not_evaluated(
-                    f"{what}: an adapter of {len(record.steps)} steps is too small to judge by", required=False
-                )
+                yield self.not_evaluated(Reason.SMALL, required=False, steps=len(record.steps), **seen)
             else:
-                yield self.failed(what, observed=merge.swallowed, limit=self.max_swallowed)
+                yield self.failed(Reason.SWALLOWED, observed=merge.swallowed, limit=self.max_swallowed, **seen)

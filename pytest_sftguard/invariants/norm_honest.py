@@ -7,8 +7,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pytest_sftguard import verdicts
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.verdicts import Finding, Invariant
+
+
+class Reason(verdicts.Reason):
+    """Where norms differ that should be one, or were not seen."""
+
+    NOT_SEEN = "what the optimizer was given at step {step} was not seen"
+    GIVEN = (
+        "the optimizer was given gradients of norm {observed:.6g} at step {step}, where the norm was {grad_norm:.6g}"
+        " and max_grad_norm is {max_grad_norm}"
+    )
+    NOT_LOGGED = "the Trainer logged no grad_norm of a step that was taken"
+    LOGGED = "the Trainer logged grad_norm {observed:.6g} at step {step}, where the gradients' norm was {limit:.6g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,47 +48,38 @@ class NormHonest(Invariant):
         yield from self._logged(record, rtol)
 
     def _given(self, record: RunRecord, rtol: float) -> Iterator[Finding]:
-        for s in record.steps:
-            if s.effect == "skipped_by_scaler" or s.grad_norm is None:
+        for s in record.taken_steps:
+            if s.grad_norm is None:
                 continue
-            if s.received_grad_norm is None:
-                yield self.not_evaluated(f"what the optimizer was given at step {s.step} was not seen", required=True)
+            given = s.received_grad_norm
+            if given is None:
+                yield self.not_evaluated(Reason.NOT_SEEN, required=True, step=s.step)
                 return
+            # that it is not finite is for gradients_finite to say; and where it was cleaned, for log_honest
             if not math.isfinite(s.grad_norm):
-                continue  # for gradients_finite to say; and where it was cleaned, for log_honest
+                continue
+            # how a loop of the user's own clips is not known
             if record.observed and record.max_grad_norm is None:
-                continue  # how a loop of the user's own clips is not known
+                continue
             due = _clipped(s.grad_norm, record.max_grad_norm)
-            if not abs(s.received_grad_norm - due) <= rtol * due:
-                yield self.failed(
-                    f"the optimizer was given gradients of norm {s.received_grad_norm:.6g} at step {s.step}, where the"
-                    f" norm was {s.grad_norm:.6g} and max_grad_norm is {record.max_grad_norm}",
-                    step=s.step, observed=s.received_grad_norm, limit=due,
-                )  # fmt: skip
+            if not abs(given - due) <= rtol * due:
+                seen = {"grad_norm": s.grad_norm, "max_grad_norm": record.max_grad_norm}
+                yield self.failed(Reason.GIVEN, step=s.step, observed=given, limit=due, **seen)
                 return
 
     def _logged(self, record: RunRecord, rtol: float) -> Iterator[Finding]:
-        steps = {s.step: s for s in record.steps}
-        lines = [(steps[line.step], line) for line in record.log if line.step in steps and line.grad_norm is not None]
-        lines = [(step, line) for step, line in lines if step.effect != "skipped_by_scaler"]
-        if not lines:
-            yield self.not_evaluated("the Trainer logged no grad_norm of a step that was taken")
+        norms = {s.step: math.nan if s.grad_norm is None else s.grad_norm for s in record.taken_steps}
+        logged = [(n.step, n.grad_norm) for n in record.log if n.step in norms and n.grad_norm is not None]
+        if not logged:
+            yield self.not_evaluated(Reason.NOT_LOGGED)
             return
-        for step, line in lines:
-            seen = math.nan if step.grad_norm is None else step.grad_norm
-            logged = math.nan if line.grad_norm is None else line.grad_norm
-            if math.isnan(seen) and math.isnan(logged):
-                continue  # the log is honest here; that the gradients are NaN is for gradients_finite to say
-            if seen == logged:
+        for step, norm in logged:
+            seen = norms[step]
+            # where both are NaN the log is honest; that the gradients are NaN is for gradients_finite to say
+            if seen == norm or (math.isnan(seen) and math.isnan(norm)):
                 continue
-            if not (math.isfinite(seen) and abs(logged - seen) <= rtol * abs(seen)):
-                yield self.failed(
-                    f"the Trainer logged grad_norm {logged:.6g} at step {step.step}, where the gradients' norm was"
-                    f" {seen:.6g}",
-                    step=step.step,
-                    observed=logged,
-                    limit=seen,
-                )
+            if not (math.isfinite(seen) and abs(norm - seen) <= rtol * abs(seen)):
+                yield self.failed(Reason.LOGGED, step=step, observed=norm, limit=seen)
                 return
 
 

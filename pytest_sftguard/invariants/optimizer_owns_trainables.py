@@ -6,8 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pytest_sftguard import verdicts
 from pytest_sftguard.records import RunRecord
-from pytest_sftguard.verdicts import Finding, Invariant
+from pytest_sftguard.verdicts import Finding, General, Invariant
+
+
+class Reason(verdicts.Reason):
+    """How the optimizer's parameters differ from the trainable ones."""
+
+    LACKING = "the optimizer lacks {observed:# trainable tensor}, which will never move: {names}"
+    FOREIGN = "{observed:# tensor} in the optimizer began to take a gradient during the training: {names}"
+    TWICE = "the optimizer holds {observed:# tensor} more than once: {names}"
+    OTHERS = "the optimizer's parameters are not the trainable ones"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +33,13 @@ class OptimizerOwnsTrainables(Invariant):
         """Compare the optimizer's parameters with the trainable ones, by identity."""
         optimizer = record.optimizer
         if optimizer is None or optimizer.owns_trainables is None:
-            yield self.not_evaluated("no optimizer was seen")
+            yield self.not_evaluated(General.NO_OPTIMIZER)
             return
         if not record.adapter:
-            yield self.failed("there is no trainable tensor to own", observed=0, limit="at least 1")
-        for what, names in (
-            ("trainable tensors are not in the optimizer, and will never move", optimizer.lacking),
-            ("tensors in the optimizer began to take a gradient during the training", optimizer.foreign),
-            ("tensors are in the optimizer more than once", optimizer.twice),
-        ):
-            if names:
-                yield self.failed(f"{names.count} {what}: {names}", observed=names.count, limit=0)
+            yield self.failed(General.NO_TRAINABLE, observed=0, limit="at least 1")
+        yield from self.forbid(Reason.LACKING, optimizer.lacking)
+        yield from self.forbid(Reason.FOREIGN, optimizer.foreign)
+        yield from self.forbid(Reason.TWICE, optimizer.twice)
         explained = optimizer.lacking or optimizer.foreign or optimizer.idle >= 1
         if not (optimizer.owns_trainables or explained):
-            yield self.failed("the optimizer's parameters are not the trainable ones")
+            yield self.failed(Reason.OTHERS)

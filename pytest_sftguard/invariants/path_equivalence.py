@@ -1,4 +1,4 @@
-"""A10: the way that the training computes loss and gradients leads where the plain way does."""
+"""A10: the training's path to loss and gradients leads where the plain path does."""
 
 from __future__ import annotations
 
@@ -7,8 +7,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pytest_sftguard import verdicts
 from pytest_sftguard.records import PathRecord, PathsRecord, RunRecord
 from pytest_sftguard.verdicts import Finding, Invariant
+
+
+class Reason(verdicts.Reason):
+    """Where the training's path leads elsewhere than the plain one, or was not compared with it."""
+
+    NOT_ALL_COMPARED = "{made} of {asked:# plain path} and {tensors:# gradient} took part in the comparison"
+    NONFINITE = (
+        "gradients of the training's first micro-batch are not finite[[ under {switched}]][[, but finite with {path}]]:"
+        " {names}"
+    )
+    NONFINITE_PLAIN = "gradients with {path} are not finite: {names}"
+    ONE_SIDED = "{observed:# tensor} had a gradient in the training or with {path}, and not in both: {names}"
+    OTHER_GRADIENT = "the gradient of {tensor} is not the one with {path} (the training uses {switched})"
+    OTHER_LOSS = "the loss is {loss:.6g}, and {plain_loss:.6g} with {path}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,58 +59,37 @@ class PathEquivalence(Invariant):
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Look at each plain path."""
-        seen = record.paths
-        if seen is None:
+        if (seen := record.paths) is None:
             yield self.not_looked(record, "paths")
             return
         if not (len(seen.paths) == seen.asked >= 1 and seen.tensors >= 1):
-            yield self.not_evaluated(
-                f"{len(seen.paths)} of {seen.asked} plain paths are there, and {seen.tensors} gradients"
-            )
-        limit = {
-            "float32": self.float32_limit,
-            "tf32": self.tf32_limit,
-            "float16": self.float16_limit,
-            "bfloat16": self.bfloat16_limit,
-        }.get(seen.arithmetic, 0.0)
+            made, asked = len(seen.paths), seen.asked
+            yield self.not_evaluated(Reason.NOT_ALL_COMPARED, made=made, asked=asked, tensors=seen.tensors)
+        # no limit for a type means that nothing passes in it
+        limit: float = getattr(self, f"{seen.arithmetic}_limit", 0.0)
         if seen.routed and seen.arithmetic != "float32":
             limit *= self.routed_factor
-        if seen.nonfinite and not seen.paths:
-            yield self._nonfinite(seen, "")
+        if not seen.paths:
+            yield from self.forbid(Reason.NONFINITE, seen.nonfinite, switched=seen.switched)
         for path in seen.paths:
             yield from self._gradients(seen, path)
             yield from self._distance(seen, path, limit)
 
     def _gradients(self, seen: PathsRecord, path: PathRecord) -> Iterator[Finding]:
-        if seen.nonfinite and not path.nonfinite:
-            yield self._nonfinite(seen, f", and are with {path.name}")
-        elif path.nonfinite:
-            yield self.failed(
-                f"gradients with {path.name} are not finite: {path.nonfinite}", observed=path.nonfinite.count, limit=0
-            )
-        if path.one_sided:
-            yield self.failed(
-                f"tensors have a gradient on one way alone, of the training's and {path.name}: {path.one_sided}",
-                observed=path.one_sided.count, limit=0,
-            )  # fmt: skip
-
-    def _nonfinite(self, seen: PathsRecord, than: str) -> Finding:
-        how = f" under {', '.join(seen.switched)}" if seen.switched else ""
-        return self.failed(
-            f"gradients of the training's first micro-batch are not finite{how}{than}: {seen.nonfinite}",
-            observed=seen.nonfinite.count, limit=0,
-        )  # fmt: skip
+        if path.nonfinite:
+            yield from self.forbid(Reason.NONFINITE_PLAIN, path.nonfinite, path=path.name)
+        else:
+            yield from self.forbid(Reason.NONFINITE, seen.nonfinite, switched=seen.switched, path=path.name)
+        yield from self.forbid(Reason.ONE_SIDED, path.one_sided, path=path.name)
 
     def _distance(self, seen: PathsRecord, path: PathRecord, limit: float) -> Iterator[Finding]:
-        if not path.max_change <= limit:
+        off, switched = path.max_change, seen.switched or "a loss of its own"
+        if not off <= limit:
             yield self.failed(
-                f"the gradient of {path.tensor} is not the one with {path.name}"
-                f" (the training uses {', '.join(seen.switched) or 'a loss of its own'})",
-                observed=path.max_change, limit=limit,
-            )  # fmt: skip
-        allowed = self.loss_share * limit * max(abs(path.loss), 1e-3)
-        if not (math.isfinite(path.loss) and abs(seen.loss - path.loss) <= allowed):
+                Reason.OTHER_GRADIENT, observed=off, limit=limit, tensor=path.tensor, path=path.name, switched=switched
+            )
+        off, allowed = abs(seen.loss - path.loss), self.loss_share * limit * max(abs(path.loss), 1e-3)
+        if not (math.isfinite(path.loss) and off <= allowed):
             yield self.failed(
-                f"the loss is {seen.loss:.6g}, and {path.loss:.6g} with {path.name}",
-                observed=abs(seen.loss - path.loss), limit=allowed,
-            )  # fmt: skip
+                Reason.OTHER_LOSS, observed=off, limit=allowed, loss=seen.loss, plain_loss=path.loss, path=path.name
+            )

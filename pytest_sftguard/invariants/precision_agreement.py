@@ -5,31 +5,36 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from pytest_sftguard.invariants._comparing import agreement, apart, moved, other_rows, randomness, resolution, same
-from pytest_sftguard.precision import MODES
+from pytest_sftguard import verdicts
+from pytest_sftguard.invariants._comparing import MOST_IN, Both, ComparingSteps, moved, randomness, resolution, same
+from pytest_sftguard.precision import mode_named
 from pytest_sftguard.records import RunRecord, StepRecord
-from pytest_sftguard.verdicts import Finding, Invariant
+from pytest_sftguard.verdicts import Finding
+
+
+class Reason(verdicts.Reason):
+    """How a training differs from the float32 one."""
+
+    FLOAT32_ITSELF = "the cell is the float32 one itself"
+    REFERENCE_LOST = "the loss of the float32 reference is not finite at every step: it is no reference"
+    NO_ROUNDING = "the losses and gradients of {steps:# step} are float32's to the bit: {precision} did not happen"
+    DIFFERS = "the {name} of step {step} is {ours:.6g}, and {theirs:.6g} in float32" + MOST_IN
+    MOVED = (
+        "{factor} moved by {ours:.4g} in {steps:# step}, and by {theirs:.4g} in float32[[, which took {float32_steps}]]"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecisionAgreement(Invariant):
+class PrecisionAgreement(ComparingSteps):
     """Loss and gradients of the first step, losses on the way and the adapter at the end agree with float32's.
 
     And they are not float32's to the bit, where the cell claims to compute in another type.
     """
 
-    loss_rtol: float | None = None
-    """Largest difference of the first losses, as a share; None: the tolerance of the cell's precision."""
-
-    grad_norm_rtol: float | None = None
-    """Largest difference of the first gradients' norms in more than half of the tensors, as a share, and a fifteenth of
-    that of the norm of all; None: the tolerance of the cell's precision."""
-
     trajectory_rtol: float | None = None
     """Largest difference of any two losses, as a share of the first; None: the tolerance of the cell's precision."""
-
     update_ratio: float = 1.5
     """Factor by which the `lora_A`, the `lora_B`, or the other tensors together may have moved further than in float32,
     or less far. Measured 0.994 to 1.02 over all modes where every step was taken; bfloat16 adapters that round their
@@ -37,99 +42,78 @@ class PrecisionAgreement(Invariant):
 
     code: ClassVar[str] = "C2"
     reference: ClassVar[str] = "fp32"
+    differs: ClassVar[Reason] = Reason.DIFFERS
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
-        """Compare the first step, then the way, then the end."""
+        """Compare the run with its float32 sibling, which it may be itself."""
         if record.precision == "fp32":
-            yield self.not_evaluated("the cell is the float32 one itself", required=False)
-            return
-        if missing := self.not_compared(reference):
-            yield missing
-            return
-        assert reference is not None
-        if not record.steps or not reference.steps:
-            yield self.not_evaluated("no optimizer step was seen")
-            return
+            yield self.not_evaluated(Reason.FLOAT32_ITSELF, required=False)
+        else:
+            yield from super().check(record, reference)
+
+    def compare(self, record: RunRecord, reference: RunRecord) -> Iterator[Finding]:
+        """Compare the first step, then the losses on the way, then the adapter at the end."""
         if not all(map(math.isfinite, reference.losses)):
-            yield self.not_evaluated("the float32 sibling lost its own loss: it is no reference", required=False)
-            return
-        if reason := self._incomparable(record, reference):
-            yield self.not_evaluated(reason, required=False)
-            return
-        yield from self._another(record, reference)
-        yield from self._first_step(record, reference)
-        yield from self._trajectory(record, reference)
-        yield from self._updates(record, reference)
+            yield self.not_evaluated(Reason.REFERENCE_LOST, required=False)
+        elif obstacle := self._obstacle(record, reference):
+            yield obstacle
+        else:
+            yield from self._rounded(record, reference)
+            yield from self._first_step(record, reference)
+            yield from self._trajectory(record, reference)
+            yield from self._updates(record, reference)
 
-    def _incomparable(self, record: RunRecord, reference: RunRecord) -> str:
-        drawn = randomness(record, reference)
-        if drawn and record.device.device_type != "cpu":  # on a CPU the draws are the same in all types: measured
-            return "the model draws random numbers in training, which differ by type on this device"
-        seen = [r.steps[0].rows for r in (record, reference)]
-        return "" if None in seen else other_rows(record, reference)
+    def _obstacle(self, record: RunRecord, reference: RunRecord) -> Finding | None:
+        # on a CPU the draws are the same in all types: measured
+        if record.device.device_type != "cpu" and randomness(record, reference):
+            return self.not_evaluated(Both.RANDOM, required=False, reference=reference.cell)
+        rows = self.other_rows(record, reference)
+        return rows if rows and rows.because(Both.OTHER_ROWS) else None
 
-    def _another(self, record: RunRecord, reference: RunRecord) -> Iterator[Finding]:
+    def _rounded(self, record: RunRecord, reference: RunRecord) -> Iterator[Finding]:
         """A cell that is float32's to the bit has computed in float32."""
-        mode = MODES.get(record.precision)
-        if mode is None or mode.compute_dtype == "float32":
+        if mode_named(record.precision).compute_dtype == "float32":
             return
         pairs = list(zip(record.steps, reference.steps, strict=False))
         if all(same(s.loss, r.loss) and same(s.grad_norm, r.grad_norm) for s, r in pairs):
-            yield self.failed(
-                f"losses and gradients of all {len(pairs)} steps are float32's to the bit: {record.precision} did not"
-                " happen",
-                step=1, observed=0.0, limit="> 0",
-            )  # fmt: skip
+            steps, precision = len(pairs), record.precision
+            yield self.failed(Reason.NO_ROUNDING, step=1, observed=0.0, limit="> 0", steps=steps, precision=precision)
 
     def _first_step(self, record: RunRecord, reference: RunRecord) -> Iterator[Finding]:
-        allowed = agreement(record)
-        ours, theirs = record.steps[0], reference.steps[0]
+        allowed = mode_named(record.precision).agreement
         loss_rtol = max(allowed.fp32_loss_rtol, 2 * resolution(record, reference))
-        wanted = [("loss", loss_rtol if self.loss_rtol is None else self.loss_rtol)]
-        if ours.effect != "skipped_by_scaler":  # its gradients are not finite, and that is what scaling is for
-            rtol = allowed.fp32_grad_norm_rtol if self.grad_norm_rtol is None else self.grad_norm_rtol
-            wanted.append(("grad_norm", rtol))
-        for name, rtol in wanted:
-            one, other = getattr(ours, name), getattr(theirs, name)
-            if one is None or other is None:
-                yield self.not_evaluated(f"the {name} of step 1 was not seen")
-            elif far := apart(name, (one, other), rtol, record, reference):
-                yield self.failed(
-                    f"the {name} of step 1 is {one:.6g}, and {other:.6g} in float32{far.note}",
-                    step=1, observed=far.share, limit=far.limit,
-                )  # fmt: skip
+        yield from self.value("loss", loss_rtol, record, reference)
+        # the gradients of a skipped step are not finite, and that is what scaling is for
+        if record.steps[0].effect != "skipped_by_scaler":
+            yield from self.value("grad_norm", allowed.fp32_grad_norm_rtol, record, reference)
 
     def _trajectory(self, record: RunRecord, reference: RunRecord) -> Iterator[Finding]:
         """The losses of all steps, where both runs took the same ones: a step that is skipped puts one behind."""
         pairs = list(zip(record.steps, reference.steps, strict=False))
         if any(ours.effect == "skipped_by_scaler" for ours, _ in pairs):
             return
-        allowed = agreement(record).trajectory_rtol if self.trajectory_rtol is None else self.trajectory_rtol
+        usual = mode_named(record.precision).agreement.trajectory_rtol
+        allowed = usual if self.trajectory_rtol is None else self.trajectory_rtol
         first = abs(reference.losses[0])
-        for ours, theirs in pairs[1:]:
-            one, other = (math.nan if s.loss is None else s.loss for s in (ours, theirs))
-            apart = abs(one - other) / first if first else abs(one - other)
-            if not apart <= allowed:
-                yield self.failed(
-                    f"the loss of step {ours.step} is {one:.6g}, and {other:.6g} in float32",
-                    step=ours.step, observed=apart, limit=allowed,
-                )  # fmt: skip
+        for step, theirs in pairs[1:]:
+            one, other = (math.nan if s.loss is None else s.loss for s in (step, theirs))
+            share = abs(one - other) / first if first else abs(one - other)
+            if not share <= allowed:
+                seen: dict[str, Any] = {"name": "loss", "ours": one, "theirs": other}
+                yield self.failed(Reason.DIFFERS, step=step.step, observed=share, limit=allowed, **seen)
                 return
 
     def _updates(self, record: RunRecord, reference: RunRecord) -> Iterator[Finding]:
         """How far the adapter came, steps that were skipped allowed for."""
-        ours, others = moved(record), moved(reference)
-        lag = _lag(record, reference)
-        for kind, distance in others.items():
-            own = ours.get(kind, math.nan)
-            limit = self.update_ratio
-            if not (own <= limit * distance and distance <= limit * lag * own):
-                yield self.failed(
-                    f"{kind} moved by {own:.4g} in {len(_taken(record))} steps, and by {distance:.4g} in float32"
-                    + (f", which took {len(_taken(reference))}" if lag > 1 else ""),
-                    observed=own / distance if distance else own,
-                    limit=f"{1 / (limit * lag) if limit else math.inf:.3g} to {limit:.3g}",
-                )  # fmt: skip
+        ours, lag, ratio = moved(record), _lag(record, reference), self.update_ratio
+        seen: dict[str, Any] = {"steps": len(_taken(record))}
+        seen |= {"float32_steps": len(_taken(reference)) if lag > 1 else None}
+        for factor, theirs in moved(reference).items():
+            own = ours.get(factor, math.nan)
+            if not (own <= ratio * theirs and theirs <= ratio * lag * own):
+                seen |= {"factor": factor, "ours": own, "theirs": theirs}
+                limit = f"{1 / (ratio * lag) if ratio else math.inf:.3g} to {ratio:.3g}"
+                yield self.failed(Reason.MOVED, observed=own / theirs if theirs else own, limit=limit, **seen)
 
 
 def _taken(record: RunRecord) -> list[StepRecord]:

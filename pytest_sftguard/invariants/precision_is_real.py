@@ -6,11 +6,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pytest_sftguard import verdicts
 from pytest_sftguard.precision import MODES, PrecisionMode
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.verdicts import Finding, Invariant
 
 _FLOATING = ("float16", "bfloat16", "float32", "float64")
+_NOT_REAL = "{mode} did not happen: "
+
+
+class Reason(verdicts.Reason):
+    """What of the precision did not happen, or was not seen."""
+
+    UNKNOWN_MODE = "the precision {precision!r} is not known here"
+    NOT_SEEN = "no matrix product of an adapted layer was seen"
+    COMPUTED = _NOT_REAL + "{layers} of {total:# adapted layer} computed in {dtypes}, not in {due}"
+    WEIGHTS = _NOT_REAL + "the base's weights are {dtypes}, not {due}; does the target pass on `dtype`?"
+    NO_SCALER = _NOT_REAL + "no loss scaler was at work"
+    AUTOCAST = _NOT_REAL + "autocast was {autocast}, not {due}"
+    TF32 = _NOT_REAL + "tf32 was {tf32} for matrix products"
+    TF32_NOT_SEEN = "whether matrix products ran in tf32 was not seen"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,35 +38,33 @@ class PrecisionIsReal(Invariant):
         """Compare what the layers returned in the first micro-batch with what the mode promises."""
         mode = MODES.get(record.precision)
         if mode is None:
-            yield self.not_evaluated(f"{record.precision!r} is no precision that is known here")
+            yield self.not_evaluated(Reason.UNKNOWN_MODE, precision=record.precision)
             return
         if not record.compute_dtypes or not record.weights_dtypes:
-            yield self.not_evaluated("no matrix product of an adapted layer was seen")
+            yield self.not_evaluated(Reason.NOT_SEEN)
             return
-        seen = ", ".join(f"{dtype} in {n}" for dtype, n in sorted(record.compute_dtypes.items()))
-        if set(record.compute_dtypes) != {mode.compute_dtype}:
+        name, due = mode.name, mode.compute_dtype
+        others = {dtype: layers for dtype, layers in sorted(record.compute_dtypes.items()) if dtype != due}
+        if others:
+            layers, total = sum(others.values()), sum(record.compute_dtypes.values())
             yield self.not_evaluated(
-                f"{mode.name} did not happen: the adapted layers computed {seen} layers, not {mode.compute_dtype}"
+                Reason.COMPUTED, mode=name, layers=layers, total=total, dtypes=tuple(others), due=due
             )
-        if any(dtype in _FLOATING and dtype != mode.weights_dtype for dtype in record.weights_dtypes):
-            held = ", ".join(sorted(record.weights_dtypes))
-            yield self.not_evaluated(
-                f"{mode.name} did not happen: the base's weights are {held}, not {mode.weights_dtype};"
-                " does the target pass `dtype` on to from_pretrained?"
-            )
+        weights = tuple(sorted(record.weights_dtypes))
+        if any(dtype in _FLOATING and dtype != mode.weights_dtype for dtype in weights):
+            yield self.not_evaluated(Reason.WEIGHTS, mode=name, dtypes=weights, due=mode.weights_dtype)
         if mode.scaler and not record.loss_scaling:
-            yield self.not_evaluated(f"{mode.name} did not happen: no loss scaler was at work")
-        if mode.autocast and record.autocast_dtype != mode.compute_dtype:
-            yield self.not_evaluated(f"{mode.name} did not happen: autocast was {record.autocast_dtype or 'off'}")
-        if not mode.autocast and record.autocast_dtype is not None:
-            yield self.not_evaluated(f"{mode.name} did not happen: autocast was {record.autocast_dtype}")
-        if mode.compute_dtype == "float32":
+            yield self.not_evaluated(Reason.NO_SCALER, mode=name)
+        autocast = due if mode.autocast else None
+        if record.autocast_dtype != autocast:
+            seen = record.autocast_dtype or "off"
+            yield self.not_evaluated(Reason.AUTOCAST, mode=name, autocast=seen, due=autocast or "off")
+        if due == "float32":
             yield from self._tf32(record, mode)
 
     def _tf32(self, record: RunRecord, mode: PrecisionMode) -> Iterator[Finding]:
         if record.tf32 is None:
             if mode.cuda_only or record.device.device_type == "cuda":
-                yield self.not_evaluated("whether matrix products ran in tf32 was not seen")
+                yield self.not_evaluated(Reason.TF32_NOT_SEEN)
         elif record.tf32 != (mode.name == "tf32"):
-            state = "on" if record.tf32 else "off"
-            yield self.not_evaluated(f"{mode.name} did not happen: tf32 was {state} for matrix products")
+            yield self.not_evaluated(Reason.TF32, mode=mode.name, tf32="on" if record.tf32 else "off")

@@ -6,8 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pytest_sftguard.records import FinitenessRecord, RunRecord
+from pytest_sftguard import verdicts
+from pytest_sftguard.records import RunRecord
 from pytest_sftguard.verdicts import Finding, Invariant
+
+
+class Reason(verdicts.Reason):
+    """Why the look at the finished models proves nothing, or what it found."""
+
+    NOT_SEEN = "the finished models were not asked for logits"
+    SHORT = "the finished models were given {observed:# token} a row"
+    UNPADDED = "no row of the batch had padding in front[[: {why}]]"
+    NOT_EAGER = "attention was {attention}, not eager[[: {why}]]"
+    NONFINITE = "{observed} of {logits:# logit} of the finished models were not finite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,24 +39,14 @@ class ProbeShape(Invariant):
         """Look at the batch, and at what came of it."""
         seen = record.round_trip.finiteness if record.round_trip else None
         if seen is None or not (seen.rows >= 1 and seen.logits >= 1):
-            yield self.not_evaluated("the finished models were not asked for logits")
+            yield self.not_evaluated(Reason.NOT_SEEN)
             return
         if not seen.tokens >= self.min_tokens:
-            yield self.failed(
-                f"the finished models were asked with {seen.tokens} tokens a row",
-                observed=seen.tokens, limit=self.min_tokens,
-            )  # fmt: skip
-        yield from self._circumstances(seen)
-        if seen.nonfinite != 0:
-            yield self.failed(
-                f"{seen.nonfinite} of {seen.logits} logits of the finished models are not finite",
-                observed=seen.nonfinite, limit=0,
-            )  # fmt: skip
-
-    def _circumstances(self, seen: FinitenessRecord) -> Iterator[Finding]:
+            yield self.failed(Reason.SHORT, observed=seen.tokens, limit=self.min_tokens)
         if not seen.padded_rows >= 1:
-            why = seen.unpadded or "no row of the batch had padding in front"
-            yield self.not_evaluated(why, required=not seen.unpadded)
+            yield self.not_evaluated(Reason.UNPADDED, required=not seen.unpadded, why=seen.unpadded)
         if seen.attention != "eager":
-            why = seen.not_eager or "attention was not written out"
-            yield self.not_evaluated(why, required=not seen.not_eager)
+            why = seen.not_eager
+            yield self.not_evaluated(Reason.NOT_EAGER, required=not why, attention=seen.attention, why=why)
+        if seen.nonfinite != 0:
+            yield self.failed(Reason.NONFINITE, observed=seen.nonfinite, limit=0, logits=seen.logits)

@@ -2,153 +2,118 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pytest_sftguard.invariants._comparing import (
-    OTHER,
-    Apart,
-    apart,
-    average,
-    closeness,
-    gap,
-    moved,
-    other_rows,
-    randomness,
-    uneven,
-)
+from pytest_sftguard import verdicts
+from pytest_sftguard.invariants._comparing import MOST_IN, ComparingSplits, gap, moved, randomness
 from pytest_sftguard.records import RunRecord
-from pytest_sftguard.verdicts import Finding, Invariant
+from pytest_sftguard.verdicts import Finding
 
 _SAME = 1e-5
-"""How closely norms of the same tensor agree that two kinds of device have summed up, as a share."""
+"""How closely norms of the same tensor agree that two types of device have summed up, as a share."""
+
+_DEVICES = "the processes run on {theirs} and the cell on {ours}"
+
+
+class Reason(verdicts.Reason):
+    """Why two processes may learn something else than one."""
+
+    REFUSED = "it cannot be trained in two processes: {error}"
+    NO_DIGEST = "the adapters of two processes were not digested"
+    APART = "the processes end with adapters that differ from each other: they train apart"
+    DEVICE_PRECISION = f"{_DEVICES}: only float32 agrees closely enough on both"
+    DEVICE_BASE = f"{_DEVICES}, where the base has other weights"
+    DEVICE_TENSORS = f"{_DEVICES}, where other tensors are trained"
+    DEVICE_START = f"{_DEVICES}, where the adapter begins with other numbers"
+    DIFFERS = (
+        "the {name} of step {step} is {ours:.6g} in one process, and {theirs:.6g} in two that share the same rows"
+        f"{MOST_IN}"
+    )
+    OWN_LOSS = f"{DIFFERS}; the loss is no mean over labels, and only its author can say whether it may"
+    MOVED = "{factor} moved by {ours:.4g} in one process, and by {theirs:.4g} in two"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReplicaEquivalence(Invariant):
+class ReplicaEquivalence(ComparingSplits):
     """Loss and gradients of the first step are those of one process, and so is what the adapter became."""
 
-    loss_rtol: float | None = None
-    """Largest difference of the losses, as a share; None: the tolerance of the cell's precision."""
-
-    grad_norm_rtol: float | None = None
-    """Largest difference of the gradients' norms in more than half of the tensors, as a share, and a fifteenth of that
-    of the norm of all; None: the tolerance of the cell's precision."""
-
-    piecemeal_rtol: float = 1e-3
-    """Largest difference of the losses where that of two processes is the mean or the sum of theirs."""
-
     update_ratio: float = 1.1
-    """Factor by which a kind of tensor may have moved further, or less far, than in one process."""
-
-    token_rtol: float = 2e-5
-    """Largest difference of a loss from the mean over its labels, as a share, to count as that mean."""
-
-    scale_rtol: float = 0.05
-    """How closely one loss is the double of the other, to be a factor of the number of processes."""
+    """Factor by which the `lora_A`, the `lora_B`, or the other tensors may have moved further, or less far, than in one
+    process."""
 
     code: ClassVar[str] = "C6"
     reference: ClassVar[str] = "replicas"
+    differs: ClassVar[Reason] = Reason.DIFFERS
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Compare the processes with each other, then with the one."""
+        # DDP refuses some models, loudly: nothing was trained that could be unsound
         if reference is not None and reference.error is not None and not reference.steps:
-            error = reference.error  # DDP refuses some models, loudly: nothing was trained that could be unsound
-            yield self.not_evaluated(
-                f"it cannot be trained in two processes: {error.type}: {error.message}", required=False
-            )
-        elif missing := self.not_compared(reference):
-            yield missing
-        elif reference is not None:
-            yield from self._compared(record, reference)
+            yield self.not_evaluated(Reason.REFUSED, required=False, error=str(reference.error))
+        else:
+            yield from super().check(record, reference)
 
-    def _compared(self, record: RunRecord, reference: RunRecord) -> Iterator[Finding]:
+    def compare(self, record: RunRecord, reference: RunRecord) -> Iterator[Finding]:
+        """Compare the adapters of the processes, then the first step, then how far the adapter moved."""
         digests = reference.replica_digests
-        if not record.steps or not reference.steps or len(digests) < 2 or not all(digests):
-            yield self.not_evaluated("no optimizer step of two processes was seen")
+        if len(digests) < 2 or not all(digests):
+            yield self.not_evaluated(Reason.NO_DIGEST)
             return
         if len(set(digests)) > 1:
-            yield self.failed("the processes end with adapters that differ from each other: they train apart")
-        reason = self._incomparable(record, reference)
-        if reason:
-            yield self.not_evaluated(reason, required=False)
+            yield self.failed(Reason.APART)
+        obstacle = self._elsewhere(record, reference) or self.other_rows(record, reference)
+        if obstacle := obstacle or self.drawing(record, reference, "loss", "unknown"):
+            yield obstacle
             return
         findings = [*self._first_step(record, reference), *self._updates(record, reference)]
-        yield from findings
-        if not findings and uneven(reference) is False:
-            yield self.not_evaluated(
-                "both processes have as many labels in step 1, so that a mean of their means would look the same",
-                required=False,
-            )
+        yield from findings or self.even(reference)
 
-    def _incomparable(self, record: RunRecord, reference: RunRecord) -> str:
-        if record.device.device_type != reference.device.device_type and (reason := self._elsewhere(record, reference)):
-            ours, theirs = record.device.device_type, reference.device.device_type
-            return f"the processes are on a {theirs}, and the cell is on a {ours}: {reason}"
-        if reason := other_rows(record, reference):
-            return reason
-        if randomness(record, reference) in ("loss", "unknown"):
-            return "the model draws random numbers in training, such as dropout, and each process draws its own"
-        return ""
-
-    def _elsewhere(self, record: RunRecord, reference: RunRecord) -> str:
-        """Why runs on devices of two kinds cannot be compared; empty where they can."""
-        if record.precision != "fp32":
-            return "float32 alone agrees closely enough on both"
+    def _elsewhere(self, record: RunRecord, reference: RunRecord) -> Finding | None:
+        """Why runs on devices of two types cannot be compared; None where they can."""
+        devices = {"ours": record.device.device_type, "theirs": reference.device.device_type}
         bases = [r.base.digest_before if r.base is not None else "" for r in (record, reference)]
-        if not bases[0] or bases[0] != bases[1]:
-            return "the base is another one there"
         ours, theirs = ({t.name: t.initial_norm for t in r.adapter} for r in (record, reference))
-        if ours.keys() != theirs.keys():
-            return "other tensors are trained there"
-        if not all(_alike(norm, theirs[name]) for name, norm in ours.items()):
-            return "the adapter begins with other numbers there"
-        return ""
+        obstacles = {
+            Reason.DEVICE_PRECISION: record.precision != "fp32",
+            Reason.DEVICE_BASE: not bases[0] or bases[0] != bases[1],
+            Reason.DEVICE_TENSORS: ours.keys() != theirs.keys(),
+            Reason.DEVICE_START: not all(_alike(norm, theirs.get(name)) for name, norm in ours.items()),
+        }
+        reason = next((r for r, stands in obstacles.items() if stands), None)
+        if reason is None or devices["ours"] == devices["theirs"]:
+            return None
+        return self.not_evaluated(reason, required=False, **devices)
 
     def _first_step(self, record: RunRecord, reference: RunRecord) -> Iterator[Finding]:
-        of_loss, of_norm = closeness(record, reference, self.token_rtol, self.piecemeal_rtol)
-        ours, theirs = record.steps[0], reference.steps[0]
-        wanted = [("loss", of_loss if self.loss_rtol is None else self.loss_rtol)]
-        skipped = "skipped_by_scaler" in (ours.effect, theirs.effect)  # each process scales what DDP averages later
+        of_loss, of_norm = self.usual_rtols(record, reference)
+        yield from self.value("loss", of_loss, record, reference)
+        # each process scales what DDP averages later
+        skipped = any(r.steps[0].effect == "skipped_by_scaler" for r in (record, reference))
         if not randomness(record, reference) and not skipped:
-            wanted.append(("grad_norm", of_norm if self.grad_norm_rtol is None else self.grad_norm_rtol))
-        for name, rtol in wanted:
-            one, other = getattr(ours, name), getattr(theirs, name)
-            if one is None or other is None:
-                yield self.not_evaluated(f"the {name} of step 1 was not seen")
-            elif far := apart(name, (one, other), rtol, record, reference):
-                yield self._apart(name, one, other, far, record, reference)
+            yield from self.value("grad_norm", of_norm, record, reference)
 
-    def _apart(
-        self, name: str, one: float, other: float, far: Apart, record: RunRecord, reference: RunRecord
-    ) -> Finding:
-        message = f"the {name} of step 1 is {one:.6g} in one process, and {other:.6g} in two that share the same rows"
-        message += far.note
-        kinds = {average(r, self.token_rtol) for r in (record, reference)}
-        whole = gap(one, other * 2) <= self.scale_rtol or gap(one * 2, other) <= self.scale_rtol
-        if kinds == {OTHER} and not whole:
-            return self.not_evaluated(
-                f"{message}; the loss is no mean over labels, so that its author alone can say whether it may",
-                required=False,
-            )
-        return self.failed(message, step=1, observed=far.share, limit=far.limit)
+    def excuse(self, ours: float, theirs: float, record: RunRecord, reference: RunRecord) -> Reason | None:
+        """A loss that is no mean over labels may depend on the processes, but for a factor of their number."""
+        own = {self.average(r) for r in (record, reference)} == {"other"}
+        doubled = any(gap(a, b) <= self.scale_rtol for a, b in ((ours, theirs * 2), (ours * 2, theirs)))
+        return Reason.OWN_LOSS if own and not doubled else None
 
     def _updates(self, record: RunRecord, reference: RunRecord) -> Iterator[Finding]:
-        """How far each kind of tensor moved in the same steps on the same rows, where nothing is drawn."""
+        """How far the tensors moved in the same steps on the same rows, where nothing is drawn."""
         if len(record.steps) != len(reference.steps) or randomness(record, reference):
             return
         pairs = zip(record.steps, reference.steps, strict=True)
-        if any(s.effect != r.effect or other_rows(record, reference, s.step) for s, r in pairs):
+        if any(s.effect != r.effect or self.other_rows(record, reference, n) for n, (s, r) in enumerate(pairs, 1)):
             return
-        theirs = moved(reference)
-        for kind, ours in moved(record).items():
-            other = theirs.get(kind, float("nan"))
-            if not (ours <= other * self.update_ratio and other <= ours * self.update_ratio):
-                yield self.failed(
-                    f"{kind} moved by {ours:.4g} in one process, and by {other:.4g} in two",
-                    observed=other / ours if ours else None, limit=self.update_ratio,
-                )  # fmt: skip
+        others = moved(reference)
+        for factor, ours in moved(record).items():
+            theirs = others.get(factor, math.nan)
+            if not (ours <= theirs * self.update_ratio and theirs <= ours * self.update_ratio):
+                share, limit = theirs / ours if ours else None, self.update_ratio
+                yield self.failed(Reason.MOVED, observed=share, limit=limit, factor=factor, ours=ours, theirs=theirs)
                 return
 
 

@@ -7,9 +7,36 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pytest_sftguard import verdicts
 from pytest_sftguard.precision import MODES
 from pytest_sftguard.records import RoundTripRecord, RunRecord
 from pytest_sftguard.verdicts import Finding, Invariant
+
+
+class Reason(verdicts.Reason):
+    """What saving and reloading did to the adapter."""
+
+    NOT_SAVED = "the adapter was not saved and reloaded"
+    EMPTY = "the adapter file is empty ({file_bytes:# byte})"
+    MISSING = "the adapter file lacks {observed:# tensor}, or has another shape there: {tensors}"
+    UNEXPECTED = "the adapter file has {observed:# tensor} that the adapter does not have: {tensors}"
+    NOT_FINITE = "the adapter file has {observed:# tensor} with NaN or infinity: {tensors}"
+    ZERO = "the adapter file has {observed:# tensor} of zeros alone, whose layers are the base's: {tensors}"
+    OTHER_BITS = "reloading changed the bits of {observed:# tensor}: {tensors}"
+    RESCALED = "reloading changed the scaling of {observed:# layer}: {layers}"
+    WARNED = "loading warned: {warning}"
+    BASE_NOT_DIGESTED = "the fresh base was not digested"
+    BASE_DRAWN = (
+        "building the target under another seed changes {observed:# tensor} of the base, and the adapter file lacks"
+        " them, so that nobody else has them: {tensors}"
+    )
+    BASE_CHANGES = (
+        "the target builds another base each time it is called with the same seed, so that the adapter is loaded onto"
+        " weights that it was not trained on"
+    )
+    NO_LOGITS = "no logits were compared"
+    LOGITS = "logits of the reloaded adapter differ from the trained model's by {observed:.3g}"
+    NO_EFFECT = "the reloaded adapter changes no logit: the base answers under its name"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,54 +62,43 @@ class RoundTrip(Invariant):
         """Look at the file, at the load, and at the two models' logits."""
         trip = record.round_trip
         if trip is None:
-            yield self.not_evaluated("the adapter was not saved and reloaded")
+            yield self.not_evaluated(Reason.NOT_SAVED)
             return
         yield from self._file(trip)
-        if trip.nonfinite:
-            return  # whatever follows from NaN would only repeat it
-        yield from self._base(record, trip)
-        yield from self._logits(record, trip)
+        # whatever follows from NaN would only repeat it
+        if not trip.nonfinite:
+            yield from self._base(record, trip)
+            yield from self._logits(record, trip)
 
     def _file(self, trip: RoundTripRecord) -> Iterator[Finding]:
         if not trip.tensors >= 1:
-            yield self.failed(
-                f"the adapter file is empty ({trip.file_bytes} bytes)", observed=0, limit="at least 1 tensor"
-            )
-        for what, names in (
-            ("are missing from the file, or have another shape there", trip.missing),
-            ("in the file do not belong to the adapter", trip.unexpected),
-            ("in the file are not finite", trip.nonfinite),
-            ("in the file are zero throughout, so that their layers are the base's", trip.zero),
-            ("are not the same bits after reloading", trip.differing),
+            yield self.failed(Reason.EMPTY, observed=0, limit="at least 1 tensor", file_bytes=trip.file_bytes)
+        for reason, names in (
+            (Reason.MISSING, trip.missing),
+            (Reason.UNEXPECTED, trip.unexpected),
+            (Reason.NOT_FINITE, trip.nonfinite),
+            (Reason.ZERO, trip.zero),
+            (Reason.OTHER_BITS, trip.differing),
         ):
             if names:
-                yield self.failed(f"{names.count} tensors {what}: {names}", observed=names.count, limit=0)
+                yield self.failed(reason, observed=names.count, limit=0, tensors=names)
         if trip.rescaled:
-            yield self.failed(
-                f"{trip.rescaled.count} layers have another scaling after reloading: {trip.rescaled}",
-                observed=trip.rescaled.count, limit=0,
-            )  # fmt: skip
+            yield self.failed(Reason.RESCALED, observed=trip.rescaled.count, limit=0, layers=trip.rescaled)
         if trip.load_warnings:
-            yield self.failed(f"loading warned: {trip.load_warnings[0]}", observed=len(trip.load_warnings), limit=0)
+            warned = trip.load_warnings
+            yield self.failed(Reason.WARNED, observed=len(warned), limit=0, warning=warned[0])
 
     def _base(self, record: RunRecord, trip: RoundTripRecord) -> Iterator[Finding]:
         if record.base is None or not trip.fresh_base_digest:
-            yield self.not_evaluated("the fresh base was not digested")
+            yield self.not_evaluated(Reason.BASE_NOT_DIGESTED)
         elif trip.drawn:
-            yield self.failed(
-                f"{trip.drawn.count} tensors of the base come out otherwise where the target is built under another"
-                f" seed, and the adapter file does not hold them, so that nobody else has them: {trip.drawn}",
-                observed=trip.drawn.count, limit=0,
-            )  # fmt: skip
+            yield self.failed(Reason.BASE_DRAWN, observed=trip.drawn.count, limit=0, tensors=trip.drawn)
         elif trip.fresh_base_digest != record.base.digest_before:
-            yield self.failed(
-                "the target builds another base each time it is called with the same seed, so that the adapter is"
-                " loaded onto weights that it was not trained on"
-            )
+            yield self.failed(Reason.BASE_CHANGES)
 
     def _logits(self, record: RunRecord, trip: RoundTripRecord) -> Iterator[Finding]:
         if trip.max_abs_logit is None or trip.max_logit_change is None or trip.max_logit_effect is None:
-            yield self.not_evaluated("no logits were compared")
+            yield self.not_evaluated(Reason.NO_LOGITS)
             return
         mode = MODES.get(record.precision)
         rtol = self.logits_rtol if self.logits_rtol is not None else (mode.logits_rtol if mode else 0.0)
@@ -92,12 +108,6 @@ class RoundTrip(Invariant):
             rtol = max(rtol, self.restored_rtol)
         limit = rtol * trip.max_abs_logit
         if not (math.isfinite(limit) and trip.max_logit_change <= limit):
-            yield self.failed(
-                f"logits of the reloaded adapter differ from the trained model's by {trip.max_logit_change:.3g}",
-                observed=trip.max_logit_change, limit=limit,
-            )  # fmt: skip
+            yield self.failed(Reason.LOGITS, observed=trip.max_logit_change, limit=limit)
         if not (math.isfinite(trip.max_logit_effect) and trip.max_logit_effect > 0):
-            yield self.failed(
-                "the reloaded adapter changes no logit: the base answers under its name",
-                observed=trip.max_logit_effect, limit="> 0",
-            )  # fmt: skip
+            yield self.failed(Reason.NO_EFFECT, observed=trip.max_logit_effect, limit="> 0")

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from pytest_sftguard import verdicts
 from pytest_sftguard.records import AnswerRecord, Learning, RunRecord
 from pytest_sftguard.records.learning import MIN_STEPS
 from pytest_sftguard.verdicts import Finding, Invariant
+
+_UNTRAINED = "not trained far enough to have learned where an answer ends"
+
+
+class Reason(verdicts.Reason):
+    """Whether answers end, and whether that can be asked for."""
+
+    NO_ANSWER = "no answer was generated"
+    TOO_SHORT = f"{_UNTRAINED}: fewer than {{least:# step}}"
+    NOT_LEARNED = (
+        f"{_UNTRAINED}: loss {{loss:.3g}} per token, {{nats_per_answer:.3g}} per answer, {{first_loss:.3g}} at first"
+    )
+    NO_END_TOKEN = "generation knows no end token"
+    ENDLESS = "{ended} of {answers:# answer} came to an end ({prompt!r} was answered {text!r})"
+    NEVER_TAUGHT = f"{ENDLESS}; no row teaches the end token"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,28 +45,29 @@ class Stops(Invariant):
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Count the answers that ended."""
         if not record.answers:
-            yield self.not_evaluated("no answer was generated")
+            yield self.not_evaluated(Reason.NO_ANSWER)
             return
         learning = Learning.of(record)
-        if learning is None or not learning.claimed(self.max_nats_per_answer, self.max_loss_share):
-            seen = f"fewer than {MIN_STEPS} steps" if learning is None else str(learning)
-            yield self.not_evaluated(f"not trained far enough to have learned where an answer ends: {seen}")
-            return
-        if any(a.stopped is None for a in record.answers):
-            yield self.not_evaluated("generation knows no end token")
-            return
+        if learning is None:
+            yield self.not_evaluated(Reason.TOO_SHORT, least=MIN_STEPS)
+        elif not learning.claimed(self.max_nats_per_answer, self.max_loss_share):
+            yield self.not_evaluated(Reason.NOT_LEARNED, **learning.claim)
+        elif any(a.stopped is None for a in record.answers):
+            yield self.not_evaluated(Reason.NO_END_TOKEN)
+        else:
+            yield from self._ends(record)
+
+    def _ends(self, record: RunRecord) -> Iterator[Finding]:
         base = record.base_answers
         taught = None if base is None or base.ends_taught is None else base.ends_taught > 0
         ended = sum(_ended(a, taught) for a in record.answers)
         fraction = ended / len(record.answers)
         if not fraction >= self.min_stopped_fraction:
             going = next(a for a in record.answers if not _ended(a, taught))
-            why = "; no row teaches the end token" if taught is False else ""
-            yield self.failed(
-                f"{ended} of {len(record.answers)} answers end by themselves{why} ({going.prompt[-60:]!r} was answered"
-                f" {going.text[:60]!r})",
-                observed=fraction, limit=self.min_stopped_fraction,
-            )  # fmt: skip
+            reason = Reason.NEVER_TAUGHT if taught is False else Reason.ENDLESS
+            seen: dict[str, Any] = {"ended": ended, "answers": len(record.answers)}
+            seen |= {"prompt": going.prompt[-60:], "text": going.text[:60]}
+            yield self.failed(reason, observed=fraction, limit=self.min_stopped_fraction, **seen)
 
 
 def _ended(answer: AnswerRecord, taught: bool | None) -> bool:

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from pytest_sftguard import verdicts
 from pytest_sftguard.records import ParserRecord, RunRecord
 from pytest_sftguard.verdicts import Finding, Invariant
+
+
+class Reason(verdicts.Reason):
+    """What is wrong with the answers, or with the target's own `parse_answer`."""
+
+    NO_ANSWER = "the target asks questions, and no answer was generated"
+    NO_QUESTIONS = "the target offers no questions()"
+    NO_NUMBERS = "{parsed} of {answers:# answer} could be read as a number ({prompt!r} was answered {text!r})"
+    NOT_TRIED = "the target's parse_answer was not tried"
+    JUNK = "parse_answer finds a number where there is no answer, in {observed} of {tried:# text}: {texts}"
+    MISREAD = "parse_answer reads another number than is written, in {observed} of {tried:# text}: {texts}"
+    RAISED = "parse_answer raises where it should give None, in {observed} of {tried:# text}: {texts}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,34 +37,28 @@ class StrictAnswers(Invariant):
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Count what was parsed; nothing that did not parse counts as a number."""
         if not record.answers:
-            if record.questions:
-                yield self.not_evaluated("the target asks questions, and no answer was generated", required=True)
-            else:
-                yield self.not_evaluated("the target offers no questions()")
+            asked = bool(record.questions)
+            yield self.not_evaluated(Reason.NO_ANSWER if asked else Reason.NO_QUESTIONS, required=asked)
             return
         yield from self._parser(record.parser)
         parsed = [a for a in record.answers if a.is_number]
         fraction = len(parsed) / len(record.answers)
         if not fraction >= self.min_parsed_fraction:
             unparsed = next(a for a in record.answers if not a.is_number)
-            yield self.failed(
-                f"{len(parsed)} of {len(record.answers)} answers hold a number"
-                f" ({unparsed.prompt[-60:]!r} was answered {unparsed.text[:60]!r})",
-                observed=fraction, limit=self.min_parsed_fraction,
-            )  # fmt: skip
+            seen: dict[str, Any] = {"parsed": len(parsed), "answers": len(record.answers)}
+            seen |= {"prompt": unparsed.prompt[-60:], "text": unparsed.text[:60]}
+            yield self.failed(Reason.NO_NUMBERS, observed=fraction, limit=self.min_parsed_fraction, **seen)
 
     def _parser(self, parser: ParserRecord | None) -> Iterator[Finding]:
         """Look at what the target's own parser made of texts without an answer."""
         if parser is None or not parser.tried >= 1:
-            yield self.not_evaluated("the target's parse_answer was not tried", required=True)
+            yield self.not_evaluated(Reason.NOT_TRIED, required=True)
             return
-        for what, names in (
-            ("finds a number in texts that hold no answer", parser.junk),
-            ("reads another number than is written", parser.misread),
-            ("raises where it should say None", parser.raised),
+        for reason, names in (
+            (Reason.JUNK, parser.junk),
+            (Reason.MISREAD, parser.misread),
+            (Reason.RAISED, parser.raised),
         ):
             if names:
-                yield self.failed(
-                    f"parse_answer {what}, in {names.count} of {parser.tried} texts: {', '.join(names.first[:3])}",
-                    observed=names.count, limit=0,
-                )  # fmt: skip
+                texts = names.first[:3]
+                yield self.failed(reason, observed=names.count, limit=0, tried=parser.tried, texts=texts)

@@ -6,8 +6,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pytest_sftguard import verdicts
 from pytest_sftguard.records import RunRecord
-from pytest_sftguard.verdicts import Finding, Invariant
+from pytest_sftguard.verdicts import Finding, General, Invariant
+
+
+class Reason(verdicts.Reason):
+    """What trains beside the adapter, or does not."""
+
+    NOT_ATTACHED = "the active adapter is attached to no module"
+    FROZEN = "{observed:# tensor} of the active adapter must have requires_grad=True and did not: {names}"
+    STRAYS = "{observed:# tensor} outside the active adapter had requires_grad=True: {names}"
+    UNMATCHED = "{observed:# target} of the configuration matched no module: {names}"
+    INCOMPLETE = "{observed:# module} that a target names had no factors: {names}"
+    DISABLED = "the adapter is disabled, so that no forward pass goes through it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,24 +29,17 @@ class TrainableSetExact(Invariant):
     code: ClassVar[str] = "A1"
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
-        """Look at what takes a gradient before the first step."""
-        wiring = record.wiring
-        if wiring is None:
+        """Hold what takes a gradient before the first step against the adapter's configuration."""
+        if (wiring := record.wiring) is None:
             yield self.not_looked(record, "wiring")
             return
         if not wiring.trainable >= 1:
-            yield self.failed("no tensor takes a gradient", observed=wiring.trainable, limit="at least 1")
+            yield self.failed(General.NO_TRAINABLE, observed=wiring.trainable, limit="at least 1")
         if not wiring.modules >= 1:
-            yield self.failed(
-                "the active adapter is attached to no module", observed=wiring.modules, limit="at least 1"
-            )
-        for what, names in (
-            ("tensors of the active adapter take no gradient", wiring.frozen),
-            ("tensors take a gradient that are no part of the active adapter", wiring.strays),
-            ("targets of the configuration match no module", wiring.unmatched),
-            ("modules that a target names hold no factors", wiring.incomplete),
-        ):
-            if names:
-                yield self.failed(f"{names.count} {what}: {names}", observed=names.count, limit=0)
+            yield self.failed(Reason.NOT_ATTACHED, observed=wiring.modules, limit="at least 1")
+        yield from self.forbid(Reason.FROZEN, wiring.frozen)
+        yield from self.forbid(Reason.STRAYS, wiring.strays)
+        yield from self.forbid(Reason.UNMATCHED, wiring.unmatched)
+        yield from self.forbid(Reason.INCOMPLETE, wiring.incomplete)
         if wiring.disabled:
-            yield self.failed("the adapter is switched off, so that no forward pass goes through it")
+            yield self.failed(Reason.DISABLED)

@@ -5,10 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from pytest_sftguard.records import ReplayRecord, RunRecord
+from pytest_sftguard import verdicts
+from pytest_sftguard.records import Names, ReplayRecord, RunRecord
 from pytest_sftguard.verdicts import Finding, Invariant
+
+
+class Reason(verdicts.Reason):
+    """What the replay lacks, or where the training parts from it."""
+
+    NO_TENSORS = "no tensor was replayed"
+    FEWER_TENSORS = "the replay lacks {count:# tensor}: {names}"
+    FEWER_STEPS = "the replay has {replayed} of {steps:# step}"
+    APART = (
+        "the updates of {tensor} add up to {moved:.3g}[[ by step {step}]], those of {optimizer} in float32 to"
+        " {replayed:.3g} ({off} of {total:# tensor} off at the end)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +36,18 @@ class UpdateLowerBound(Invariant):
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Compare each tensor over the whole run, and name the step at which the first one was off."""
-        replay = record.replay
-        if replay is None:
+        if (replay := record.replay) is None:
             yield self.not_looked(record, "replay")
             return
         if record.optimizer is None or record.optimizer.owns_trainables:
-            lacking = {t.name for t in record.adapter} - {t.name for t in replay.tensors}
-            if lacking or not replay.tensors:
-                yield self.not_evaluated(f"{len(lacking)} tensors were not replayed", required=True)
+            lacking = Names.of(sorted({t.name for t in record.adapter} - {t.name for t in replay.tensors}))
+            if lacking:
+                yield self.not_evaluated(Reason.FEWER_TENSORS, count=lacking.count, names=lacking)
+            elif not replay.tensors:
+                yield self.not_evaluated(Reason.NO_TENSORS)
         taken = sum(not (s.scale_fell and not s.changed) for s in record.steps)
         if len(replay.steps) != taken:
-            yield self.not_evaluated(f"{len(replay.steps)} of {taken} steps were replayed", required=True)
+            yield self.not_evaluated(Reason.FEWER_STEPS, replayed=len(replay.steps), steps=taken)
         yield from self._off(replay)
 
     def _off(self, replay: ReplayRecord) -> Iterator[Finding]:
@@ -42,14 +56,12 @@ class UpdateLowerBound(Invariant):
             return
         first = next((s for s in replay.steps if not self._agrees(s.update_norm, s.replay_norm)), None)
         worst = max(off, key=lambda t: _apart(t.update_norm, t.replay_norm))
-        name, shown = (first.tensor, first) if first else (worst.name, worst)
-        when = "" if first is None else f" by step {first.step}"
-        yield self.failed(
-            f"the updates of {name} add up to {shown.update_norm:.3g}{when}, those of {replay.optimizer} in float32"
-            f" to {shown.replay_norm:.3g} ({len(off)} of {len(replay.tensors)} tensors are off at the end)",
-            step=None if first is None else first.step, observed=_ratio(shown.update_norm, shown.replay_norm),
-            limit=f"within a factor {self.max_factor:g}",
-        )  # fmt: skip
+        name, step, shown = (first.tensor, first.step, first) if first else (worst.name, None, worst)
+        moved, replayed = shown.update_norm, shown.replay_norm
+        ratio, limit = moved / replayed if replayed > 0 else math.inf, f"within a factor {self.max_factor:g}"
+        seen: dict[str, Any] = {"tensor": name, "moved": moved, "replayed": replayed, "optimizer": replay.optimizer}
+        seen |= {"off": len(off), "total": len(replay.tensors)}
+        yield self.failed(Reason.APART, step=step, observed=ratio, limit=limit, **seen)
 
     def _agrees(self, moved: float, replayed: float) -> bool:
         if moved == replayed == 0:
@@ -60,7 +72,3 @@ class UpdateLowerBound(Invariant):
 def _apart(moved: float, replayed: float) -> float:
     low, high = min(moved, replayed), max(moved, replayed)
     return high / low if low > 0 else math.inf
-
-
-def _ratio(moved: float, replayed: float) -> float:
-    return moved / replayed if replayed > 0 else math.inf

@@ -7,8 +7,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pytest_sftguard import verdicts
 from pytest_sftguard.records import RunRecord
-from pytest_sftguard.verdicts import Finding, Invariant
+from pytest_sftguard.verdicts import Finding, General, Invariant
+
+
+class Reason(verdicts.Reason):
+    """Why a step cannot be Adam's, or cannot be held to its bound."""
+
+    NO_BOUND = "{optimizer} sets no bound to its updates"
+    NO_BETAS = "Adam's two betas were not seen"
+    NOT_SEEN = "how far step {step} moved the tensors was not seen"
+    TOO_FAR = (
+        "an element of {tensor} moved by {observed:.3g} learning rates at step {step}; {optimizer} moves it by"
+        " {limit:.3g} at most"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,26 +43,23 @@ class UpdateUpperBound(Invariant):
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Hold each step to what is possible."""
         if record.optimizer is None or not record.steps:
-            yield self.not_evaluated("no step of an optimizer was seen")
+            yield self.not_evaluated(General.NO_STEP)
             return
         betas = record.optimizer.betas
         if not betas:
-            yield self.not_evaluated(f"{record.optimizer.name} sets no bound to its updates", required=False)
+            yield self.not_evaluated(Reason.NO_BOUND, required=False, optimizer=record.optimizer.name)
             return
         if len(betas) != 2:
-            yield self.not_evaluated("Adam's two betas were not seen")
+            yield self.not_evaluated(Reason.NO_BETAS)
             return
         for s in record.steps:
             if s.max_update_ratio is None:
-                yield self.not_evaluated(f"how far step {s.step} moved the tensors was not seen")
+                yield self.not_evaluated(Reason.NOT_SEEN, step=s.step)
                 return
             limit = max(self.max_ratio, _bound(*betas, s.step))
             if not s.max_update_ratio <= limit:
-                yield self.failed(
-                    f"an element of {s.max_update_tensor or 'a tensor'} moved by {s.max_update_ratio:.3g} learning"
-                    f" rates at step {s.step}; {record.optimizer.name} moves it by {limit:.3g} at the most",
-                    step=s.step, observed=s.max_update_ratio, limit=limit,
-                )  # fmt: skip
+                seen = {"tensor": s.max_update_tensor or "a tensor", "optimizer": record.optimizer.name}
+                yield self.failed(Reason.TOO_FAR, step=s.step, observed=s.max_update_ratio, limit=limit, **seen)
                 return
 
 

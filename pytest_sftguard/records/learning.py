@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from pytest_sftguard.records.run import RunRecord
 
@@ -66,5 +67,7 @@ class Learning:
             and self.tokens <= MAX_ANSWER_TOKENS
         )
 
-    def __str__(self) -> str:
-        return f"loss {self.last:.3g} per token, {self.nats_per_answer:.3g} per answer, {self.first:.3g} at first"
+    @property
+    def claim(self) -> dict[str, Any]:
+        """The numbers that the claim rests on, as evidence of a finding."""
+        return {"loss": self.last, "nats_per_answer": self.nats_per_answer, "first_loss": self.first}

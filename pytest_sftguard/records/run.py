@@ -184,6 +184,11 @@ class RunRecord:
         return self.error is not None and not self.adapter and seen
 
     @property
+    def taken_steps(self) -> list[StepRecord]:
+        """The steps that the loss scaler did not skip; a skipped one may have any gradient, and changes nothing."""
+        return [s for s in self.steps if not s.skipped]
+
+    @property
     def losses(self) -> list[float]:
         """Raw loss of every step; NaN if none was seen."""
         return [math.nan if s.loss is None else s.loss for s in self.steps]

@@ -82,6 +82,11 @@ class StepRecord:
         return "skipped_by_scaler" if self.scale_fell else "no_effect"
 
     @property
+    def skipped(self) -> bool:
+        """Whether the loss scaler skipped the step: its gradients overflowed, and it changed nothing."""
+        return self.effect == "skipped_by_scaler"
+
+    @property
     def scale_fell(self) -> bool:
         """Whether the scaler lowered the loss scale after this step."""
         before, after = self.loss_scale, self.loss_scale_after

@@ -1,40 +1,41 @@
-"""The text of a failed cell: what, where, by how much, on what, why, and what to run next."""
+"""The message of a failed cell: what, where, by how much, on what, why, and what to run next."""
 
 from __future__ import annotations
 
-import math
-import textwrap
+import re
 
 from pytest_sftguard.diagnosis import diagnose
-from pytest_sftguard.rendering import message, told
+from pytest_sftguard.rendering import told
+from pytest_sftguard.reports._lines import Screen, by_step, headline
 from pytest_sftguard.verdicts import Finding, JudgedRun
 
-_WIDTH = 116
+_INDENT = " " * 12
+_WORD = re.compile(r"""(?:"[^"]*"|'[^']*'|\S)+""")
+"""A word of a shell's command, with its quotes."""
 
 
-def text(run: JudgedRun, rerun: str) -> str:
-    """All failed findings of `run` in the order of their steps, the probable mechanism, the command to repeat it."""
-    record, failures = run.record, sorted(run.verdict.failures, key=_when)
-    invariants = dict.fromkeys(f.invariant for f in failures)
-    lines = [
-        f"{record.cell} FAILED: {', '.join(invariants)}",
-        _row("device", f"{record.device}, torch {record.versions.get('torch', '?')}"),
-        _row("target", record.target + (f" with model {record.model}" if record.model else "")),
+def message(run: JudgedRun, rerun: str, screen: Screen) -> str:
+    """All failed findings of `run` in the order of their steps, the probable mechanism, the command to repeat it.
+
+    Of a run without failures: why it was not evaluated.
+    """
+    if not run.verdict.failures:
+        return "\n".join(screen.wrap(headline(run)))
+    record, failures = run.record, by_step(run)
+    rows = [
+        ("device", f"{record.device}, torch {record.versions.get('torch', '?')}"),
+        ("target", record.target + (f" with model {record.model}" if record.model else "")),
+        *(("" if f.step is None else f"step {f.step}", _described(f)) for f in failures),
+        *_cause(run),
     ]
-    lines += [_row("" if f.step is None else f"step {f.step}", _described(f)) for f in failures]
-    again = [_row("rerun", rerun, wrap=False)] if rerun else []  # a record from elsewhere has no test to run again
-    return "\n".join([*lines, *_cause(run), *again])
-
-
-def not_evaluated(run: JudgedRun) -> str:
-    """Why the cell was not evaluated, in one line."""
-    reasons = [message(f) for f in run.verdict.not_evaluated if f.required] or ["nothing in it could be judged"]
-    return f"{run.record.cell} not evaluated: {'; '.join(reasons)}"
-
-
-def _when(finding: Finding) -> tuple[float, bool]:
-    """By step; among those of one step, what counts gaps in the evidence says least and comes last."""
-    return math.inf if finding.step is None else finding.step, finding.invariant == "evidence_complete"
+    invariants = ", ".join(dict.fromkeys(f.invariant for f in failures))
+    lines = screen.wrap(f"{record.cell} FAILED: {invariants}", _INDENT)
+    for label, value in rows:
+        lines += screen.wrap(f"  {label:<9} {value}", _INDENT)
+    # a record from elsewhere has no test to run again
+    if rerun:
+        lines += _command(rerun, screen.width)
+    return "\n".join(lines)
 
 
 def _described(finding: Finding) -> str:
@@ -44,27 +45,29 @@ def _described(finding: Finding) -> str:
         numbers.append(f"observed {finding.observed:.6g}")
     if finding.limit is not None:
         numbers.append(f"allowed {finding.limit if isinstance(finding.limit, str) else format(finding.limit, '.6g')}")
-    return f"{finding.invariant}: {message(finding)}" + (f" [{', '.join(numbers)}]" if numbers else "")
+    return f"{finding.invariant}: {told(finding)}" + (f" [{', '.join(numbers)}]" if numbers else "")
 
 
-def _cause(run: JudgedRun) -> list[str]:
+def _cause(run: JudgedRun) -> list[tuple[str, str]]:
     found = diagnose(run)
     if not found:
         return []
     first, *others = found
-    lines = [_row("cause", f"{first.mechanism}: {first.summary}")]
-    lines += [_row("evidence", told(e)) for e in first.evidence]
-    lines += [_row("against", told(a)) for a in first.against]
-    lines.append(_row("cure", first.cure))
-    if others:
-        lines.append(_row("or else", ", ".join(d.mechanism for d in others)))
+    return [
+        ("cause", f"{first.mechanism}: {first.summary}"),
+        *(("evidence", told(e)) for e in first.evidence),
+        *(("against", told(a)) for a in first.against),
+        ("cure", first.cure),
+        *([("or else", ", ".join(d.mechanism for d in others))] if others else []),
+    ]
+
+
+def _command(command: str, width: int) -> list[str]:
+    """The command in lines that a shell joins again; no word of it is broken."""
+    lines = ["  rerun    "]
+    for word in _WORD.findall(command):
+        if len(f"{lines[-1]} {word} \\") > width and lines[-1].strip() != "rerun":
+            lines[-1] += " \\"
+            lines.append(_INDENT[:-1])
+        lines[-1] += f" {word}"
     return lines
-
-
-def _row(label: str, value: str, wrap: bool = True) -> str:
-    line = f"  {label:<9} {value}"
-    if not wrap:
-        return line
-    return textwrap.fill(
-        line, _WIDTH, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
-    )

@@ -14,13 +14,20 @@ from pytest_sftguard.__main__ import main
 from pytest_sftguard.hardware import HardwareProfile
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.reports import json_files
+from pytest_sftguard.verdicts import JudgedRun, Verdict
 from tests.targets.tiny import TINY
 
 NOT_RUN = RunRecord(
-    cell="fp32-b32x1", precision="fp32", per_device_train_batch_size=32, gradient_accumulation_steps=1, max_steps=8,
-    seed=0, target="a:b", device=HardwareProfile(device_type="cuda", name="A device"),
+    cell="fp32-b32x1",
+    precision="fp32",
+    per_device_train_batch_size=32,
+    gradient_accumulation_steps=1,
+    max_steps=8,
+    seed=0,
+    target="a:b",
+    device=HardwareProfile(device_type="cuda", name="A device"),
     not_run="needs 23.1 GiB of 15.8 GiB free",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +42,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {}
     for name, record in made.items():
         folders[name] = tmp_path_factory.mktemp("made")
-        json_files.write(folders[name], f"test_it.py::test_trains[{record.cell}]", record)
+        json_files.write(folders[name], f"test_it.py::test_trains[{record.cell}]", JudgedRun(record, Verdict(())))
     return folders
 
 
@@ -64,10 +71,13 @@ def test_it_runs_as_a_module(records: dict[str, Path]) -> None:
     """As a person types it, from a shell."""
     ran = subprocess.run(
         [sys.executable, "-m", "pytest_sftguard", "judge", str(records["passed"])],
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     assert ran.returncode == 0, ran.stderr
-    assert "1 records: 1 passed, 0 failed, 0 not evaluated" in ran.stdout
+    assert "1 record: 1 passed, 0 failed, 0 not evaluated" in ran.stdout
 
 
 @pytest.mark.parametrize(
@@ -92,7 +102,7 @@ def test_judging_prints_the_table_and_the_cause(records: dict[str, Path], capsys
     main(["judge", *map(str, records.values())])
     out = capsys.readouterr().out
     assert "cause     learning_rate_zero" in out
-    assert "not evaluated -- needs 23.1 GiB of 15.8 GiB free" in out
+    assert "not evaluated: needs 23.1 GiB of 15.8 GiB free" in out
     assert "3 records: 1 passed, 1 failed, 1 not evaluated" in out
 
 
@@ -121,7 +131,7 @@ def test_a_bundle_is_judged_as_its_records_are(
         ('{"bundle": 7}', "the bundle has schema 7, this version reads 1"),
         ('{"bundle": 1, "records": []}', "the bundle is empty"),
     ],
-    ids=["empty", "cut", "deep", "binary", "other", "record-schema", "bundle-schema", "nothing"],
+    ids=["empty", "truncated", "deep", "binary", "other", "record-schema", "bundle-schema", "nothing"],
 )
 @pytest.mark.parametrize("command", ["judge", "bundle"])
 def test_a_file_that_is_no_record_is_an_error(
@@ -150,7 +160,7 @@ def test_a_folder_that_is_not_there_cannot_take_a_bundle(
 def test_own_invariants_are_judged_too(records: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     """A dotted path adds one; a wrong one is an error of use."""
     assert main(["judge", str(records["passed"]), "--invariants", "no.such:Thing"]) == 2
-    assert "error: --invariants: 'no.such:Thing' does not import" in capsys.readouterr().err
+    assert "error: --invariants: 'no.such:Thing' cannot be imported" in capsys.readouterr().err
 
 
 def test_fit_says_the_largest_micro_batch(capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,7 +198,7 @@ def test_fit_takes_a_known_device(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     ("arguments", "message"),
     [
         (["--device", "T5000"], "--device"),
-        (["--target", "no.such:target"], "error: target 'no.such:target' does not import"),
+        (["--target", "no.such:target"], "error: target 'no.such:target' cannot be imported"),
         (["--target", "tests.targets.tiny:no_trainer", "--memory", "1GiB"], "not a transformers.Trainer"),
     ],
 )
@@ -201,17 +211,24 @@ def test_misuse_of_fit_is_told(arguments: list[str], message: str, capsys: pytes
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [["--memory", "much"], ["--precision", "fp8"], ["--batch", "0"], ["--batch", "2x4"], ["--margin", "1"],
-     ["--margin", "nan"], ["--limit", "-1"], ["--accumulation", "two"]],
-    ids=" ".join,
-)  # fmt: skip
-def test_a_value_that_cannot_be_used_is_told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    ("option", "value"),
+    [
+        ("--memory", "much"),
+        ("--precision", "fp8"),
+        ("--batch", "0"),
+        ("--batch", "2x4"),
+        ("--margin", "1"),
+        ("--margin", "nan"),
+        ("--limit", "-1"),
+        ("--accumulation", "two"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_told(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 2, before anything heavy is imported; the message quotes the value."""
     with pytest.raises(SystemExit) as left:
-        main(["fit", *arguments])
+        main(["fit", f"{option}={value}"])
     assert left.value.code == 2
-    assert f"argument {arguments[0]}: " in capsys.readouterr().err
+    assert f"argument {option}: {value!r} cannot be used: " in capsys.readouterr().err
 
 
 def test_a_cell_too_large_does_not_end_the_session(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,17 +280,17 @@ def test_faults_can_be_listed(capsys: pytest.CaptureFixture[str]) -> None:
     """Each with what it injects and where people met it."""
     assert main(["faults", "--list"]) == 0
     printed = capsys.readouterr().out
-    assert "labels-shifted-twice\n    labels = " in printed
+    assert "labels-shifted-twice\n    shifts the labels" in printed
     assert "https://github.com/" in printed
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no-such-fault"], "unknown name 'no_such_fault': choose from"),
-        (["--target", "absent:build"], "target 'absent:build' does not import"),
+        (["no-such-fault"], "unknown fault 'no-such-fault': choose from accumulation-mean-of-means"),
+        (["--target", "absent:build"], "target 'absent:build' cannot be imported"),
         (["--json", "/no/such/folder/x.json"], "cannot be written: there is no folder /no/such/folder"),
-        (["--jobs", "0"], "is no whole number from 1 on"),
+        (["--jobs", "0"], "'0' cannot be used: give a whole number, at least 1"),
     ],
 )
 def test_faults_misused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -223,11 +223,31 @@ def test_error_alone_names_nothing():
         ),
         pytest.param(with_step(healthy(SCALED, skipped={1, 2}), 4, loss=NAN), "loss_scale_collapse", id="two-skipped"),
         pytest.param(with_step(healthy(idle=True), 3, loss=NAN), "learning_rate_zero", id="one-idle-step"),
+        pytest.param(with_step(healthy(), 2, learning_rate=NAN), "schedule_too_fast", id="nan-rate"),
+        pytest.param(with_steps(healthy(), learning_rate=NAN), "schedule_too_fast", id="nan-rates"),
+        pytest.param(with_step(healthy(), 2, learning_rate=math.inf), "schedule_too_fast", id="infinite-rate"),
+        pytest.param(
+            with_step(healthy(SCALED, skipped={1}), 3, learning_rate=NAN),
+            "schedule_runs_at_skipped_steps",
+            id="nan-late",
+        ),
     ],
 )
 def test_mechanism_is_not_named(record, absent):
     """A mechanism whose conditions the record contradicts is not named."""
     assert absent not in named(record)
+
+
+@pytest.mark.parametrize(
+    ("skipped", "mechanism"), [((), "schedule_too_fast"), ((1,), "schedule_runs_at_skipped_steps")]
+)
+@pytest.mark.parametrize("place", [4, None], ids=["rate-of-the-last-step", "rate-of-no-step"])
+def test_another_rate_is_the_schedules_pace(place, skipped, mechanism):
+    """A rate that the schedule has elsewhere, or nowhere, means that it does not keep step."""
+    record = healthy(SCALED, steps=5, skipped=skipped, values=(0.5, 1.25, 2.0, 3.5))
+    record = within(record, "schedule", rates=(5.0, 4.0, 3.0, 2.0, 1.0))
+    record = with_step(with_steps(record, learning_rate=5.0), 3, learning_rate=2.0 if place else 7.0)
+    assert mechanism in named(record)
 
 
 @pytest.mark.parametrize("mechanism", EVIDENCE)

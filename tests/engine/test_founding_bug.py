@@ -9,6 +9,7 @@ import pytest
 
 from pytest_sftguard.diagnosis import diagnose
 from pytest_sftguard.reports import failure
+from pytest_sftguard.reports._lines import Screen
 from pytest_sftguard.verdicts import JudgedRun
 
 
@@ -52,7 +53,7 @@ def test_the_mechanism_is_named_first(buggy: JudgedRun) -> None:
 
 def test_the_text_says_what_to_change(buggy: JudgedRun) -> None:
     """The failure names 0/0, eps and the cure."""
-    text = " ".join(failure.text(buggy, "pytest x").split())
+    text = " ".join(failure.message(buggy, "pytest x", Screen(width=120)).split())
     assert "0 / (sqrt(0) + 0)" in text
     assert "eps 1e-08 is below the smallest float16" in text
     assert "autocast_adapter_dtype=True" in text

@@ -13,9 +13,9 @@ import torch
 from pytest_sftguard.diagnosis import diagnose
 from pytest_sftguard.engine import runner
 from pytest_sftguard.engine.building.targets import TargetError
+from pytest_sftguard.invariants import precision_is_real
 from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.records import RunRecord
-from pytest_sftguard.rendering import message
 from pytest_sftguard.verdicts import JudgedRun, Outcome
 from tests.targets.tiny import TINY
 
@@ -50,14 +50,16 @@ def test_a_precision_that_did_not_happen_is_not_evaluated(run_cell: Callable[...
     """A target that drops the precision trains in float32; its cell is neither passed nor failed, and says why."""
     verdict = run_cell("ignores_precision", precision=precision).verdict
     assert verdict.outcome is Outcome.NOT_EVALUATED
-    assert "did not happen: the adapted layers computed float32" in message(verdict.of("precision_is_real")[0])
+    assert verdict.of("precision_is_real")[0].because(precision_is_real.Reason.COMPUTED)
 
 
 def test_weights_of_another_type_are_not_evaluated(run_cell: Callable[..., JudgedRun]) -> None:
     """A target that drops `dtype` trains on a bfloat16 base; its bf16-mixed cell says so."""
     verdict = run_cell("ignores_dtype", precision="bf16-mixed").verdict
     assert verdict.outcome is Outcome.NOT_EVALUATED
-    assert "the base's weights are bfloat16, not float32" in message(verdict.of("precision_is_real")[0])
+    (finding, *_) = verdict.of("precision_is_real")
+    assert finding.because(precision_is_real.Reason.WEIGHTS)
+    assert finding.evidence["dtypes"] == ("bfloat16",)
 
 
 def test_tf32_is_not_run_on_a_cpu(run_cell: Callable[..., JudgedRun]) -> None:
@@ -146,7 +148,7 @@ def test_a_run_leaves_no_trace(run_cell: Callable[..., JudgedRun]) -> None:
         ("without_adapter", "wrap it with peft.get_peft_model"),
         ("ignores_batch", "was asked for per_device_train_batch_size=8, and its Trainer has 4"),
         ("missing", "module tests.targets.tiny has no missing"),
-        ("no.such.module:build", "does not import: ModuleNotFoundError"),
+        ("no.such.module:build", "cannot be imported: ModuleNotFoundError"),
         ("tests.targets.tiny:TINY", "not a function that builds a Trainer"),
     ],
 )

@@ -98,7 +98,7 @@ def test_another_alpha_in_the_file_is_seen_in_the_layers(
     run = run_cell(
         "tests.targets.faulty:another_alpha_in_the_file", training_arguments={"learning_rate": learning_rate}
     )
-    assert any("14 layers have another scaling" in message(f) for f in run.verdict.failures)
+    assert any("changed the scaling of 14 layers" in message(f) for f in run.verdict.failures)
     assert diagnose(run)[0].mechanism == "scaling_wrong"
 
 

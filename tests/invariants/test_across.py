@@ -54,31 +54,31 @@ READ = {
 """Numbers of a step that each comparison reads."""
 
 
-def outcome(kind: str, record: RunRecord, reference: RunRecord) -> Outcome:
-    """What the invariant that compares with `kind` says of the two."""
-    return judge(record, [INVARIANTS[kind]], {kind: reference}).outcome
+def outcome(name: str, record: RunRecord, reference: RunRecord) -> Outcome:
+    """What the invariant that compares with the reference `name` says of the two."""
+    return judge(record, [INVARIANTS[name]], {name: reference}).outcome
 
 
 def test_every_reference_has_its_invariant() -> None:
-    """Each kind of reference is compared with by one invariant."""
+    """Each reference is compared with by one invariant."""
     assert set(INVARIANTS) == set(PAIRS)
 
 
-@pytest.mark.parametrize("kind", PAIRS)
-def test_runs_that_agree_pass(kind: str) -> None:
-    """Two runs that agree in all that the kind is about pass."""
-    assert outcome(kind, *PAIRS[kind]) is Outcome.PASSED
+@pytest.mark.parametrize("name", PAIRS)
+def test_runs_that_agree_pass(name: str) -> None:
+    """Two runs that agree in all that the reference is for pass."""
+    assert outcome(name, *PAIRS[name]) is Outcome.PASSED
 
 
-@pytest.mark.parametrize(("precision", "said"), [("fp32", Outcome.FAILED), ("bf16-mixed", Outcome.PASSED)])
-def test_two_cuts_in_bfloat16_are_as_far_apart_as_from_float32(precision: str, said: Outcome) -> None:
+@pytest.mark.parametrize(("precision", "wording"), [("fp32", Outcome.FAILED), ("bf16-mixed", Outcome.PASSED)])
+def test_two_splits_in_bfloat16_are_as_far_apart_as_from_float32(precision: str, wording: Outcome) -> None:
     """0.3 % of the loss, as a model of 30 layers rounds it, where each is the mean over its own labels."""
     record = first(stepped(run((4, 2), precision), loss=4.012), token_loss=4.012)
-    assert outcome("batch_split", record, run(precision=precision)) is said
+    assert outcome("batch_split", record, run(precision=precision)) is wording
 
 
 @pytest.mark.parametrize(
-    ("rates", "factor", "said"),
+    ("rates", "factor", "wording"),
     [
         ([8, 7, 6, 5, 4, 3, 2, 1], 0.4, Outcome.PASSED),
         ([8, 7, 6, 5, 4, 3, 2, 1], 0.25, Outcome.FAILED),
@@ -91,7 +91,7 @@ def test_two_cuts_in_bfloat16_are_as_far_apart_as_from_float32(precision: str, s
     ],
 )
 def test_skipped_steps_take_their_learning_rates_with_them(
-    rates: list[float | None], factor: float, said: Outcome
+    rates: list[float | None], factor: float, wording: Outcome
 ) -> None:
     """A schedule that runs on at three skipped steps of eight leaves less than five eighths of the way."""
     record, reference = healthy(SCALED, steps=8, skipped={1, 2, 3}), healthy(Cell("fp32", 8, 1), steps=8)
@@ -100,43 +100,51 @@ def test_skipped_steps_take_their_learning_rates_with_them(
     for step in range(1, 9):
         record, reference = (with_step(r, step, loss=4.0 - step, grad_norm=2.0) for r in (record, reference))
     record = stepped(record, loss=3.0001)
-    assert outcome("fp32", moving(record, factor), reference) is said
+    assert outcome("fp32", moving(record, factor), reference) is wording
 
 
 @given(data=st.data(), value=st.none() | non_finite())
 def test_a_hole_in_either_never_passes(data: st.DataObject, value: float | None) -> None:
     """NaN, infinity or nothing at all in the place of a number of the first step of either run never passes."""
-    kind = data.draw(st.sampled_from(sorted(PAIRS)))
-    name = data.draw(st.sampled_from(READ[kind]))
-    record, reference = PAIRS[kind]
-    if kind == "one_batch" or data.draw(st.booleans()):
-        reference = stepped(reference, **{name: value})
+    name = data.draw(st.sampled_from(sorted(PAIRS)))
+    number = data.draw(st.sampled_from(READ[name]))
+    record, reference = PAIRS[name]
+    if name == "one_batch" or data.draw(st.booleans()):
+        reference = stepped(reference, **{number: value})
     else:
-        record = stepped(record, **{name: value})
-    assert outcome(kind, record, reference) is not Outcome.PASSED
+        record = stepped(record, **{number: value})
+    assert outcome(name, record, reference) is not Outcome.PASSED
 
 
 def with_gradients(record: RunRecord, *norms: float | None, whole: float = 2.0) -> RunRecord:
     """`record` with tensors whose first gradients have `norms`, and all together `whole`."""
-    tensors = [dataclasses.replace(record.adapter[0], name=f"{i}.lora_B", first_gradient_norm=n) for i, n in
-               enumerate(norms)]  # fmt: skip
+    first = record.adapter[0]
+    named = enumerate(norms)
+    tensors = (dataclasses.replace(first, name=f"{i}.lora_B", first_gradient_norm=n) for i, n in named)
     return stepped(dataclasses.replace(record, adapter=tuple(tensors)), grad_norm=whole)
 
 
 @pytest.mark.parametrize(
-    ("kind", "norms", "whole", "said"),
+    ("name", "norms", "whole", "wording"),
     [
-        ("fp32", (1.01, 1.01, 0.3), 1.2, Outcome.PASSED),  # one tensor, which carries the norm
-        ("fp32", (1.2, 1.2, 1.0), 2.0, Outcome.FAILED),  # two of three
-        ("fp32", (1.01, 1.01, 0.01), 0.1, Outcome.FAILED),  # one that carries too much
+        # one tensor, which carries the norm
+        ("fp32", (1.01, 1.01, 0.3), 1.2, Outcome.PASSED),
+        # two of three
+        ("fp32", (1.2, 1.2, 1.0), 2.0, Outcome.FAILED),
+        # one that carries too much
+        ("fp32", (1.01, 1.01, 0.01), 0.1, Outcome.FAILED),
         ("fp32", (math.nan, 1.01, 1.0), 2.0, Outcome.FAILED),
         ("fp32", (1.01, math.inf, 1.0), 2.0, Outcome.FAILED),
         ("fp32", (1.01, 1.01, 1.0), math.nan, Outcome.FAILED),
-        ("fp32", (None, None, None), 2.2, Outcome.FAILED),  # as if nothing but the norm of all were known
+        # as if nothing but the norm of all were known
+        ("fp32", (None, None, None), 2.2, Outcome.FAILED),
         ("fp32", (None, None, None), 2.001, Outcome.PASSED),
-        ("fp32", (1.0, None, None), 1.2, Outcome.FAILED),  # two that lack their gradients
-        ("fp32", (1.0, 1.0, None), 1.42, Outcome.PASSED),  # another invariant's business
-        ("fp32", (1.01, 1.2, 1.2, 1.01), 2.0, Outcome.FAILED),  # half of four
+        # two that lack their gradients
+        ("fp32", (1.0, None, None), 1.2, Outcome.FAILED),
+        # another invariant's business
+        ("fp32", (1.0, 1.0, None), 1.42, Outcome.PASSED),
+        # half of four
+        ("fp32", (1.01, 1.2, 1.2, 1.01), 2.0, Outcome.FAILED),
         ("fp32", (1.01, 1.01, 1.01, 1.2), 2.0, Outcome.PASSED),
         ("batch_split", (1.0, 1.0, 1e-9, 3e-9), 2.0, Outcome.FAILED),
         ("batch_split", (1.0, 1.0, 1.00005), 2.0001, Outcome.PASSED),
@@ -145,16 +153,16 @@ def with_gradients(record: RunRecord, *norms: float | None, whole: float = 2.0) 
     ],
 )
 def test_gradients_are_compared_tensor_by_tensor(
-    kind: str, norms: tuple[float | None, ...], whole: float, said: Outcome
+    name: str, norms: tuple[float | None, ...], whole: float, wording: Outcome
 ) -> None:
     """More than half of the tensors must agree closely, and the norm of all less so: few of them may carry it."""
-    record, reference = PAIRS[kind]
+    record, reference = PAIRS[name]
     reference = with_gradients(reference, *[1.0] * len(norms))
-    assert outcome(kind, with_gradients(record, *norms, whole=whole), reference) is said
+    assert outcome(name, with_gradients(record, *norms, whole=whole), reference) is wording
 
 
 def test_gradients_that_cancel_are_noise() -> None:
-    """A key's bias gets sums of what softmax makes zero: their rounding differs in every cut."""
+    """A key's bias gets sums of what softmax makes zero: their rounding differs in every batch split."""
     record, reference = PAIRS["batch_split"]
     noise = with_gradients(record, 1.0, 3e-9, 1e-9), with_gradients(reference, 1.0, 1e-9, 2e-9)
     assert outcome("batch_split", *noise) is Outcome.PASSED
@@ -168,18 +176,18 @@ def test_a_lower_learning_rate_is_no_excuse() -> None:
     assert outcome("fp32", moving(slow, 0.4), run()) is Outcome.FAILED
 
 
-@pytest.mark.parametrize("kind", ["rerun", "resumed"])
+@pytest.mark.parametrize("name", ["rerun", "resumed"])
 @given(data=st.data())
-def test_any_other_bit_fails(kind: str, data: st.DataObject) -> None:
+def test_any_other_bit_fails(name: str, data: st.DataObject) -> None:
     """Where bits are compared, a loss that is the next number up fails, at any step."""
-    record, reference = PAIRS[kind]
+    record, reference = PAIRS[name]
     step = data.draw(st.integers(1, len(reference.steps)))
     loss = math.nextafter(reference.losses[step - 1], math.inf)
-    assert outcome(kind, record, with_step(reference, step, loss=loss)) is Outcome.FAILED
+    assert outcome(name, record, with_step(reference, step, loss=loss)) is Outcome.FAILED
 
 
 @pytest.mark.parametrize(
-    ("kind", "record", "reference"),
+    ("name", "record", "reference"),
     [
         pytest.param("batch_split", stepped(run(), loss=4.00001), run((4, 2)), id="last-digits"),
         pytest.param(
@@ -195,9 +203,9 @@ def test_any_other_bit_fails(kind: str, data: st.DataObject) -> None:
         pytest.param("replicas", run(device=H100), replicas(), id="other-device"),
     ],
 )
-def test_what_may_differ(kind: str, record: RunRecord, reference: RunRecord) -> None:
+def test_what_may_differ(name: str, record: RunRecord, reference: RunRecord) -> None:
     """Differences that rounding, dropout or threads make are none."""
-    assert outcome(kind, record, reference) is Outcome.PASSED
+    assert outcome(name, record, reference) is Outcome.PASSED
 
 
 EVEN = first(run((4, 2)), micro_tokens=(12, 12))
@@ -205,41 +213,71 @@ OPEN = {
     "other-rows": ("batch_split", run(), stepped(run((4, 2)), rows="7ea"), "saw other rows"),
     "rows-unknown": ("batch_split", stepped(run(), rows=None), run((4, 2)), "is not known"),
     "dropout": ("batch_split", drawing(run(), "model"), drawing(run((4, 2)), "model"), "draws random numbers"),
-    "even-rows": ("batch_split", run(), EVEN, "as many labels"),
-    "auxiliary": ("batch_split", *AUXILIARY, "its author alone"),
-    "other-cut-is-wrong": ("batch_split", run(), stepped(run((2, 4)), loss=4.1), "that cut is wrong"),
+    "even-rows": ("batch_split", run(), EVEN, "has the same number of labels"),
+    "auxiliary": ("batch_split", *AUXILIARY, "only its author can say"),
+    "nothing-accumulated": (
+        "batch_split",
+        first(stepped(run(), loss=4.1), token_loss=None),
+        run((4, 2)),
+        "nothing is accumulated in this cell",
+    ),
+    "float32-lost": ("fp32", half(), with_step(run(), 3, loss=math.nan), "is not finite at every step: it is no"),
+    "own-loss": ("replicas", stepped(run(), loss=4.4), stepped(replicas(), loss=4.6), "only its author can say"),
+    "other-split-is-wrong": (
+        "batch_split",
+        run(),
+        stepped(run((2, 4)), loss=4.1),
+        "in fp32-b2x4 it is not: that one is wrong",
+    ),
     "float32-itself": ("fp32", run(), run(), "is the float32 one itself"),
     "bf16-rounds-it-away": (
-        "one_batch", half(), one_batch(*[4.0] * 8, precision="bf16-mixed"), "rounds away what the adapter changed",
+        "one_batch",
+        half(),
+        one_batch(*[4.0] * 8, precision="bf16-mixed"),
+        "rounds away what the adapter changed",
     ),
     "bf16-noise": ("one_batch", half(), one_batch(4.0, 4.001, 3.999, 4.002, precision="bf16-mixed"), "less than"),
     "dropout-noise": ("one_batch", run(), one_batch(*NOISY, random="model"), "less than dropout"),
-    "replicas-dropout": ("replicas", drawing(run(), "model"), replicas(), "each process draws its own"),
+    "replicas-dropout": (
+        "replicas",
+        drawing(run(), "model"),
+        replicas(),
+        "draws random numbers in training, such as dropout, and those of fp32-b4x1",
+    ),
     "replicas-refused": ("replicas", run(), replicas(steps=(), error=ERROR), "cannot be trained in two processes"),
     "other-device": (
-        "replicas", run(device=H100, precision="bf16-mixed"), replicas(precision="bf16-mixed"), "is on a cuda",
+        "replicas",
+        run(device=H100, precision="bf16-mixed"),
+        replicas(precision="bf16-mixed"),
+        "run on cpu and the cell on cuda: only float32",
     ),
     "other-base": (
-        "replicas", run(device=H100), within(replicas(), "base", digest_before="0"), "the base is another one there",
+        "replicas",
+        run(device=H100),
+        within(replicas(), "base", digest_before="0"),
+        "where the base has other weights",
     ),
     "other-start": (
-        "replicas", run(device=H100), with_tensor(replicas(), A, initial_norm=9.0), "begins with other numbers there",
+        "replicas",
+        run(device=H100),
+        with_tensor(replicas(), A, initial_norm=9.0),
+        "where the adapter begins with other numbers",
     ),
-    "other-tensors": ("replicas", run(device=H100), replicas(adapter=()), "other tensors are trained there"),
-}  # fmt: skip
+    "other-tensors": ("replicas", run(device=H100), replicas(adapter=()), "where other tensors are trained"),
+}
 
 
-@pytest.mark.parametrize(("kind", "record", "reference", "said"), OPEN.values(), ids=OPEN)
-def test_what_cannot_be_compared(kind: str, record: RunRecord, reference: RunRecord, said: str) -> None:
+@pytest.mark.parametrize(("name", "record", "reference", "wording"), OPEN.values(), ids=OPEN)
+def test_what_cannot_be_compared(name: str, record: RunRecord, reference: RunRecord, wording: str) -> None:
     """Where two runs say nothing of each other, that is said, and it holds up no cell."""
-    (finding, *_) = judge(record, [INVARIANTS[kind]], {kind: reference}).findings
+    (finding, *_) = judge(record, [INVARIANTS[name]], {name: reference}).findings
     assert (finding.outcome, finding.required) == (Outcome.NOT_EVALUATED, False)
-    assert said in message(finding)
+    assert wording in message(finding)
 
 
 @given(one=st.floats(1e-6, 1e6), other=st.floats(1e-6, 1e6))
 def test_gap_is_a_share(one: float, other: float) -> None:
-    """The difference of two numbers is the same either way, and a share of the larger."""
+    """The difference of two numbers is the same in either order, and a share of the larger."""
     assert 0 <= gap(one, other) == gap(other, one) <= 1
 
 

@@ -25,12 +25,12 @@ def test_sound_record_is_left_alone(name, record):
     assert list(BUILT_IN[name].check(record)) == []
 
 
-@pytest.mark.parametrize(("name", "record", "said"), MAY_BE_MISSING.values(), ids=MAY_BE_MISSING)
-def test_training_that_claims_nothing_holds_up_no_cell(name, record, said):
+@pytest.mark.parametrize(("name", "record", "wording"), MAY_BE_MISSING.values(), ids=MAY_BE_MISSING)
+def test_training_that_claims_nothing_holds_up_no_cell(name, record, wording):
     """A run that is too short, or has not learned yet, is not evaluated, and is not required to be."""
     (finding,) = BUILT_IN[name].check(record)
     assert (finding.outcome, finding.required) == (Outcome.NOT_EVALUATED, False)
-    assert said in message(finding)
+    assert wording in message(finding)
 
 
 @given(losses=st.lists(st.floats(1e-6, 10), min_size=4, max_size=4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 
 import pytest
@@ -21,10 +22,14 @@ def test_it(sft_run):
 
 @pytest.fixture(autouse=True)
 def _no_settings(monkeypatch, pytester):
-    """No setting of this machine, and none of this repository's ini file, gets into a test."""
+    """No setting of this machine, and none of this repository's ini file, gets into a test; lines are wide."""
     for name in [n for n in os.environ if n.startswith("SFTGUARD_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:hypothesispytest -p no:benchmark -p no:anyio")  # slow to import
+    for name in ("NO_COLOR", "FORCE_COLOR", "PY_COLORS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "120")
+    # plugins that are slow to import
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:hypothesispytest -p no:benchmark -p no:anyio")
     monkeypatch.delitem(sys.modules, "test_it", raising=False)
     pytester.makeini("[pytest]\n")
 
@@ -61,11 +66,12 @@ def clean():
 
     def check(result, message, lines=2):
         text = result.stdout.str() + result.stderr.str()
-        found = [line for line in text.splitlines() if message in line]
+        # wherever its lines break
+        found = re.search(r"\s+".join(map(re.escape, message.split())), text)
         assert found, text
         assert not any(told in text for told in ("Traceback", "The above exception", "During handling")), text
         assert [line for line in text.splitlines() if line.startswith("E  ")] == []
-        block = text[text.index(found[0]) :].splitlines()
+        block = text[found.start() :].splitlines()
         end = next((i for i, line in enumerate(block) if not line or line.startswith(("=", "-", "_"))), len(block))
         assert end <= lines, text
 

@@ -34,7 +34,8 @@ def lasting(*seconds):
 def timed(pytester, engine, monkeypatch):
     """Runs the one timed test: a function of the seconds of its steps, and of arguments."""
     monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:hypothesispytest -p no:anyio -p no:xdist")
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # under which pytest-benchmark switches itself off
+    # under which pytest-benchmark switches itself off
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     pytester.makepyfile(test_it=TIMED)
 
     def run(seconds, *arguments):
@@ -67,6 +68,8 @@ def test_disabled_benchmarks_cost_a_training_nothing(timed):
     timed([9.0, 0.1, 0.1, 0.1], "--benchmark-disable").assert_outcomes(passed=1)
 
 
+# the inner test fails before it uses the fixture, of which pytest-benchmark warns
+@pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")
 def test_a_training_without_steps_has_nothing_to_time(pytester, timed):
     """What is asked for is said, in place of an empty table."""
     pytester.makepyfile(test_it=TIMED.replace("(benchmark)", "(benchmark, warm_up=4)"))

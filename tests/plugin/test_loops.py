@@ -93,11 +93,11 @@ def test_a_healthy_loop_passes(folder, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "text"),
+    ("name", "outcome", "text"),
     [
         ("unsound", "failure", "fp32-b4x1 FAILED: "),
         ("uncalled", "failure", "sft_observer was not called: nothing was observed"),
-        ("without_a_step", "failure", "0 of 1 optimizer steps were seen"),
+        ("without_a_step", "failure", "0 of 1 optimizer step took place"),
         ("own_exception", "failure", "assert 1 == 2"),
         ("skipped_too_late", "failure", "raw_loss_finite"),
         ("skipped_before", "skipped", "no data"),
@@ -108,10 +108,10 @@ def test_a_healthy_loop_passes(folder, name):
         ("twice", "failure", "one test observes one training"),
     ],
 )
-def test_what_is_wrong_is_told(folder, name, kind, text):
+def test_what_is_wrong_is_told(folder, name, outcome, text):
     """Each in its own way."""
     found, message = told(folder, name)
-    assert found == kind
+    assert found == outcome
     assert text in message
 
 

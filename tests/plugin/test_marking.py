@@ -145,7 +145,7 @@ MISUSE = {
     "batch-0": ("(batch=0)", "batch= of gpu_stability: 0 cannot be used: batch 0 is not a batch"),
     "batch-many": ('(batch="many")', "'many' cannot be used: batch 'many' is not a batch: give a whole number"),
     "batch-does-not-divide": ("(batch=3, effective_batch=8)", "test_it.py::test_it: batch 3 does not divide"),
-    "steps-0": ("(steps=0)", "steps= of gpu_stability: 0 cannot be used: give a whole number from 1 on"),
+    "steps-0": ("(steps=0)", "steps= of gpu_stability: 0 cannot be used: give a whole number, at least 1"),
     "device": ('(device="gpu")', "device= of gpu_stability: 'gpu' cannot be used: choose from auto, cpu"),
 }
 
@@ -188,7 +188,7 @@ def test_fixture_without_the_marker(pytester, clean, fixture):
 SETTINGS = {
     "precision": ("fp8", "unknown precision 'fp8': choose from fp32"),
     "batch": ("0", "batch '0' is not a batch: it must be at least 1"),
-    "steps": ("0", "give a whole number from 1 on"),
+    "steps": ("0", "give a whole number, at least 1"),
 }
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from pytest_sftguard import reports
 from pytest_sftguard.records import RunRecord
 from tests.plugin.conftest import ONE_CELL
 from tests.support import canned
@@ -32,18 +34,137 @@ def test_section_has_a_row_for_each_cell(pytester, engine):
 @pytest.mark.parametrize(
     "line",
     [
-        "precision  batch  verdict*grad_norm*raw loss*answers*seconds",
+        "precision  batch  verdict*grad_norm*raw loss*seconds",
         "on Some CPU (1 thread), torch 2.13.0",
         "fp32-b2x1 FAILED: *raw_loss_finite*",
         '  rerun     pytest "test_it.py::test_it?fp32-b2x1?"',
-        "strict_answers: not evaluated -- the target offers no questions() (fp32-b2x1)",
+        "FAILED fp32-b2x1: log_laundered: *",
+        "findings, evidence and cures: FAILURES above",
+        "not evaluated: *, strict_answers and *",
     ],
-    ids=["heading", "device", "failure", "rerun", "not-evaluated"],
+    ids=["heading", "device", "failure", "rerun", "cause", "place", "not-evaluated"],
 )
-def test_section_says(pytester, engine, one_cell, line):
-    """The section holds the table, the device, each failure, and what was not evaluated."""
+def test_output_says(pytester, engine, one_cell, line):
+    """A failed session shows the failure, the table, the device, the cause, and what was not evaluated."""
     engine.make = canned.failing
     pytester.runpytest_inprocess().stdout.fnmatch_lines([line])
+
+
+def test_reasons_are_told_with_v(pytester, engine, one_cell):
+    """With -v each finding that was not evaluated has its reason."""
+    result = pytester.runpytest_inprocess("-v")
+    result.stdout.fnmatch_lines(["strict_answers not evaluated: the target offers no questions() (fp32-b2x1)"])
+
+
+@pytest.mark.parametrize("style", ["auto", "long", "short", "line", "native", "no"])
+def test_failure_is_printed_once(pytester, engine, one_cell, style):
+    """However pytest prints tracebacks, the whole text of a failed cell stands in the output, once."""
+    engine.make = canned.failing
+    text = pytester.runpytest_inprocess(f"--tb={style}").stdout.str()
+    assert [text.count(part) for part in ("fp32-b2x1 FAILED: ", "  cause  ", "  rerun  ")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("style", ["auto", "no"])
+def test_failure_is_headed_by_its_test(pytester, engine, one_cell, style):
+    """The line above the text of a failed cell holds the test's id, whoever prints it."""
+    engine.make = canned.failing
+    lines = pytester.runpytest_inprocess(f"--tb={style}").outlines
+    (at,) = (i for i, line in enumerate(lines) if line.startswith("fp32-b2x1 FAILED: "))
+    assert lines[at - 1].strip("_ ").endswith("test_it[fp32-b2x1]")
+
+
+def test_failure_is_located_in_the_test(pytester, engine, one_cell):
+    """Where pytest prints one line for a failure, that is the line of the test and the cause."""
+    engine.make = canned.failing
+    result = pytester.runpytest_inprocess("--tb=line")
+    result.stdout.fnmatch_lines(
+        ["*test_it.py:3: log_laundered: *", "FAILED test_it.py::test_it[[]fp32-b2x1[]] - log_l*"]
+    )
+
+
+LATE = "\n@pytest.fixture\ndef late(sft_run): 1 / 0\n"
+
+
+def test_failure_stands_below_the_exception_of_a_fixture(pytester, engine):
+    """Where another fixture raises, its traceback comes first, and the text of the failed cell follows."""
+    engine.make = canned.failing
+    pytester.makepyfile(test_it=ONE_CELL.replace("sft_run", "sft_run, late") + LATE)
+    result = pytester.runpytest_inprocess("--show-capture=no")
+    result.stdout.fnmatch_lines(["E   *ZeroDivisionError*", "fp32-b2x1 FAILED: *", "*short test summary*"])
+    assert result.stdout.str().count("fp32-b2x1 FAILED: ") == 1
+
+
+def test_expected_failure_is_a_line(pytester, engine):
+    """Of a cell that is expected to fail, the section tells the cause, and how to see the rest."""
+    engine.make = canned.failing
+    pytester.makepyfile(test_it=ONE_CELL.replace("@", "@pytest.mark.xfail\n@"))
+    result = pytester.runpytest_inprocess()
+    result.stdout.fnmatch_lines(["FAILED fp32-b2x1: log_laundered: *", "*cures: run again with --runxfail"])
+    assert "fp32-b2x1 FAILED: " not in result.stdout.str()
+
+
+def test_junit_has_the_headline_and_the_text(pytester, engine, one_cell):
+    """The message of a failure in the JUnit file is its cause, and its content the whole text."""
+    engine.make = canned.failing
+    pytester.runpytest_inprocess("--junitxml=report.xml", "--tb=no")
+    (failure,) = ElementTree.parse(pytester.path / "report.xml").iter("failure")
+    assert failure.get("message").startswith("log_laundered: ")
+    assert failure.text.startswith("fp32-b2x1 FAILED: ")
+
+
+SIX_CELLS = """
+import pytest
+
+@pytest.mark.gpu_stability(steps=2)
+def test_trains(sft_run):
+    pass
+"""
+
+
+@pytest.mark.parametrize("make", ["of", "failing", "not_run"])
+@pytest.mark.parametrize(
+    "arguments", [[], ["-v"], ["-n", "2"], ["--tb=no"]], ids=["plain", "verbose", "xdist", "no-tb"]
+)
+def test_lines_fit_the_terminal(pytester, in_subprocess, monkeypatch, make, arguments):
+    """At 80 columns no line of ours is longer, whatever the cells came to; pytest's own are not counted."""
+    monkeypatch.setenv("COLUMNS", "80")
+    pytester.makepyfile(test_it=SIX_CELLS)
+    lines = in_subprocess(
+        "-p", "no:sftguard", "-p", "pytest_sftguard.plugin", *arguments, make=f"canned.{make}"
+    ).outlines
+    ours = itertools.dropwhile(lambda line: "[100%]" not in line, lines)
+    assert [line for line in ours if len(line) > 80] == []
+
+
+@pytest.mark.parametrize("option", [[], ["-q"], ["-n", "2"]], ids=["plain", "quiet", "xdist"])
+def test_healthy_session_fits_a_screen(pytester, in_subprocess, monkeypatch, option):
+    """Six sound cells are told in 25 lines at 80 columns, pytest's own among them, without a warning."""
+    monkeypatch.setenv("COLUMNS", "80")
+    pytester.makepyfile(test_it=SIX_CELLS)
+    # no two precisions give the same numbers to the bit
+    result = in_subprocess(
+        *option, make="lambda c: canned.of(c, values=(0.5, 1.25 + len(c.cell.precision) / 1e5, 2.0))"
+    )
+    result.assert_outcomes(passed=6, warnings=0)
+    assert len(result.outlines) <= 25
+
+
+@pytest.mark.parametrize(
+    ("environment", "coloured"),
+    [
+        ({}, False),
+        ({"FORCE_COLOR": "1"}, True),
+        ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False),
+        ({"PY_COLORS": "1"}, True),
+    ],
+    ids=["file", "FORCE_COLOR", "NO_COLOR", "PY_COLORS"],
+)
+def test_colour_is_as_pytest_has_it(pytester, one_cell, in_subprocess, monkeypatch, environment, coloured):
+    """The verdicts are coloured where pytest's own lines are, and nowhere else."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    text = in_subprocess().stdout.str()
+    assert ("\x1b[32mok" in text, "\x1b[1mprecision" in text, "\x1b" in text) == (coloured,) * 3
 
 
 def test_rerun_has_the_same_settings(pytester, engine, one_cell):
@@ -64,15 +185,50 @@ def pytest_configure(config):
 """
 
 
-def test_steps_are_shown_on_a_terminal(pytester, engine, one_cell):
-    """Where a person watches, the current line shows the step that a cell is at."""
+def seen(written):
+    """What is left on a screen of what was written, line by line: a backspace goes back one character."""
+    for line in written.splitlines():
+        screen, at = {}, 0
+        for character in line:
+            if character == "\b":
+                at -= 1
+            else:
+                screen[at] = character
+                at += 1
+        yield "".join(screen[i] for i in sorted(screen))
+
+
+@pytest.mark.parametrize("doing", ["building", "step 2/3", "looking at what was trained"])
+def test_progress_is_shown_on_a_terminal(pytester, engine, one_cell, doing):
+    """Where a person watches, the current line shows what a cell is at."""
     pytester.makeconftest(ON_A_TERMINAL)
-    assert "fp32-b2x1 step 2/3" in pytester.runpytest_inprocess().stdout.str()
+    assert f"fp32-b2x1: {doing}" in pytester.runpytest_inprocess().stdout.str()
 
 
-def test_steps_are_not_shown_in_a_log(pytester, engine, one_cell):
+@pytest.mark.parametrize("make", [canned.of, lambda config: 1 / 0], ids=["done", "broken-off"])
+def test_progress_leaves_nothing_behind(pytester, engine, one_cell, make):
+    """When a cell is done, its line is as pytest writes it."""
+    engine.make = make
+    pytester.makeconftest(ON_A_TERMINAL)
+    (line,) = (s for s in seen(pytester.runpytest_inprocess().stdout.str()) if s.startswith("test_it.py "))
+    assert re.fullmatch(r"test_it\.py [.E] +\[100%\]", line)
+    assert len(line) == 119
+
+
+def test_progress_stays_in_its_line(pytester, engine, monkeypatch):
+    """Where the line is nearly full, the end of what a cell is doing is left out."""
+    monkeypatch.setenv("COLUMNS", "60")
+    pytester.makeconftest(ON_A_TERMINAL)
+    pytester.makepyfile(test_it=ONE_CELL)
+    written = pytester.runpytest_inprocess("-v").stdout.str()
+    line = next(line for line in written.splitlines() if line.startswith("test_it.py::"))
+    assert max(len(part) for part in line.split("\b") if part) < 60
+
+
+@pytest.mark.parametrize("arguments", [[], ["-s"]], ids=["captured", "not-captured"])
+def test_progress_is_not_shown_in_a_log(pytester, engine, one_cell, arguments):
     """Where the output is a file, no step is shown."""
-    assert " step 2/3" not in pytester.runpytest_inprocess().stdout.str()
+    assert "step 2/3" not in pytester.runpytest_inprocess(*arguments).stdout.str()
 
 
 def test_terminal_without_capture(pytester, engine, one_cell):
@@ -89,9 +245,7 @@ def test_no_section_without_cells(pytester):
 
 def test_section_tells_a_cell_whose_fixture_failed(pytester, engine):
     """A cell that was trained before another fixture raised has its row."""
-    pytester.makepyfile(
-        test_it=ONE_CELL.replace("sft_run", "sft_run, late") + "\n@pytest.fixture\ndef late(sft_run): 1 / 0\n"
-    )
+    pytester.makepyfile(test_it=ONE_CELL.replace("sft_run", "sft_run, late") + LATE)
     assert len(rows(pytester.runpytest_inprocess())) == 1
 
 
@@ -165,6 +319,47 @@ def test_each_test_has_its_file(pytester, engine):
     pytester.makepyfile(test_it=ONE_CELL + ONE_CELL.replace("test_it", "test_too"))
     pytester.runpytest_inprocess()
     assert len(written(pytester)) == 2
+
+
+DROPPED = """
+def properties(run):
+    return [("dropped", run.record.cell)]
+
+def write(folder, nodeid, run):
+    (folder / "dropped.txt").write_text(f"{nodeid} {run.verdict.outcome.value}")
+
+def message(run, rerun, screen):
+    return f"dropped: again by {rerun}"
+
+def section(runs, screen):
+    return (f"dropped: {name} {run.record.cell}" for name, run, _ in runs)
+"""
+
+
+@pytest.fixture
+def dropped(pytester, monkeypatch):
+    """A session with a failing cell, and with one more file in the folder of reports."""
+    pytester.mkdir("more").joinpath("dropped.py").write_text(DROPPED)
+    monkeypatch.setattr(reports, "__path__", [*reports.__path__, str(pytester.path / "more")])
+
+
+@pytest.mark.parametrize("line", ["dropped: test_it.py::test_it* fp32-b2x1", "dropped: again by pytest *"])
+def test_new_report_is_printed(pytester, engine, one_cell, dropped, line):
+    """A file that is dropped into the folder of reports prints, with no other file touched."""
+    engine.make = canned.failing
+    pytester.runpytest_inprocess().stdout.fnmatch_lines([line])
+
+
+def test_new_report_is_written(pytester, engine, one_cell, dropped):
+    """It also writes."""
+    pytester.runpytest_inprocess()
+    assert (pytester.path / ".sftguard" / "dropped.txt").read_text() == "test_it.py::test_it[fp32-b2x1] passed"
+
+
+def test_new_report_has_properties(pytester, engine, one_cell, dropped):
+    """Its properties are in the JUnit file."""
+    pytester.runpytest_inprocess("--junitxml=report.xml")
+    assert properties(pytester)["dropped"] == "fp32-b2x1"
 
 
 def test_nothing_is_written_without_cells(pytester):

@@ -64,6 +64,7 @@ def folder(tmp_path_factory):
     (path / "mine.py").write_text(MINE)
     (path / "pytest.ini").write_text("[pytest]\npythonpath = .\n")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("SFTGUARD_", "PYTEST_"))}
+    environment["COLUMNS"] = "120"
     subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--junitxml=report.xml"], cwd=path, env=environment, capture_output=True
     )
@@ -105,8 +106,8 @@ def test_real_record_can_be_read(folder, name):
     [
         pytest.param(name, message, id=name)
         for name, message in {
-            "does_not_import": "target 'absent_module:build' does not import: ModuleNotFoundError",
-            "no_path": "target 'mine' is no dotted path: write module:object",
+            "does_not_import": "target 'absent_module:build' cannot be imported: ModuleNotFoundError",
+            "no_path": "target 'mine' is not a dotted path: write module:object",
             "absent": "target 'mine:absent': module mine has no absent",
             "not_callable": "target mine:number is '3' (int), not a function",
             "no_trainer": "target mine:no_trainer returned 'trained' (str), not a transformers.Trainer",

@@ -30,6 +30,12 @@ def test_plain_form_gives_the_record_back(record):
     assert RunRecord.from_dict(record.to_dict()).to_dict() == record.to_dict()
 
 
+@given(record=healthy_records())
+def test_a_step_is_taken_or_skipped(record):
+    """The steps that were taken are all but those that the loss scaler skipped, in order."""
+    assert [s for s in record.steps if s.effect != "skipped_by_scaler"] == record.taken_steps
+
+
 @given(record=healthy_records(), data=st.data(), value=non_finite())
 def test_json_gives_non_finite_numbers_back(record, data, value):
     """NaN and infinity anywhere survive strict JSON, which has no such numbers."""

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 import re
+import shlex
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_sftguard import registry, reports
 from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.matrix import Cell
 from pytest_sftguard.records import ErrorRecord, RunRecord
 from pytest_sftguard.reports import failure, json_files, junit, terminal
-from pytest_sftguard.session import failure_text, pack, unpack
+from pytest_sftguard.reports._lines import Screen, columns, headline
+from pytest_sftguard.session import message, pack, unpack
 from pytest_sftguard.verdicts import JudgedRun, judge
 from tests.strategies import healthy_records, non_finite
 from tests.support import canned
@@ -23,6 +28,7 @@ from tests.support.canned import healthy, with_step, with_steps
 
 ALL = load_invariants()
 NAN = math.nan
+SCREEN = Screen(width=80)
 RERUN = 'pytest "tests/test_gpu.py::test_it[fp32-b2x1]" --sftguard-steps=4'
 BAD = with_step(healthy(model="some/folder", log=False), 3, loss=NAN, micro_losses=(NAN,))
 UNSEEN = dataclasses.replace(healthy(not_run="no"), steps=(), log=(), seconds=None)
@@ -32,13 +38,22 @@ def judged(record):
     return JudgedRun(record, judge(record, ALL))
 
 
+@pytest.mark.parametrize("name", registry.names("pytest_sftguard.reports"))
+def test_report_offers_hooks(name):
+    """A public function of a report that is no hook would never run."""
+    module = importlib.import_module(f"pytest_sftguard.reports.{name}")
+    own = {n for n, f in vars(module).items() if getattr(f, "__module__", "") == module.__name__ and n[0] != "_"}
+    assert own
+    assert own <= set(get_args(reports.Hook))
+
+
 def flat(text):
     """The text without its line breaks, which depend on the width."""
     return re.sub(r"\s+", " ", text)
 
 
 @pytest.mark.parametrize(
-    "said",
+    "wording",
     [
         "fp32-b2x1 FAILED: raw_loss_finite, evidence_complete",
         "device Some CPU (1 thread), torch 2.13.0",
@@ -49,36 +64,43 @@ def flat(text):
     ],
     ids=["what", "device", "target", "where", "how-much", "rerun"],
 )
-def test_failure_says(said):
+def test_failure_says(wording):
     """The text of a failed cell says what, where, by how much, on what, and what to run next."""
-    assert said in flat(failure.text(judged(BAD), RERUN))
+    assert wording in flat(failure.message(judged(BAD), RERUN, SCREEN))
 
 
 @pytest.mark.parametrize("label", ["cause", "evidence", "cure"])
 def test_failure_says_why(label):
     """Where a mechanism is likely, the text names it, its evidence and its cure."""
-    text = failure.text(judged(with_step(healthy(), 2, supervised_tokens=0)), RERUN)
+    text = failure.message(judged(with_step(healthy(), 2, supervised_tokens=0)), RERUN, SCREEN)
     assert re.search(rf"^  {label} +\S", text, re.MULTILINE)
 
 
 def test_failure_findings_are_in_the_order_of_steps():
     """What happened first stands first."""
     record = with_step(with_step(healthy(), 4, loss=NAN), 2, grad_norm=NAN)
-    steps = re.findall(r"^  step (\d)", failure.text(judged(record), RERUN), re.MULTILINE)
+    steps = re.findall(r"^  step (\d)", failure.message(judged(record), RERUN, SCREEN), re.MULTILINE)
     assert steps == sorted(steps)
 
 
-def test_rerun_is_one_line():
-    """The command can be copied as it stands, however long it is."""
-    long = RERUN + " --sftguard-target=" + "x" * 200
-    assert f"  rerun     {long}" in failure.text(judged(BAD), long).splitlines()
+def words(text):
+    """The words that a shell reads in the command of a failed cell's text."""
+    return shlex.split(text.partition("  rerun ")[2].replace("\\\n", ""))
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_rerun_can_be_copied(width):
+    """A shell reads the command as it was, however many lines it fills."""
+    long = RERUN + " --sftguard-batch='2 8' --sftguard-target=" + "x" * 200
+    text = failure.message(judged(BAD), long, Screen(width=width))
+    assert words(text) == shlex.split(long)
 
 
 @pytest.mark.parametrize("own", [AssertionError("1 == 2\nassert 1 == 2"), ValueError()], ids=["lines", "empty"])
-def test_own_exception_stands_beside(own):
-    """What the test's body raised is told with its type, in one line."""
-    told = failure_text(judged(BAD), RERUN, own).splitlines()[-1]
-    assert told.startswith(f"The test's own {type(own).__name__} beside it:")
+def test_own_exception_stands_below(own):
+    """What the test's body raised is printed with its type, on one line."""
+    told = message(judged(BAD), RERUN, SCREEN, own).splitlines()[-1]
+    assert told == f"The test itself raised {type(own).__name__}: {own}".partition("\n")[0].removesuffix(": ")
 
 
 @given(record=healthy_records(), value=non_finite(), data=st.data())
@@ -86,44 +108,78 @@ def test_any_failure_can_be_told(record, value, data):
     """The text of any failed cell has its name in the first line and the command in the last."""
     step = data.draw(st.sampled_from(record.steps)).step
     failed = with_step(record, step, **{data.draw(st.sampled_from(["loss", "max_update", "learning_rate"])): value})
-    lines = failure.text(judged(failed), RERUN).splitlines()
-    assert (record.cell in lines[0], RERUN in lines[-1]) == (True, True)
+    text = failure.message(judged(failed), RERUN, SCREEN)
+    assert (text.startswith(record.cell), words(text)) == (True, shlex.split(RERUN))
+
+
+@given(record=healthy_records(), value=non_finite(), width=st.integers(40, 120))
+def test_failure_fits(record, value, width):
+    """No line of a failed cell's text is longer than the screen is wide, long names of tensors included."""
+    failed = judged(with_step(record, 1, **dict.fromkeys(["loss", "grad_norm", "max_update"], value)))
+    assert max(map(len, failure.message(failed, "", Screen(width=width)).splitlines())) <= width
+
+
+def test_long_name_breaks_after_a_dot():
+    """A name that is longer than a line can be read in its pieces."""
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    lines = Screen(width=60).wrap(f"the tensor {name} is not finite", " " * 12)
+    assert (name in "".join(map(str.strip, lines)), lines[0][-1]) == (True, ".")
+
+
+@pytest.mark.parametrize(("asked", "given"), [("20", 40), ("100", 100), ("300", 120)])
+def test_width_of_the_terminal(monkeypatch, asked, given):
+    """Lines are as wide as the terminal, within limits."""
+    monkeypatch.setenv("COLUMNS", asked)
+    assert columns() == given
 
 
 @pytest.mark.parametrize(
-    ("record", "said"),
+    ("record", "start"),
+    [
+        pytest.param(with_step(healthy(), 2, supervised_tokens=0), "all_labels_masked: ", id="cause"),
+        pytest.param(healthy(base=None), "evidence_complete: ", id="finding"),
+    ],
+)
+def test_headline(record, start):
+    """One line says the cause, or the first finding where none is known."""
+    line = headline(judged(record))
+    assert (line[: len(start)], "\n" in line) == (start, False)
+
+
+@pytest.mark.parametrize(
+    ("record", "wording"),
     [
         pytest.param(healthy(not_run="no cuda device"), "fp32-b2x1 not evaluated: no cuda device", id="not-run"),
         pytest.param(healthy(compute_dtypes={}), "no matrix product of an adapted layer was seen", id="no-evidence"),
     ],
 )
-def test_not_evaluated_says_why(record, said):
+def test_not_evaluated_says_why(record, wording):
     """The reason why a cell was not evaluated is one line."""
-    assert said in failure.not_evaluated(judged(record))
+    assert wording in failure.message(judged(record), RERUN, SCREEN)
 
 
 def test_not_evaluated_without_findings():
     """A cell that nothing was held against says so."""
     run = JudgedRun(healthy(), judge(healthy(), []))
-    assert failure.not_evaluated(run) == "fp32-b2x1 not evaluated: nothing in it could be judged"
+    assert failure.message(run, RERUN, SCREEN) == "fp32-b2x1 not evaluated: nothing in it could be judged"
 
 
-def table(*records):
+def table(*records, **screen):
     """The terminal's section for `records` of one test."""
-    return terminal.lines([("test_it", judged(r), RERUN) for r in records])
+    return terminal.section([("t.py::test_it[a]", judged(r), RERUN) for r in records], Screen(width=80, **screen))
 
 
 @pytest.mark.parametrize(
     ("record", "row"),
     [
-        pytest.param(healthy(), "fp32 2x1 ok 0.5 .. 2 1.2500 -> 1.2500 - 2.0", id="passed"),
+        pytest.param(healthy(), "fp32 2x1 ok 0.5 .. 2 1.2500 -> 1.2500 2.0", id="passed"),
         pytest.param(with_steps(healthy(), grad_norm=1.0, loss=0.5), "fp32 2x1 FAILED 1 .. 1", id="failed"),
         pytest.param(
-            with_step(healthy(log=False), 2, grad_norm=NAN), "fp32 2x1 FAILED 1.25 .. 2 and 1 not finite", id="one-nan"
+            with_step(healthy(log=False), 2, grad_norm=NAN), "fp32 2x1 FAILED 1.25 .. 2, 1 nan/inf", id="one-nan"
         ),
-        pytest.param(with_steps(healthy(), grad_norm=NAN), "fp32 2x1 FAILED 4 not finite", id="every-nan"),
+        pytest.param(with_steps(healthy(), grad_norm=NAN), "fp32 2x1 FAILED 4 nan/inf", id="every-nan"),
         pytest.param(with_step(healthy(), 4, loss=NAN), "1.2500 -> nan", id="loss-nan"),
-        pytest.param(UNSEEN, "fp32 2x1 not evaluated - - - -", id="not-evaluated"),
+        pytest.param(UNSEEN, "fp32 2x1 not evaluated", id="not-evaluated"),
         pytest.param(healthy(answers=[1.0, None]), " 1/2 ", id="answers"),
         pytest.param(healthy(answers=[1.0, NAN]), " 1/2 ", id="answer-nan"),
     ],
@@ -134,32 +190,108 @@ def test_terminal_row(record, row):
 
 
 def test_terminal_names_tests_where_there_are_several():
-    """The test is a column only where there are several."""
-    runs = [(name, judged(healthy()), RERUN) for name in ("test_one", "test_two")]
-    assert [line.split()[0] for line in terminal.lines(runs)[:3]] == ["test", "test_one", "test_two"]
+    """The rows of each test stand below its name where there are several, in whatever order they came."""
+    runs = [(f"t.py::{name}[a]", judged(healthy()), RERUN) for name in ("test_one", "test_two", "test_one")]
+    first = [line.split()[0] for line in terminal.section(runs, SCREEN)[1:6]]
+    assert first == ["t.py::test_one", "fp32", "fp32", "t.py::test_two", "fp32"]
+
+
+def test_terminal_leaves_out_what_no_cell_has():
+    """A column without a number in it has no heading."""
+    assert "answers" not in table(healthy())[0]
+
+
+def test_terminal_narrows_the_column_that_breaks_fewest_cells():
+    """Where the table is too wide, one cell goes on in a second line, and the others stay as they are."""
+    wide = with_step(healthy(answers=[1.0]), 2, grad_norm=NAN, loss=12345.6)
+    lines = table(healthy(answers=[1.0]), wide, healthy(answers=[1.0]))
+    assert [line.split()[0] for line in lines[:5]] == ["precision", "fp32", "fp32", "nan/inf", "fp32"]
+
+
+@given(records=st.lists(healthy_records(), min_size=1, max_size=3), width=st.integers(60, 120), details=st.booleans())
+def test_terminal_fits(records, width, details):
+    """No line of the section is longer than the screen is wide."""
+    runs = [("t.py::test_it", judged(with_step(r, 1, grad_norm=NAN)), "") for r in records]
+    lines = terminal.section(runs, Screen(width=width, details=details))
+    assert max(map(len, lines)) <= width
 
 
 def test_terminal_names_each_device_once():
-    """The devices stand in one line below the table."""
+    """The devices stand on one line below the table."""
     lines = table(healthy(), healthy(seed=1), healthy(device=canned.H100, tf32=False))
     assert "on NVIDIA H100 x2, torch 2.13.0; Some CPU (1 thread), torch 2.13.0" in lines
 
 
 def test_terminal_tells_each_failure():
-    """Below the table stands the text of each failed cell."""
-    assert "\n".join(table(healthy(), BAD)).count(" FAILED: raw_loss_finite") == 1
+    """Below the table stands the text of each failed cell, headed by the test's id."""
+    lines = table(healthy(), BAD)
+    (at,) = (i for i, line in enumerate(lines) if line.startswith("fp32-b2x1 FAILED: raw_loss_finite"))
+    assert lines[at - 1].strip("_") == " t.py::test_it[a] "
+
+
+def test_terminal_tells_each_cause_once_where_pytest_tells_the_failures():
+    """Where the texts stand elsewhere, cells that failed by the same cause share a line, and the place is told."""
+    other = healthy(Cell("fp32", 4, 1))
+    text = "\n".join(
+        table(*(with_step(r, 2, supervised_tokens=0) for r in (healthy(), other)), elsewhere="FAILURES above")
+    )
+    assert text.count("FAILED every cell: all_labels_masked: ") == 1
+    assert text.count("findings, evidence and cures: FAILURES above") == 1
+    assert "supervision_audit" not in text
 
 
 def test_terminal_gathers_what_was_not_evaluated():
     """A reason that holds for every cell is told once."""
     told = [line for line in table(healthy(), healthy(Cell("fp32", 4, 1))) if "strict_answers" in line]
-    assert told == ["strict_answers: not evaluated -- the target offers no questions() (every cell)"]
+    assert told == ["strict_answers not evaluated: the target offers no questions() (every cell)"]
 
 
 def test_terminal_names_the_cells_that_were_not_evaluated():
     """A reason that holds for some cells names them."""
     told = [line for line in table(healthy(), healthy(Cell("fp32", 4, 1), not_run="no")) if "cell_ran" in line]
-    assert told == ["cell_ran: not evaluated -- no (fp32-b4x1)"]
+    assert told == ["cell_ran not evaluated: no (fp32-b4x1)"]
+
+
+FOLDED = {"details": False}
+
+
+def test_terminal_folds_what_nothing_required():
+    """Without details, what was not evaluated and not required is one sentence, with the cells counted."""
+    lines = table(healthy(), healthy(Cell("fp32", 4, 1), not_run="no"), **FOLDED)
+    (at,) = (i for i, line in enumerate(lines) if line.startswith("not evaluated: "))
+    text = flat(" ".join(lines[at:]))
+    assert "strict_answers (1 of 2 cells)" in text
+    assert text.endswith("left to a higher --sftguard-tier (nothing required them; -v says why)")
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        pytest.param(judged(healthy(not_run="no GPU")), "cell_ran not evaluated: no GPU", id="required"),
+        pytest.param(
+            JudgedRun(BAD, judge(BAD, ALL, {}, ["raw_loss_finite"])),
+            "raw_loss_finite not evaluated: waived by the user: loss is not finite",
+            id="waived",
+        ),
+    ],
+)
+def test_terminal_folds_nothing_that_matters(run, reason):
+    """What kept a cell from passing, and what the user waived, stays with its reason."""
+    assert any(line.startswith(reason) for line in terminal.section([("t.py::test_it", run, "")], Screen(**FOLDED)))
+
+
+@pytest.mark.parametrize(
+    ("record", "painted"),
+    [
+        pytest.param(healthy(), "<ok green>", id="passed"),
+        pytest.param(BAD, "<FAILED red>", id="failed"),
+        pytest.param(healthy(not_run="no"), "<not evaluated yellow>", id="not-evaluated"),
+    ],
+)
+def test_terminal_paints_the_verdict(record, painted):
+    """The verdict has the colour that pytest gives to such a test, and the headings are bold."""
+    heading, row, *_ = table(record, paint=lambda text, **markup: f"<{text.strip()} {' '.join(markup)}>")
+    assert (heading.endswith(" bold>"), painted in row) == (True, True)
 
 
 @given(record=healthy_records())
@@ -204,26 +336,28 @@ def test_property_of_what_was_not_seen(name):
 
 def test_file_holds_the_record(tmp_path):
     """The record of a test can be read back from its file."""
-    assert RunRecord.read(json_files.write(tmp_path / "new", "t.py::test_it[a]", healthy())) == healthy()
+    json_files.write(tmp_path / "new", "t.py::test_it[a]", judged(healthy()))
+    assert [RunRecord.read(path) for path in (tmp_path / "new" / "records").iterdir()] == [healthy()]
 
 
 def test_folder_is_ignored_by_git(tmp_path):
     """The folder keeps itself out of version control."""
-    json_files.write(tmp_path / "new", "t.py::test_it", healthy())
+    json_files.write(tmp_path / "new", "t.py::test_it", judged(healthy()))
     assert (tmp_path / "new" / ".gitignore").read_text() == "*\n"
 
 
 def test_own_gitignore_is_kept(tmp_path):
     """A .gitignore that is there already is left as it is."""
     (tmp_path / ".gitignore").write_text("mine\n")
-    json_files.write(tmp_path, "t.py::test_it", healthy())
+    json_files.write(tmp_path, "t.py::test_it", judged(healthy()))
     assert (tmp_path / ".gitignore").read_text() == "mine\n"
 
 
 def test_file_is_replaced(tmp_path):
     """A test has one file, of its last run."""
-    paths = {json_files.write(tmp_path, "t.py::test_it", healthy(seed=s)) for s in (1, 2)}
-    assert [RunRecord.read(p).seed for p in paths] == [2]
+    for seed in (1, 2):
+        json_files.write(tmp_path, "t.py::test_it", judged(healthy(seed=seed)))
+    assert [RunRecord.read(path).seed for path in (tmp_path / "records").iterdir()] == [2]
 
 
 @given(nodeid=st.text(min_size=1, max_size=300))
@@ -252,8 +386,14 @@ def test_packed_run_travels(record, value):
     assert repr(unpacked.verdict) == repr(run.verdict)
 
 
+def test_references_of_a_failed_run_travel():
+    """The cause of a failure is the same in each process, as the runs that it was compared with are there too."""
+    run = JudgedRun(BAD, judge(BAD, ALL), {"rerun": healthy(seed=3)})
+    assert unpack(json.loads(json.dumps(pack(run, "test_it", RERUN))))[1].references == run.references
+
+
 def test_error_is_told():
     """The exception that ended a run is in the text, with its place."""
     error = ErrorRecord(stage="train", type="OutOfMemoryError", message="CUDA out of memory", where="a.py:3 in f")
-    text = failure.text(judged(healthy(error=error)), RERUN)
+    text = failure.message(judged(healthy(error=error)), RERUN, SCREEN)
     assert "the run ended in train: OutOfMemoryError: CUDA out of memory (a.py:3 in f)" in flat(text)

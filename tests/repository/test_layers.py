@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from pytest_sftguard import registry
+from pytest_sftguard.tiers import LOOKS
+
 PACKAGE = Path(__file__).resolve().parents[2] / "pytest_sftguard"
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors"}
 LIGHT = {"pytest_sftguard", "pytest", "hypothesis"}
@@ -85,6 +88,18 @@ def test_the_core_needs_the_standard_library_alone(path: str) -> None:
     """Records, invariants and reports import no third party."""
     roots = {m.partition(".")[0] for m in imports(path, top_level=True)}
     assert roots <= set(sys.stdlib_module_names) | LIGHT
+
+
+NAMING = ("invariants", "diagnosis", "engine", "tiers", "records")
+"""Parts that may name an invariant or a look; a field of the record has the name of the look that fills it."""
+
+
+@pytest.mark.parametrize("path", [m for m in MODULES if part(m) not in NAMING])
+def test_generic_code_names_no_invariant_and_no_look(path: str) -> None:
+    """Outside of their own folders and of the tiers, no invariant and no look is treated by its name."""
+    names = {*registry.names("pytest_sftguard.invariants"), *LOOKS}
+    nodes = ast.walk(ast.parse((PACKAGE / path).read_text(encoding="utf-8")))
+    assert not names & {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
 
 
 TREES = ("pytest_sftguard", "homework")

@@ -63,7 +63,7 @@ def test_the_command_of_cuda_names_that_python(tmp_path) -> None:
         environment |= {} if chosen is None else {"SFTGUARD_PYTHON": chosen}
         command = [sys.executable, "-m", "tox", "config", "-e", "cuda", "-k", "commands", "--workdir", str(tmp_path)]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-        assert f"{expected} -m pytest tests/gpu -m gpu_stability --sftguard-require-gpu" in done.stdout
+        assert f"{expected} -m pytest tests/gpu -W default -m gpu_stability --sftguard-require-gpu" in done.stdout
 
 
 LOADS = """

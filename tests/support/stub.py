@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import pytest_sftguard.engine as package
+from pytest_sftguard import engine
 from pytest_sftguard.engine import building
 from pytest_sftguard.matrix import RunConfig
 from pytest_sftguard.records import RunRecord
@@ -35,7 +35,7 @@ class Engine:
 
 def install(make: Callable[[RunConfig], RunRecord] = canned.of, put: Callable[..., None] = setattr) -> Engine:
     """Put an Engine in the place of the real one, with `put`; nothing of torch is imported."""
-    engine = Engine(make)
-    put(package, "runner", SimpleNamespace(run=engine.run))
+    stub = Engine(make)
+    put(engine, "runner", SimpleNamespace(run=stub.run))
     put(building, "targets", SimpleNamespace(TargetError=TargetError))
-    return engine
+    return stub

@@ -25,9 +25,9 @@ _way: list[Any] = []
 
 
 @contextmanager
-def answered(way: Any) -> Iterator[str]:
-    """While this is active, `generate` is `way`; gives the path of the target."""
-    _way.append(way)
+def answered(method: Any) -> Iterator[str]:
+    """While this is active, `generate` is `method`; gives the path of the target."""
+    _way.append(method)
     try:
         yield f"{__name__}:build_trainer"
     finally:

@@ -147,7 +147,7 @@ def loss_laundered(**arguments: Any) -> Trainer:
             loss = super().compute_loss(*args, **kwargs)
             return torch.nan_to_num(loss * math.nan) if self.state.global_step == STEP - 1 else loss
 
-    return built(arguments, kind=Own)
+    return built(arguments, trainer_class=Own)
 
 
 def returned_loss_laundered(**arguments: Any) -> Trainer:
@@ -161,7 +161,7 @@ def returned_loss_laundered(**arguments: Any) -> Trainer:
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             return torch.nan_to_num(super().training_step(*args, **kwargs))
 
-    return built(arguments, kind=Own)
+    return built(arguments, trainer_class=Own)
 
 
 def log_laundered(**arguments: Any) -> Trainer:
@@ -175,7 +175,7 @@ def log_laundered(**arguments: Any) -> Trainer:
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
             super().log({k: 0.5 if k in ("loss", "grad_norm") else v for k, v in logs.items()}, *args, **kwargs)
 
-    trainer = built(arguments, kind=Own)
+    trainer = built(arguments, trainer_class=Own)
     return on(trainer, "on_pre_optimizer_step", lambda: [p.grad.nan_to_num_() for p in parameters(trainer)], None)
 
 
@@ -186,7 +186,7 @@ def constant_loss(**arguments: Any) -> Trainer:
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             return super().compute_loss(*args, **kwargs) * 0.0 + 1.0
 
-    return built(arguments, kind=Own)
+    return built(arguments, trainer_class=Own)
 
 
 def two_steps_in_one(**arguments: Any) -> Trainer:
@@ -286,7 +286,7 @@ def norm_faked(**arguments: Any) -> Trainer:
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
             super().log(logs | ({"grad_norm": 1.0} if "grad_norm" in logs else {}), *args, **kwargs)
 
-    return built(arguments, kind=Own)
+    return built(arguments, trainer_class=Own)
 
 
 def kernel_in_half_precision(**arguments: Any) -> Trainer:

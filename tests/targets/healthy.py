@@ -43,7 +43,7 @@ def built(
     *,
     config: Any = None,
     lora: dict[str, Any] | None = None,
-    kind: Callable[..., Any] = Trainer,
+    trainer_class: Callable[..., Any] = Trainer,
     auto: Any = AutoModelForCausalLM,
     dataset: Any = None,
     collator: Callable[..., Any] = tiny.collate,
@@ -64,7 +64,7 @@ def built(
     given = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | (lora or {})
     model = wrap(get_peft_model(base, LoraConfig(**given), adapter_name))
     rows = tiny.rows(64) if dataset is None else dataset
-    return kind(model=model, args=training_arguments, train_dataset=rows, data_collator=collator, **more)
+    return trainer_class(model=model, args=training_arguments, train_dataset=rows, data_collator=collator, **more)
 
 
 def dora(**arguments: Any) -> Trainer:
@@ -412,7 +412,7 @@ def stray_keys_kept(**arguments: Any) -> Trainer:
     def collate(features: Any) -> Any:
         return tiny.collate(features) | {"texts": ["x"] * len(features)}
 
-    return built(arguments | {"remove_unused_columns": False}, kind=Own, collator=collate)
+    return built(arguments | {"remove_unused_columns": False}, trainer_class=Own, collator=collate)
 
 
 def left_padded(**arguments: Any) -> Trainer:
@@ -451,7 +451,7 @@ def long_prompts(**arguments: Any) -> Trainer:
 
 
 def one_micro_batch_without_labels(**arguments: Any) -> Trainer:
-    """A row that was cut before its answer: normalised over the step, its micro-batch's loss is 0 and harmless."""
+    """A row truncated before its answer: normalised over the step, its micro-batch's loss is 0 and harmless."""
     rows = tiny.rows(64)
     rows[5]["labels"] = [-100] * len(rows[5]["labels"])
     return built(arguments, dataset=rows)
@@ -468,7 +468,7 @@ def own_loss(**arguments: Any) -> Trainer:
             loss = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1))
             return (loss, outputs) if return_outputs else loss
 
-    return built(arguments, kind=Own)
+    return built(arguments, trainer_class=Own)
 
 
 def own_loss_normalised(**arguments: Any) -> Trainer:
@@ -482,7 +482,7 @@ def own_loss_normalised(**arguments: Any) -> Trainer:
             loss = loss + 1e-4 * outputs.logits.float().logsumexp(-1).pow(2).mean()
             return (loss, outputs) if return_outputs else loss
 
-    return built(arguments, kind=Own)
+    return built(arguments, trainer_class=Own)
 
 
 def own_training_step(**arguments: Any) -> Trainer:
@@ -494,7 +494,7 @@ def own_training_step(**arguments: Any) -> Trainer:
             self.seen = getattr(self, "seen", 0) + 1
             return loss
 
-    return built(arguments, kind=Own)
+    return built(arguments, trainer_class=Own)
 
 
 def own_log(**arguments: Any) -> Trainer:
@@ -510,7 +510,7 @@ def own_log(**arguments: Any) -> Trainer:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             state.log_history.append({"step": state.global_step, "memory": 1.0})
 
-    return built(arguments, kind=Own, callbacks=[Logs()])
+    return built(arguments, trainer_class=Own, callbacks=[Logs()])
 
 
 def lion(**arguments: Any) -> Trainer:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from pytest_sftguard.engine.building.cpu_float16 import make_real
-from pytest_sftguard.engine.faults.token_id_out_of_range import TokenIdOutOfRange
+from pytest_sftguard.engine.faults import fault_named
 from pytest_sftguard.engine.models import tiny
 
 TINY = "pytest_sftguard.engine.models.tiny:build_trainer"
@@ -212,7 +212,7 @@ def raises_in_training(**arguments: Any) -> Trainer:
 
 def unknown_token_id(**arguments: Any) -> Trainer:
     """A data collator whose third micro-batch holds an id that the embedding has no row for."""
-    return TokenIdOutOfRange().trainer(tiny.build_trainer, **arguments)
+    return fault_named("token-id-out-of-range").trainer(tiny.build_trainer, **arguments)
 
 
 def backward_by_hand(**arguments: Any) -> Trainer:

@@ -25,7 +25,7 @@ def build_trainer(
 ) -> SFTTrainer:
     """Prompts and completions on the tiny base of `sums`; the adapter is TRL's to attach."""
     set_seed(0)
-    base = tiny.in_dtype(LlamaForCausalLM(sums._tiny()), getattr(torch, dtype))
+    base = tiny.in_dtype(LlamaForCausalLM(tiny.llama(64, 0.1)), getattr(torch, dtype))
     words = sums.tokenizer()
     pairs = [{"prompt": p + " ", "completion": str(int(n))} for p, n in sums.questions()]
     arguments = SFTConfig(**{"learning_rate": 5e-3, "max_length": None} | training_arguments)

@@ -14,6 +14,7 @@ from pytest_sftguard import bundles
 from pytest_sftguard.hardware import HardwareProfile
 from pytest_sftguard.records import RecordError, RunRecord
 from pytest_sftguard.reports import json_files
+from pytest_sftguard.verdicts import JudgedRun, Verdict
 
 RECORD = RunRecord(
     cell="fp32-b2x4",
@@ -40,7 +41,8 @@ def test_a_bundle_holds_what_it_was_made_of(tmp_path: Path) -> None:
 def test_a_folder_gives_its_records_by_test(tmp_path: Path, below: str) -> None:
     """The guard's folder and its `records` give the same records, each under the name of its test."""
     for record in (RECORD, OTHER):
-        json_files.write(tmp_path, f"tests/test_it.py::test_trains[{record.cell}]", record)
+        run = JudgedRun(record, Verdict(()))
+        json_files.write(tmp_path, f"tests/test_it.py::test_trains[{record.cell}]", run)
     found = bundles.collect([tmp_path / below])
     assert sorted((name, r.cell) for name, r in found) == [
         ("test_it.py_test_trains", "bf16-mixed-b8x1"),

@@ -10,13 +10,13 @@ import pytest
 from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.rendering import message
-from pytest_sftguard.session import CellTest, Runs
+from pytest_sftguard.session import Runs
 from pytest_sftguard.verdicts import Finding, Invariant
 from tests.support import canned, stub
 
 CELLS = [Cell("fp32", 8, 1), Cell("fp32", 4, 2), Cell("bf16-mixed", 8, 1), Cell("bf16-mixed", 4, 2)]
 SESSION = [RunConfig(cell=cell, target="some:target", steps=4) for cell in CELLS]
-PLAIN, CUT, HALF, HALF_CUT = SESSION
+PLAIN, SPLIT, HALF, HALF_SPLIT = SESSION
 
 
 @pytest.fixture
@@ -33,72 +33,68 @@ def _named(config: RunConfig) -> RunRecord:
     return canned.of(config, variant=config.variant)
 
 
-def asked(config: RunConfig, *references: str) -> CellTest:
-    """A test of `config` that asks for `references`."""
-    return CellTest(config=config, references=references)
-
-
-def kinds(run: object) -> dict[str, tuple[str, str]]:
+def relations(run: object) -> dict[str, tuple[str, str]]:
     """What the run was compared with: cell and variant of each kind."""
-    return {kind: (r.cell, r.variant) for kind, r in run.references.items()}  # type: ignore[attr-defined]
+    return {relation: (r.cell, r.variant) for relation, r in run.references.items()}  # type: ignore[attr-defined]
 
 
 def test_siblings_of_the_session_are_references(engine: stub.Engine) -> None:
     """Cells that the session trains anyway are compared with, whatever the tier asks for."""
-    run = Runs().compared(asked(HALF), [], session=SESSION)
-    assert kinds(run) == {"fp32": ("fp32-b8x1", ""), "batch_split": ("bf16-mixed-b4x2", "")}
+    run = Runs().compared(HALF, [], session=SESSION)
+    assert relations(run) == {"fp32": ("fp32-b8x1", ""), "batch_split": ("bf16-mixed-b4x2", "")}
 
 
 def test_no_cell_is_trained_twice(engine: stub.Engine) -> None:
     """A session of four cells trains four, though each is a reference for others."""
     runs = Runs()
     for config in SESSION:
-        runs.compared(asked(config, "fp32", "batch_split"), [], session=SESSION)
+        runs.compared(config, [], ("fp32", "batch_split"), session=SESSION)
     assert sorted(engine.ran) == sorted(map(str, CELLS))
 
 
 def test_nothing_is_trained_that_was_not_asked_for(engine: stub.Engine) -> None:
     """A cell without siblings, in a test that asks for no reference, is trained alone."""
-    run = Runs().compared(asked(HALF), [], session=[HALF])
-    assert (kinds(run), engine.ran) == ({}, ["bf16-mixed-b8x1"])
+    run = Runs().compared(HALF, [], session=[HALF])
+    assert (relations(run), engine.ran) == ({}, ["bf16-mixed-b8x1"])
 
 
 def test_a_tiers_references_are_trained(engine: stub.Engine) -> None:
     """What is asked for and no cell of the session is, is trained for the purpose."""
-    run = Runs().compared(asked(HALF, "fp32", "rerun", "replicas"), [], session=[HALF])
-    assert kinds(run) == {
-        "fp32": ("fp32-b8x1", "fp32"), "rerun": ("bf16-mixed-b8x1", "rerun"),
+    run = Runs().compared(HALF, [], ("fp32", "rerun", "replicas"), session=[HALF])
+    assert relations(run) == {
+        "fp32": ("fp32-b8x1", "fp32"),
+        "rerun": ("bf16-mixed-b8x1", "rerun"),
         "replicas": ("bf16-mixed-b4x1", "replicas"),
-    }  # fmt: skip
+    }
 
 
 def test_a_reference_is_shared(engine: stub.Engine) -> None:
     """Two tests of one cell share its references, too."""
     runs = Runs()
     for _ in range(2):
-        runs.compared(asked(HALF, "rerun"), [], session=[HALF])
+        runs.compared(HALF, [], ("rerun",), session=[HALF])
     assert engine.ran == ["bf16-mixed-b8x1"] * 2
 
 
 @pytest.mark.parametrize(
-    ("config", "kind"),
+    ("config", "relation"),
     [
         (PLAIN, "fp32"),
         (dataclasses.replace(PLAIN, cell=Cell("fp32", 1, 1)), "batch_split"),
         (dataclasses.replace(PLAIN, steps=1), "resumed"),
     ],
 )
-def test_a_reference_that_there_cannot_be_is_left_out(engine: stub.Engine, config: RunConfig, kind: str) -> None:
+def test_a_reference_that_there_cannot_be_is_left_out(engine: stub.Engine, config: RunConfig, relation: str) -> None:
     """Where a cell can have no such reference, it is judged without."""
-    assert kinds(Runs().compared(asked(config, kind), [], session=[config])) == {}
+    assert relations(Runs().compared(config, [], (relation,), session=[config])) == {}
 
 
 def test_a_cell_that_was_not_run_needs_no_reference(engine: stub.Engine) -> None:
     """Nothing is trained to compare with a cell that the device cannot train."""
     engine.make = canned.not_run
     runs = Runs()
-    run = runs.compared(asked(HALF, "rerun", "fp32"), [], session=SESSION)
-    assert (kinds(run), engine.ran) == ({}, ["bf16-mixed-b8x1"])
+    run = runs.compared(HALF, [], ("rerun", "fp32"), session=SESSION)
+    assert (relations(run), engine.ran) == ({}, ["bf16-mixed-b8x1"])
 
 
 class _Compares(Invariant):
@@ -113,13 +109,14 @@ class _Compares(Invariant):
 @pytest.mark.parametrize(("references", "given"), [(("rerun", "fp32"), "rerun"), (("fp32",), "nothing")])
 def test_an_invariant_gets_its_reference(engine: stub.Engine, references: tuple[str, ...], given: str) -> None:
     """An invariant is given the run of the kind that it names, and None where there is none."""
-    run = Runs().compared(asked(HALF, *references), [_Compares()], session=[HALF])
+    run = Runs().compared(HALF, [_Compares()], references, session=[HALF])
     assert [message(f) for f in run.verdict.findings] == [given]
 
 
-def test_progress_is_that_of_the_cell(engine: stub.Engine) -> None:
-    """The bar that a test shows counts the cell's own steps, not those of its references."""
-    told: list[int] = []
-    make: Callable[[int], None] = told.append
-    Runs().compared(asked(HALF, "rerun", "resumed"), [], make, [HALF])
-    assert told == [1, 2, 3, 4]
+def test_progress_names_the_reference(engine: stub.Engine) -> None:
+    """What a test shows of its cell goes from the imports to the looks, and then on to the references by name."""
+    told: list[str] = []
+    make: Callable[[str], None] = told.append
+    Runs().compared(HALF, [], ("rerun",), (), make, [HALF])
+    own = ["importing torch", "building", "step 1/4", "step 2/4", "step 3/4", "looking at what was trained"]
+    assert told == [*own, *(f"rerun reference, {doing}" for doing in own)]

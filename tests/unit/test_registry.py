@@ -25,23 +25,23 @@ def test_unknown_name_lists_the_names():
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "wording"),
     [
-        pytest.param("no_colon", "no dotted path: write module:object", id="no-colon"),
-        pytest.param(":f", "no dotted path", id="no-module"),
-        pytest.param("json:", "no dotted path", id="no-object"),
-        pytest.param("absent_module:f", "does not import: ModuleNotFoundError.*sys.path", id="absent-module"),
-        pytest.param("raises_on_import:f", "does not import: ZeroDivisionError", id="raises-on-import"),
-        pytest.param("..relative:f", "does not import: TypeError", id="relative"),
+        pytest.param("no_colon", "not a dotted path: write module:object", id="no-colon"),
+        pytest.param(":f", "not a dotted path", id="no-module"),
+        pytest.param("json:", "not a dotted path", id="no-object"),
+        pytest.param("absent_module:f", "cannot be imported: ModuleNotFoundError.*sys.path", id="absent-module"),
+        pytest.param("raises_on_import:f", "cannot be imported: ZeroDivisionError", id="raises-on-import"),
+        pytest.param("..relative:f", "cannot be imported: TypeError", id="relative"),
         pytest.param("json:absent", "module json has no absent", id="absent-object"),
         pytest.param("json:loads.absent", "module json has no loads.absent", id="absent-attribute"),
     ],
 )
-def test_path_that_leads_nowhere(tmp_path, monkeypatch, path, said):
+def test_path_that_leads_nowhere(tmp_path, monkeypatch, path, wording):
     """The error quotes the path and says where it ends."""
     (tmp_path / "raises_on_import.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(NotFoundError, match=said):
+    with pytest.raises(NotFoundError, match=wording):
         registry.load_path(path)
 
 
@@ -73,14 +73,14 @@ def test_outsider_is_loaded_beside_ours(path):
 
 @pytest.mark.usefixtures("outsider")
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "wording"),
     [
         pytest.param("outsider:number", "is no invariant: it has no check", id="no-check"),
         pytest.param("outsider:Needy", "cannot be made: TypeError.*limit", id="needs-arguments"),
         pytest.param("outsider:absent", "has no absent", id="absent"),
     ],
 )
-def test_outsider_that_cannot_be_used(path, said):
+def test_outsider_that_cannot_be_used(path, wording):
     """The error says why the object is no invariant."""
-    with pytest.raises(NotFoundError, match=said):
+    with pytest.raises(NotFoundError, match=wording):
         invariants.load_invariants([path])

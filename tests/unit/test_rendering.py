@@ -14,7 +14,7 @@ from pytest_sftguard.rendering import message
 from pytest_sftguard.verdicts import Finding, General, Outcome
 
 
-def said(sentence: str, **evidence: Any) -> str:
+def wording(sentence: str, **evidence: Any) -> str:
     """What is printed of a finding with `sentence` and `evidence`, seen at step 3."""
     finding = Finding(
         invariant="any", outcome=Outcome.FAILED, reason="any", message=sentence, evidence=evidence, step=3, observed=0.5
@@ -39,12 +39,14 @@ def said(sentence: str, **evidence: Any) -> str:
         ("seen[[ {n} times]]", {"n": 0}, "seen 0 times"),
         ("{loss:.3g}", {"loss": "nan"}, "nan"),
         ("{loss:.3g}", {"loss": math.nan}, "nan"),
+        ("{kept:.0%} kept", {"kept": "nan"}, "nan% kept"),
+        ("{kept:.0%} kept", {"kept": None}, "None kept"),
         ("{absent} is not there", {}, "{absent} is not there"),
     ],
 )
 def test_evidence_becomes_a_sentence(sentence: str, evidence: dict[str, Any], expected: str) -> None:
     """Each field is filled in as its spec says."""
-    assert said(sentence, **evidence) == expected
+    assert wording(sentence, **evidence) == expected
 
 
 @given(text=st.text())
@@ -56,7 +58,14 @@ def test_a_message_without_a_reason_is_printed_as_it_is(text: str) -> None:
 @given(sentence=st.text(alphabet="{}[]:# an.3g%!"), evidence=st.dictionaries(st.sampled_from("an"), st.floats()))
 def test_rendering_never_raises(sentence: str, evidence: dict[str, float]) -> None:
     """Whatever a sentence looks like, something is printed."""
-    assert isinstance(said(sentence, **evidence), str)
+    assert isinstance(wording(sentence, **evidence), str)
+
+
+def test_a_count_says_the_same_in_another_process() -> None:
+    """A count stays a whole number on its way through JSON."""
+    reason = {"reason": "any", "message": "{observed:# tensor} moved"}
+    finding = Finding(invariant="any", outcome=Outcome.FAILED, observed=1, **reason)
+    assert message(Finding.from_dict(finding.to_dict())) == "1 tensor moved"
 
 
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.builds(Names.of, st.lists(st.text()))

@@ -30,7 +30,7 @@ def test_a_size_is_read(text: str, size: int) -> None:
 @pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "nan", "inf", "1e9", "12 parsecs", "1GiB2", "٣GiB"])
 def test_any_other_text_is_refused(text: str) -> None:
     """The error quotes the text and says what to write."""
-    with pytest.raises(ValueError, match="is not a memory size: write a number and B, KiB"):
+    with pytest.raises(ValueError, match="give a size of memory: a number and B, KiB"):
         parse_bytes(text)
 
 

@@ -39,16 +39,16 @@ def test_tiers_grow() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cell", "kind", "reference"),
+    ("cell", "relation", "reference"),
     [
         (Cell("bf16-mixed", 2, 4), "fp32", Cell("fp32", 2, 4)),
         (Cell("bf16-mixed", 2, 4), "batch_split", Cell("bf16-mixed", 8, 1)),
         (Cell("bf16-mixed", 8, 1), "batch_split", Cell("bf16-mixed", 4, 2)),
     ],
 )
-def test_sibling_of_the_session_is_taken(cell: Cell, kind: str, reference: Cell) -> None:
+def test_sibling_of_the_session_is_taken(cell: Cell, relation: str, reference: Cell) -> None:
     """A cell of the session that will do is the reference, so that nothing is trained twice."""
-    found = reference_config(config(cell), kind, SESSION)
+    found = reference_config(config(cell), relation, SESSION)
     assert found in SESSION
     assert found.cell == reference
 
@@ -59,23 +59,23 @@ def test_cell_of_another_run_is_no_sibling() -> None:
     assert reference_config(config(MATRIX[3]), "fp32", others).variant == "fp32"
 
 
-@given(cell=cells(), kind=st.sampled_from(REFERENCES), steps=st.integers(1, 9))
-def test_reference_is_like_its_cell(cell: Cell, kind: str, steps: int) -> None:
+@given(cell=cells(), relation=st.sampled_from(REFERENCES), steps=st.integers(1, 9))
+def test_reference_is_like_its_cell(cell: Cell, relation: str, steps: int) -> None:
     """A reference has the cell's effective batch (in all processes), target and seed, and nothing to be asked."""
     asked = config(cell, steps=steps, looks=LOOKS, questions=8)
     try:
-        made = reference_config(asked, kind)
+        made = reference_config(asked, relation)
     except NoReferenceError:
         return
-    processes = 2 if kind == "replicas" else 1
+    processes = 2 if relation == "replicas" else 1
     assert made.cell.effective_batch * processes == cell.effective_batch
-    assert made.cell.precision == ("fp32" if kind == "fp32" else cell.precision)
-    assert (made.variant, made.looks, made.questions, made.target) == (kind, (), 0, "some:target")
+    assert made.cell.precision == ("fp32" if relation == "fp32" else cell.precision)
+    assert (made.variant, made.looks, made.questions, made.target) == (relation, (), 0, "some:target")
     assert made != asked
 
 
 @pytest.mark.parametrize(
-    ("cell", "kind", "steps"),
+    ("cell", "relation", "steps"),
     [
         (Cell("fp32", 8, 1), "fp32", 8),
         (Cell("fp32", 1, 1), "batch_split", 8),
@@ -83,15 +83,19 @@ def test_reference_is_like_its_cell(cell: Cell, kind: str, steps: int) -> None:
         (Cell("fp32", 3, 1), "replicas", 8),
     ],
 )
-def test_cell_without_a_reference(cell: Cell, kind: str, steps: int) -> None:
+def test_cell_without_a_reference(cell: Cell, relation: str, steps: int) -> None:
     """Where there can be no such run, the reason is given."""
     with pytest.raises(NoReferenceError, match=r"\w+ \w+"):
-        reference_config(config(cell, steps=steps), kind)
+        reference_config(config(cell, steps=steps), relation)
 
 
 def test_records_of_a_bundle_are_references_for_each_other() -> None:
     """Siblings are found among records from elsewhere, too."""
-    plain, half, cut = healthy(Cell("fp32", 8, 1)), healthy(Cell("bf16-mixed", 8, 1)), healthy(Cell("bf16-mixed", 2, 4))
+    plain, half, split = (
+        healthy(Cell("fp32", 8, 1)),
+        healthy(Cell("bf16-mixed", 8, 1)),
+        healthy(Cell("bf16-mixed", 2, 4)),
+    )
     other = dataclasses.replace(plain, seed=1)
-    assert references(half, [other, plain, half, cut]) == {"fp32": plain, "batch_split": cut}
-    assert references(plain, [other, plain, half, cut]) == {}
+    assert references(half, [other, plain, half, split]) == {"fp32": plain, "batch_split": split}
+    assert references(plain, [other, plain, half, split]) == {}

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import importlib.util
 import os
 import statistics
@@ -31,11 +30,12 @@ import transformers
 from transformers import TrainerCallback
 from transformers.debug_utils import DebugUnderflowOverflow
 
+from pytest_sftguard.engine.adapter.foundation import Loads
 from pytest_sftguard.engine.building.targets import resolve
-from pytest_sftguard.engine.building.trainers import build
-from pytest_sftguard.engine.looks import Probes, Scene
+from pytest_sftguard.engine.looks import Looks
 from pytest_sftguard.engine.recording.recorder import Recorder
 from pytest_sftguard.engine.recording.watching import Watch
+from pytest_sftguard.engine.stages import Asked, Built, Started
 from pytest_sftguard.engine.surroundings.isolation import isolated
 from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.precision import mode_named
@@ -46,7 +46,7 @@ from tools.benchmarks.turns import Times, Turns
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cost.md"
 TARGET = "homework.sft:build_trainer"
 CELLS = [
-    Cell("fp32", 8, 4), Cell("fp32", 2, 4), Cell("fp32", 8, 1), Cell("bf16-mixed", 2, 4), Cell("bf16-mixed", 8, 1),
+    Cell("fp32", 8, 4), Cell("fp32", 2, 4), Cell("fp32", 8, 1), Cell("bf16-mixed", 2, 4), Cell("bf16-mixed", 8, 1)
 ]  # fmt: skip
 """The app's own training on a CPU, and the cells of the matrix where nothing is asked."""
 WARM_UP = 3
@@ -54,41 +54,41 @@ WARM_UP = 3
 
 
 @contextlib.contextmanager
-def bare(trainer: Any, scene: Scene) -> Iterator[None]:
+def bare(built: Built) -> Iterator[None]:
     """Nothing."""
     yield
 
 
 @contextlib.contextmanager
-def quick(trainer: Any, scene: Scene) -> Iterator[None]:
+def quick(built: Built) -> Iterator[None]:
     """The guard as tier `quick` watches a cell."""
-    with _guarded(trainer, scene, TIERS["quick"].looks):
+    with _guarded(built, TIERS["quick"].looks):
         yield
 
 
 @contextlib.contextmanager
-def replay(trainer: Any, scene: Scene) -> Iterator[None]:
+def replay(built: Built) -> Iterator[None]:
     """The same, and every step replayed in float32."""
-    with _guarded(trainer, scene, (*TIERS["quick"].looks, "replay")):
+    with _guarded(built, (*TIERS["quick"].looks, "replay")):
         yield
 
 
 @contextlib.contextmanager
-def anomaly(trainer: Any, scene: Scene) -> Iterator[None]:
+def anomaly(built: Built) -> Iterator[None]:
     """What torch offers, switched on while it is its turn: every backward function's results are looked at."""
     yield
 
 
 @contextlib.contextmanager
-def underflow(trainer: Any, scene: Scene) -> Iterator[None]:
+def underflow(built: Built) -> Iterator[None]:
     """What transformers offers: the inputs, weights and results of every module are looked at."""
     with contextlib.redirect_stdout(None):
-        DebugUnderflowOverflow(trainer.model)
+        DebugUnderflowOverflow(built.trainer.model)
     yield
 
 
 @contextlib.contextmanager
-def telemetry(trainer: Any, scene: Scene) -> Iterator[None]:
+def telemetry(built: Built) -> Iterator[None]:
     """What pytest-torch's `run_training` records of each step of an optimizer, here of the Trainer's."""
     from pytest_torch.training_loop import TrainingSetup, _Recorder
 
@@ -97,7 +97,7 @@ def telemetry(trainer: Any, scene: Scene) -> Iterator[None]:
         class Telemetry(TrainerCallback):
             def on_train_begin(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
                 """The Trainer has made its optimizer."""
-                self.recorder = stack.enter_context(_Recorder(TrainingSetup(trainer.model, optimizer)))
+                self.recorder = stack.enter_context(_Recorder(TrainingSetup(built.trainer.model, optimizer)))
                 self.recorder.begin(0)
                 self.records: list[Any] = []
 
@@ -107,25 +107,25 @@ def telemetry(trainer: Any, scene: Scene) -> Iterator[None]:
                 self.recorder.begin(state.global_step)
 
         watching = Telemetry()
-        trainer.add_callback(watching)
+        built.trainer.add_callback(watching)
         yield
         assert all(r.grad_norm and r.update_norm for r in watching.records)
-        assert len(watching.records) == trainer.args.max_steps
+        assert len(watching.records) == built.trainer.args.max_steps
 
 
 @contextlib.contextmanager
-def _guarded(trainer: Any, scene: Scene, looks: tuple[str, ...]) -> Iterator[None]:
-    probes = Probes(looks)
-    probes.prepare(scene)
-    scene.recorder = Recorder(trainer.model)
-    scene.watch = Watch(trainer, scene.recorder)
-    probes.attach(scene)
+def _guarded(built: Built, names: tuple[str, ...]) -> Iterator[None]:
+    looks = Looks(names)
+    looks.prepare(built)
+    recorder = Recorder(built.trainer.model)
+    watch = Watch(built.trainer, recorder)
+    looks.attach(built.then(Started, recorder=recorder, watch=watch))
     yield
-    scene.watch.detach()
-    assert len(scene.recorder.steps) == trainer.args.max_steps
+    watch.detach()
+    assert len(recorder.steps) == built.trainer.args.max_steps
 
 
-WAYS: dict[str, tuple[Callable[[Any, Scene], Any], str]] = {
+WAYS: dict[str, tuple[Callable[[Built], Any], str]] = {
     "bare": (bare, "the Trainer alone"),
     "quick": (quick, "guard, tier `quick`"),
     "replay": (replay, "guard, tier `quick` and look `replay`"),
@@ -133,7 +133,7 @@ WAYS: dict[str, tuple[Callable[[Any, Scene], Any], str]] = {
     "underflow": (underflow, "`transformers` `DebugUnderflowOverflow`"),
     "telemetry": (telemetry, "`pytest-torch`'s telemetry of each step"),
 }
-INSTALLED = [way for way in WAYS if way != "telemetry" or importlib.util.find_spec("pytest_torch")]
+INSTALLED = [method for method in WAYS if method != "telemetry" or importlib.util.find_spec("pytest_torch")]
 """Those that can be measured here: pytest-torch is no requirement of anything else (`pip install pytest-torch`)."""
 
 
@@ -145,39 +145,34 @@ SETTLE: dict[str, Callable[[], None]] = {"cpu": lambda: None, "cuda": torch.cuda
 """Waits until a device has done what it was given, so that nothing of a step is left to the next training's turn."""
 
 
-def one_round(ways: list[str], cell: Cell, steps: int, device: str) -> dict[str, Times]:
-    """Train once in each of the `ways`, in turns."""
+def one_round(methods: list[str], cell: Cell, steps: int, device: str) -> dict[str, Times]:
+    """Train once in each of the `methods`, in turns."""
     config = RunConfig(cell=cell, target=TARGET, device=device, steps=steps + WARM_UP)
     mode, target = mode_named(cell.precision), resolve(TARGET)
     with isolated(), tempfile.TemporaryDirectory() as folder:
 
-        def training(way: str) -> Callable[[TrainerCallback], None]:
-            def again(name: str, **arguments: Any) -> Any:
-                given = dataclasses.replace(config, training_arguments={**config.training_arguments, **arguments})
-                return build(target, given, mode, device, Path(folder) / way / name)
-
+        def training(method: str) -> Callable[[TrainerCallback], None]:
             def train(turn: TrainerCallback) -> None:
-                trainer = again("training")
+                asked = Asked(config=config, mode=mode, device_type=device, target=target, folder=Path(folder) / method)
+                trainer = asked.build("training")
                 trainer.log = lambda *_, **__: None
-                scene = Scene(config, mode, device, target, Path(folder), again)
-                scene.trainer = trainer
-                with WAYS[way][0](trainer, scene):
+                with WAYS[method][0](asked.then(Built, trainer=trainer, loads=Loads())):
                     trainer.add_callback(turn)
                     trainer.train()
 
             return train
 
-        turns = Turns(ways, warm_up=WARM_UP, within=WITHIN, settle=SETTLE[device])
-        return turns.run({way: training(way) for way in ways})
+        turns = Turns(methods, warm_up=WARM_UP, within=WITHIN, settle=SETTLE[device])
+        return turns.run({method: training(method) for method in methods})
 
 
-def measured(ways: list[str], cell: Cell, rounds: int, steps: int, device: str) -> dict[str, list[Times]]:
+def measured(methods: list[str], cell: Cell, rounds: int, steps: int, device: str) -> dict[str, list[Times]]:
     """Every way, round by round."""
-    one_round(ways, cell, 1, device)  # whatever is loaded and made once
-    found: dict[str, list[Times]] = {way: [] for way in ways}
+    one_round(methods, cell, 1, device)  # whatever is loaded and made once
+    found: dict[str, list[Times]] = {method: [] for method in methods}
     for i in range(rounds):
-        for way, times in one_round(ways, cell, steps, device).items():
-            found[way].append(times)
+        for method, times in one_round(methods, cell, steps, device).items():
+            found[method].append(times)
         print(
             f"{cell}, round {i + 1} of {rounds}: " + ", ".join(f"{w} {_middle(t[-1].wall)}" for w, t in found.items())
         )
@@ -204,12 +199,12 @@ def table(found: dict[str, dict[str, list[Times]]], steps: int, device: str) -> 
 
 
 def _rows(cell: str, found: dict[str, list[Times]]) -> Iterator[str]:
-    for way, times in found.items():
+    for method, times in found.items():
         wall = [s for t in times for s in t.wall]
         low, _, high = statistics.quantiles(wall, n=4)
         rounds = [ratio([t], [b], "processor") for t, b in zip(times, found["bare"], strict=True)]
         yield (
-            f"| {cell} | {WAYS[way][1]} | {_middle(wall)} | {low * 1e3:.2f} to {high * 1e3:.2f} "
+            f"| {cell} | {WAYS[method][1]} | {_middle(wall)} | {low * 1e3:.2f} to {high * 1e3:.2f} "
             f"| {_middle([s for t in times for s in t.processor])} "
             f"| {ratio(times, found['bare']):.3f} | {ratio(times, found['bare'], 'processor'):.3f} "
             f"| {min(rounds):.3f} to {max(rounds):.3f} |"
@@ -223,11 +218,11 @@ def ratio(of: list[Times], to: list[Times], clock: str = "wall") -> float:
 
 
 def _over_cells(found: dict[str, dict[str, list[Times]]]) -> str:
-    said = []
-    for way in next(iter(found.values())):
-        ratios = [ratio(by_way[way], by_way["bare"]) for by_way in found.values()]
-        said.append(f"{WAYS[way][1]}: {statistics.median(ratios):.3f}, at most {max(ratios):.3f}")
-    return f"Wall / bare over the {len(found)} cells, in the median and in the worst: {'; '.join(said[1:])}."
+    wording = []
+    for method in next(iter(found.values())):
+        ratios = [ratio(by_way[method], by_way["bare"]) for by_way in found.values()]
+        wording.append(f"{WAYS[method][1]}: {statistics.median(ratios):.3f}, at most {max(ratios):.3f}")
+    return f"Wall / bare over the {len(found)} cells, in the median and in the worst: {'; '.join(wording[1:])}."
 
 
 def _middle(seconds: list[float]) -> str:
@@ -247,12 +242,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="rounds of each way (default 10)")
     parser.add_argument(
         "--cells", nargs="+", default=CELLS, type=cell_named, metavar="CELL",
-        help="precision-bAxB: A rows, B times (default: the app's own, and the matrix as it is where nothing is asked)",
+        help="precision-bAxB: A rows, B times (default: the app's own, and the matrix as it is where nothing is asked)"
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=30, metavar="N", help="counted steps of a round (default 30)")
     parser.add_argument(
         "--ways", nargs="+", default=INSTALLED, choices=WAYS,
-        help=f"what to compare with bare (default: what is installed here: {', '.join(INSTALLED)})",
+        help=f"what to compare with bare (default: what is installed here: {', '.join(INSTALLED)})"
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", choices=SETTLE, help="where the trainings run (default cpu)")
     parser.add_argument("--write", action="store_true", help="put the table into docs/cost.md")
@@ -260,8 +255,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    ways = list(dict.fromkeys(["bare", *options.ways]))
-    found = {str(c): measured(ways, c, options.rounds, options.steps, options.device) for c in options.cells}
+    methods = list(dict.fromkeys(["bare", *options.methods]))
+    found = {str(c): measured(methods, c, options.rounds, options.steps, options.device) for c in options.cells}
     made = table(found, options.steps, options.device)
     publish(PAGE, "table" if options.device == "cpu" else f"{options.device} table", made, write=options.write)
 

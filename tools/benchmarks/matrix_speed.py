@@ -133,8 +133,8 @@ def main() -> None:
                 seen["together"].append(session(folder, steps, *axes(CELLS)))
                 seen["apart"].append(sum(session(folder, steps, *axes([cell])) for cell in CELLS))
                 seen["bare"].append(in_fresh_process(bare, steps))
-                said = {k: round(v[-1], 1) for k, v in seen.items()}
-                print(f"round {number + 1}, {steps} steps: {said}, start {started[-1]:.1f} s", flush=True)
+                wording = {k: round(v[-1], 1) for k, v in seen.items()}
+                print(f"round {number + 1}, {steps} steps: {wording}, start {started[-1]:.1f} s", flush=True)
     made = table(found, started)
     publish(PAGE, "matrix", made, write=options.write)
 

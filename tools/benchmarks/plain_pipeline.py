@@ -1,4 +1,4 @@
-"""The training pipeline that people copy, on the app's rows: the app is held to it, and timed beside it."""
+"""The training pipeline that people copy, on the app's rows: the app is compared with it and timed beside it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDTH = 128
 
 
 def build_trainer(**arguments: Any) -> Trainer:
-    """The app's Trainer by other means: rows padded to 128, checkpointed, all logits, peft's own layers."""
+    """Return a plain Trainer of the app's model: rows padded to 128, checkpointed, all logits, peft's own layers."""
     built = sft.build_trainer(**arguments, gradient_checkpointing=True)
     unfuse(built.model)
     return Trainer(model=built.model, args=built.args, train_dataset=built.train_dataset, data_collator=_padded)

@@ -39,9 +39,9 @@ def configs(config: RunConfig, tier: str) -> Iterator[RunConfig]:
     """The run of a cell in `tier`, and its reference runs where the session has no other cell."""
     looks, references = asked(tier)
     yield dataclasses.replace(config, looks=looks)
-    for kind in references:
+    for reference in references:
         try:
-            yield reference_config(config, kind)
+            yield reference_config(config, reference)
         except NoReferenceError:
             continue
 
@@ -93,8 +93,8 @@ def main() -> None:
         for number in range(options.rounds):
             for tier in draw.sample(tiers, len(tiers)):
                 found[str(cell)][tier].append(seconds(config, tier))
-            said = ", ".join(f"{t} {taken[-1]:.1f} s" for t, taken in found[str(cell)].items())
-            print(f"{cell}, round {number + 1} of {options.rounds}: {said}", flush=True)
+            wording = ", ".join(f"{t} {taken[-1]:.1f} s" for t, taken in found[str(cell)].items())
+            print(f"{cell}, round {number + 1} of {options.rounds}: {wording}", flush=True)
     lines = [
         "| cell | | wall (s) | from, to | beyond the training (s) | times the training |",
         "|---|---|---|---|---|---|",

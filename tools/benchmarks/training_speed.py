@@ -1,10 +1,10 @@
-"""Measures a training step of the app beside the pipelines that people copy; writes a table of docs/performance.md.
+"""Measure a training step of the app beside the pipelines that people copy; write a table of docs/performance.md.
 
     python -m tools.benchmarks.training_speed --model smollm2-135m --write   (ten minutes on two cores)
 
 All train the same adapter on the same rows, 32 of them a step, each in a process of its own, and take turns after every
 step. `padded` pads every row to 128 tokens, checkpoints activations and computes all logits, in micro-batches of 8;
-`trl` is TRL's SFTTrainer as it comes, but that it checkpoints nothing; `app` is the app.
+`trl` is TRL's SFTTrainer with its defaults, but without checkpointing; `app` is the app.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from homework import sft
 from homework.base import load_base, load_tokenizer
+from homework.recipes import SEED, recipe_for
 from homework.speed.allocation import keep_freed_memory
 from homework.task.answers import format_answer
 from homework.task.data import TRAIN_FILE, plain_prompt, read_rows
@@ -54,16 +55,14 @@ SAID = {
 
 
 def arguments(folder: Path, rows: int, steps: int, bf16: bool) -> dict[str, Any]:
-    """What all trainings are given."""
-    return {
-        "per_device_train_batch_size": rows, "gradient_accumulation_steps": ROWS // rows, "max_steps": steps,
-        "bf16": bf16, "use_cpu": True, "output_dir": str(folder), "disable_tqdm": True, "logging_steps": 1,
-        "report_to": "none", "save_strategy": "no",
-    }  # fmt: skip
+    """Return the arguments of all trainings."""
+    batch = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": ROWS // rows}
+    quiet = {"disable_tqdm": True, "logging_steps": 1, "report_to": "none", "save_strategy": "no"}
+    return {"max_steps": steps, "bf16": bf16, "use_cpu": True, "output_dir": str(folder), **batch, **quiet}
 
 
 def app(model: str | None, folder: Path, steps: int, bf16: bool) -> Trainer:
-    """The app as its command trains; a process that ends with it calls keep_freed_memory too."""
+    """Return the app's Trainer as its command trains; a process of its own calls keep_freed_memory too."""
     trainer = sft.build_trainer(model=model, **arguments(folder, ROWS, steps, bf16))
     if bf16:
         hold(trainer.model, torch.bfloat16)
@@ -71,38 +70,36 @@ def app(model: str | None, folder: Path, steps: int, bf16: bool) -> Trainer:
 
 
 def padded(model: str | None, folder: Path, steps: int, bf16: bool) -> Trainer:
-    """The pipeline that people copy."""
+    """Return the pipeline that people copy."""
     return plain_pipeline.build_trainer(model=model, **arguments(folder, 8, steps, bf16))
 
 
-def of_trl(model: str | None, folder: Path, steps: int, bf16: bool) -> Trainer:
-    """TRL on prompts and completions, with the app's hyper-parameters."""
-    recipe = sft.recipe_for(model)
+def with_trl(model: str | None, folder: Path, steps: int, bf16: bool) -> Trainer:
+    """Return TRL's Trainer on prompts and completions, with the app's hyper-parameters."""
+    recipe = recipe_for(model)
     rows = [
         {"prompt": plain_prompt(q), "completion": format_answer(a, recipe.notation)} for q, a in read_rows(TRAIN_FILE)
     ]
+    optimizer = {"optim": "adamw_torch", "learning_rate": recipe.learning_rate, "adam_beta2": recipe.adam_beta2}
+    same = {"max_grad_norm": 1.0, "seed": SEED, "gradient_checkpointing": False, "dataloader_pin_memory": False}
+    lora = {"r": recipe.rank, "lora_alpha": recipe.alpha, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     return trl.SFTTrainer(
         model=load_base(model),
-        args=trl.SFTConfig(
-            **arguments(folder, 8, steps, bf16), learning_rate=recipe.learning_rate, adam_beta2=recipe.adam_beta2,
-            optim="adamw_torch", max_grad_norm=1.0, seed=sft.SEED, gradient_checkpointing=False,
-            dataloader_pin_memory=False,
-        ),
+        args=trl.SFTConfig(**arguments(folder, 8, steps, bf16), **optimizer, **same),
         train_dataset=Dataset.from_list(rows),
         processing_class=load_tokenizer(model),
-        peft_config=peft.LoraConfig(
-            r=recipe.rank, lora_alpha=recipe.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-        ),
-    )  # fmt: skip
+        peft_config=peft.LoraConfig(**lora),
+    )
 
 
-BUILDERS: dict[str, Callable[..., Trainer]] = {"padded": padded, "trl": of_trl, "app": app}
+BUILDERS: dict[str, Callable[..., Trainer]] = {"padded": padded, "trl": with_trl, "app": app}
 
 
 def products(dtype: torch.dtype, seconds: float = 0.7) -> list[float]:
-    """Operations per second of large matrix products, one after the other for some time, as a step makes them."""
+    """Return operations per second of large matrix products, computed one after the other for some time."""
     a, b = (torch.randn(PEAK, PEAK).to(dtype) for _ in range(2))
-    a @ b  # the first one makes the kernel
+    # the first product makes the kernel
+    a @ b
     rates, ends = [], time.perf_counter() + seconds
     while (began := time.perf_counter()) < ends:
         a @ b
@@ -111,7 +108,7 @@ def products(dtype: torch.dtype, seconds: float = 0.7) -> list[float]:
 
 
 class Operations(TrainerCallback):
-    """Operations of each step, as torch counts those of products and attention."""
+    """Counts the operations of each step, as torch counts those of products and attention."""
 
     def __init__(self, counter: FlopCounterMode) -> None:
         self.counter, self.totals = counter, [0]
@@ -122,10 +119,11 @@ class Operations(TrainerCallback):
 
 
 def operations(model: str | None, folder: Path, steps: int) -> list[int]:
-    """Operations of each of the app's steps."""
+    """Return the operations of each of the app's steps."""
     trainer = app(model, folder, steps, bf16=False)
     trainer.log = lambda *_, **__: None
-    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **more: 2 * a[0] * a[1] * b[1]}  # which torch does not count
+    # torch does not count this in-place product
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **more: 2 * a[0] * a[1] * b[1]}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         counted = Operations(counter)
         trainer.add_callback(counted)
@@ -135,101 +133,103 @@ def operations(model: str | None, folder: Path, steps: int) -> list[int]:
 
 @dataclass
 class Seen:
-    """What one training told, step by step; the first of them are warm-up."""
+    """What one training sent."""
 
     seconds: list[float] = field(default_factory=list)
+    """Of each counted step."""
     losses: list[float] = field(default_factory=list)
+    """Of each step, the warm-up included."""
     memory: int = 0
     """Peak memory of its process, bytes."""
 
 
 class Turn(TrainerCallback):
-    """Waits for its turn before each step, and tells how long it took."""
+    """Waits for its turn before each step, and sends how long it took."""
 
-    def __init__(self, line: Any) -> None:
-        self.line = line
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Ready."""
-        self.line.send(None)
+        """Say that the training is ready, and wait."""
+        self.pipe.send(None)
         self._wait()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """The loss of the step, at the end of which the Trainer logs."""
+        """Keep the loss of the step."""
         if logs and "loss" in logs:
             self.loss = float(logs["loss"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The step has taken so long."""
+        """Take the time of the step."""
         self.seconds = time.perf_counter() - self.began
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """The Trainer has logged the step before this one."""
+        """Send the previous step, which has been logged by now, and wait."""
         if hasattr(self, "seconds"):
-            self.tell()
+            self.send()
             self._wait()
 
-    def tell(self) -> None:
-        """Hand over."""
-        self.line.send((self.seconds, self.loss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    def send(self) -> None:
+        """Send seconds, loss and peak memory of the last step."""
+        self.pipe.send((self.seconds, self.loss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 
     def _wait(self) -> None:
-        self.line.recv()
+        self.pipe.recv()
         self.began = time.perf_counter()
 
 
-def child(line: Any, way: str, model: str | None, folder: Path, steps: int) -> None:
-    """One training, in a process of its own."""
+def child(pipe: Any, pipeline: str, model: str | None, folder: Path, steps: int) -> None:
+    """Run one training, in a process of its own."""
     _quiet()
-    name, _, precision = way.partition(" ")
+    name, _, precision = pipeline.partition(" ")
     if name == "app":
         keep_freed_memory()
-    trainer = BUILDERS[name](model, folder / way.replace(" ", "-"), steps, precision == "bf16")
+    trainer = BUILDERS[name](model, folder / pipeline.replace(" ", "-"), steps, precision == "bf16")
     trainer.remove_callback(PrinterCallback)
-    turn = Turn(line)
+    turn = Turn(pipe)
     trainer.add_callback(turn)
     trainer.train()
-    turn.tell()
+    turn.send()
 
 
-def measured(model: str | None, ways: list[str], folder: Path, steps: int, warm_up: int) -> dict[str, Seen]:
-    """Times of each way, and its losses."""
+def measured(model: str | None, pipelines: list[str], folder: Path, steps: int, warm_up: int) -> dict[str, Seen]:
+    """Return times and losses of each pipeline."""
     spawn = multiprocessing.get_context("spawn")
-    lines: dict[str, Any] = {}
-    for way in ways:
-        lines[way], theirs = spawn.Pipe()
-        spawn.Process(target=child, args=(theirs, way, model, folder, steps + warm_up), daemon=True).start()
+    pipes: dict[str, Any] = {}
+    for pipeline in pipelines:
+        pipes[pipeline], theirs = spawn.Pipe()
+        spawn.Process(target=child, args=(theirs, pipeline, model, folder, steps + warm_up), daemon=True).start()
         theirs.close()
-        lines[way].recv()
-    found: dict[str, Seen] = {way: Seen() for way in ways}
+        pipes[pipeline].recv()
+    found: dict[str, Seen] = {pipeline: Seen() for pipeline in pipelines}
     draw = random.Random(0)
     for step in range(1, steps + warm_up + 1):
-        for way in draw.sample(ways, len(ways)):
-            lines[way].send(None)
-            seconds, loss, found[way].memory = lines[way].recv()
-            found[way].losses.append(loss)
+        for pipeline in draw.sample(pipelines, len(pipelines)):
+            pipes[pipeline].send(None)
+            seconds, loss, found[pipeline].memory = pipes[pipeline].recv()
+            found[pipeline].losses.append(loss)
             if step > warm_up:
-                found[way].seconds.append(seconds)
-            print(f"step {step} of {way}: {seconds:.2f} s, loss {loss:.5f}", flush=True)
+                found[pipeline].seconds.append(seconds)
+            print(f"step {step} of {pipeline}: {seconds:.2f} s, loss {loss:.5f}", flush=True)
     return found
 
 
 @dataclass
 class Share:
-    """The app's steps beside large matrix products, in a process that has the machine to itself."""
+    """Steps of the app and large matrix products, in a process that has the machine to itself."""
 
     seconds: list[float] = field(default_factory=list)
     """Of each step."""
     products: list[float] = field(default_factory=list)
-    """Operations per second of products around it, their median: the pace of a machine is not the same for long."""
+    """Operations per second of products around each step, their median: the pace of a machine changes soon."""
 
     def of_peak(self, work: list[int]) -> float:
-        """Operations of a step over those that products would have done in its time, the median of all steps."""
+        """Return the operations of a step over those that products would have done in its time, median of all steps."""
         return statistics.median(w / s / p for w, s, p in zip(work, self.seconds, self.products, strict=True))
 
 
 class BetweenProducts(TrainerCallback):
-    """Times each step but the first `warm_up`, and products before and after it."""
+    """Times each step after the first `warm_up`, and products before and after it."""
 
     def __init__(self, dtype: torch.dtype, warm_up: int) -> None:
         self.dtype, self.warm_up, self.share = dtype, warm_up, Share()
@@ -250,7 +250,7 @@ class BetweenProducts(TrainerCallback):
 
 
 def alone(model: str | None, folder: Path, steps: int, warm_up: int, bf16: bool) -> Share:
-    """The app's training with the machine and its process to itself, as its command trains."""
+    """Train the app as its command does, with the machine to itself."""
     _quiet()
     keep_freed_memory()
     trainer = app(model, folder, steps + warm_up, bf16)
@@ -269,29 +269,29 @@ def _quiet() -> None:
 
 
 def table(model: str | None, found: dict[str, Seen], work: list[int], shares: dict[str, Share]) -> str:
-    """Markdown, with a line on where and how."""
+    """Return the table in Markdown, with a line on where and how."""
     lines = [
         "| | step (s) | quartiles | against the first line | loss of step 1 | peak memory |",
         "|---|---|---|---|---|---|",
     ]
     base = statistics.median(found["padded fp32"].seconds)
-    for way, seen in found.items():
-        name, _, precision = way.partition(" ")
+    for pipeline, seen in found.items():
+        name, _, precision = pipeline.partition(" ")
         low, middle, high = statistics.quantiles(seen.seconds, n=4)
         lines.append(
             f"| {SAID[name]}, {precision} | {middle:.2f} | {low:.2f} to {high:.2f} | {base / middle:.1f} x faster "
             f"| {seen.losses[0]:.5f} | {seen.memory / 2**30:.1f} GiB |"
         )
-    said = []
+    wording = []
     for precision in ("fp32", "bf16"):
         theirs, ours = (found.get(f"{name} {precision}") for name in ("trl", "app"))
         if theirs and ours:
             ratio = statistics.median(theirs.seconds) / statistics.median(ours.seconds)
-            said.append(f"{ratio:.2f} x faster in {precision}")
+            wording.append(f"{ratio:.2f} x faster in {precision}")
     lines += [
         "",
-        *([f"The app's step against TRL's: {', '.join(said)}.", ""] if said else []),
-        f"{model or 'embedded model'}, {ROWS} rows a step, {len(work)} counted steps of each way"
+        *([f"The app's step against TRL's: {', '.join(wording)}.", ""] if wording else []),
+        f"{model or 'embedded model'}, {ROWS} rows a step, {len(work)} counted steps of each pipeline"
         f" in turns; {where()}, peft {peft.__version__}, trl {trl.__version__}.",
         "",
         "| the app alone | step (s) | operations / s | products / s | share |",
@@ -315,19 +315,19 @@ def table(model: str | None, found: dict[str, Seen], work: list[int], shares: di
 def main() -> None:
     """Measure on this machine."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", metavar="NAME", help="as of homework.sft (default: the embedded model)")
-    parser.add_argument("--steps", type=int, default=5, metavar="N", help="counted steps of each way (default 5)")
+    parser.add_argument("--model", metavar="NAME", help="as for homework.sft (default: the embedded model)")
+    parser.add_argument("--steps", type=int, default=5, metavar="N", help="counted steps of each pipeline (default 5)")
     parser.add_argument("--warm-up", type=int, default=1, metavar="N", help="steps before them (default 1)")
     every = [f"{name} {precision}" for precision in ("fp32", "bf16") for name in BUILDERS]
-    parser.add_argument("--ways", nargs="+", default=every, choices=every, help="what is compared (default: all)")
+    parser.add_argument("--pipelines", nargs="+", default=every, choices=every, help="what is compared (default: all)")
     parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     options = parser.parse_args()
     _quiet()
-    ways = list(dict.fromkeys(["padded fp32", *options.ways]))
+    pipelines = list(dict.fromkeys(["padded fp32", *options.pipelines]))
     with isolated(), tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         work = operations(options.model, folder / "operations", options.steps + options.warm_up)[options.warm_up :]
-        found = measured(options.model, ways, folder, options.steps, options.warm_up)
+        found = measured(options.model, pipelines, folder, options.steps, options.warm_up)
         shares = {
             precision: in_fresh_process(
                 alone, options.model, folder / f"alone-{precision}", options.steps, options.warm_up, bf16

@@ -28,7 +28,7 @@ from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.precision import MODES
 from pytest_sftguard.records import write_text
-from pytest_sftguard.session import CellTest, Runs
+from pytest_sftguard.session import Runs
 
 AXES: dict[str, Sequence[Any]] = {
     "seed": (0, 1, 2, 3, 4),
@@ -114,7 +114,7 @@ def _is_sound(values: dict[str, Any]) -> bool:
 def judged(sample: Sample) -> Attempt:
     """Train one cell, and see whether anything is reported."""
     references = tiers.TIERS[sample.tier].references
-    run = Runs().compared(CellTest(config=sample.config(), references=references), load_invariants())
+    run = Runs().compared(sample.config(), load_invariants(), references)
     reported = detection.seen(run, "")
     unlooked = [f"{look.name}: {look.error}" for look in run.record.looks if look.error]
     return Attempt(fault=str(sample.config().cell), skipped=run.record.not_run or "; ".join(unlooked), **reported)

@@ -1,6 +1,7 @@
-"""A model's own arithmetic in fewer passes: LoRA's sums, RMS norms, rotary positions, the loss of each token.
+"""A model's own arithmetic in fewer passes: LoRA's sums, RMS norms, rotary embeddings, the loss of each token.
 
-A module takes its short way where that is the same sum, and goes its own where anything else is asked of it.
+Runs in the forward and backward passes of the training. A module takes the fused path where that computes the same,
+and its own code in every other case.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ __all__ = ["fuse", "join_siblings", "rotaries", "rotated", "token_losses", "unfu
 
 
 def fuse(model: nn.Module) -> int:
-    """Let every plain LoRA layer and every frozen RMS norm of `model` take the short way; return how many do."""
+    """Switch every plain LoRA layer and every frozen RMS norm of `model` to the fused path; return their number."""
     count = 0
     for module in list(model.modules()):
         if type(module) is Linear:
@@ -36,13 +37,14 @@ def fuse(model: nn.Module) -> int:
 
 
 _seen: dict[tuple[Any, ...], list[list[str]]] = {}
+"""The names of siblings, by model type, configuration and layer names."""
 
 
 def join_siblings(model: Any, inner: Any, batch: dict[str, Tensor]) -> int:
-    """Let LoRA layers that take the same input work together; return how many do.
+    """Let LoRA layers that take the same input compute together; return their number.
 
-    Which they are is seen in a forward pass over `batch`, once a process for each kind and configuration of the `inner`
-    model that peft has wrapped, and the names of its layers.
+    A forward pass over `batch` shows which they are, once per process for each type and configuration of `inner`, the
+    model that peft has wrapped, and the names of its LoRA layers.
     """
     layers: dict[str, FusedLinear] = {name: m for name, m in model.named_modules() if isinstance(m, FusedLinear)}
     key = type(inner), inner.config.to_json_string(use_diff=False), *layers
@@ -51,7 +53,8 @@ def join_siblings(model: Any, inner: Any, batch: dict[str, Tensor]) -> int:
         try:
             with trial(model):
                 _seen[key] = find_siblings(layers, lambda: model(**given, use_cache=False))
-        except Exception:  # other models refuse such inputs in many ways
+        # models refuse such inputs with errors of many types
+        except Exception:
             return 0
     for names in _seen[key]:
         join(layers[name] for name in names)
@@ -59,7 +62,7 @@ def join_siblings(model: Any, inner: Any, batch: dict[str, Tensor]) -> int:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Let every module of `model` go its own way again."""
+    """Switch every module of `model` back to its own code."""
     for module in model.modules():
         if isinstance(module, (FusedLinear, FusedNorm)):
             module.__class__ = module.plain  # type: ignore[assignment]

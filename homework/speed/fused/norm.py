@@ -1,7 +1,7 @@
 """RMS norms with fewer passes over their activations.
 
-torch's graph of one makes a tensor as large as its input for each operation, forward and back. Here products are
-written over each other, and the backward pass takes the derivative as a whole.
+Autograd's graph of one makes a tensor as large as its input for each operation, forward and backward. Here products
+are computed in place, and the backward pass computes the derivative as a whole.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ class _Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         x, weight, inverse = ctx.saved_tensors
-        of_normal = gradient * weight
-        along = torch.linalg.vecdot(of_normal, x)[..., None].mul_(inverse.pow(3)).div_(-x.shape[-1])
-        return of_normal.mul_(inverse).addcmul_(x, along), None, None
+        grad_normal = gradient * weight
+        along = torch.linalg.vecdot(grad_normal, x)[..., None].mul_(inverse.pow(3)).div_(-x.shape[-1])
+        return grad_normal.mul_(inverse).addcmul_(x, along), None, None
 
 
 class FusedNorm(nn.Module):
-    """An RMS norm that takes the short way in float32 and on a frozen weight, and its own in any other case."""
+    """An RMS norm with the fused path for float32 and a frozen weight, and its own code in every other case."""
 
     plain: type[nn.Module]
+    """The class of the norm without the fused path."""
     weight: Tensor
     _fused_eps: float
 
@@ -51,16 +52,16 @@ class FusedNorm(nn.Module):
 _FUSED: dict[type[nn.Module], type[FusedNorm]] = {}
 
 
-def fused(kind: type[nn.Module]) -> type[FusedNorm]:
-    """A kind of norm, with the short way before its own."""
-    if kind not in _FUSED:
-        _FUSED[kind] = type(f"Fused{kind.__name__}", (FusedNorm, kind), {"plain": kind})
-    return _FUSED[kind]
+def fused(norm: type[nn.Module]) -> type[FusedNorm]:
+    """Return the class of a norm with the fused path before its own code."""
+    if norm not in _FUSED:
+        _FUSED[norm] = type(f"Fused{norm.__name__}", (FusedNorm, norm), {"plain": norm})
+    return _FUSED[norm]
 
 
 @torch.no_grad()
 def eps_of(module: nn.Module) -> float | None:
-    """The eps of a module that is an RMS norm and nothing more, tried out; None for any other."""
+    """Return the eps of a module that a trial shows to be a plain RMS norm; None for any other."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight = getattr(module, "weight", None)
     if "RMSNorm" not in type(module).__name__ or not isinstance(eps, float) or not isinstance(weight, nn.Parameter):

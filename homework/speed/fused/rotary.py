@@ -1,7 +1,7 @@
-"""Rotary positions with fewer passes over queries and keys: a product, and two halves added to it in place.
+"""Rotary embeddings with fewer passes over queries and keys: a product, and two halves added to it in place.
 
-transformers' models call a function of their own module by the name `apply_rotary_pos_emb`; most are copies of one. For
-the forward passes of the training another one stands in its place, wherever that gives the same, tried out.
+transformers' models call a function `apply_rotary_pos_emb` of their own module; most are copies of one. During the
+forward passes of the training it is replaced, where a trial shows that the fused path gives the same.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _Rotary = Callable[..., tuple[Tensor, Tensor]]
 
 
 class _Rotate(torch.autograd.Function):
-    """`x * cos + rotate_half(x) * sin`; shapes (..., tokens, size), of `cos` and `sin` any that spread to it."""
+    """`x * cos + rotate_half(x) * sin`; shapes (..., tokens, size); `cos` and `sin` broadcast to it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.dtype = x.dtype
         half = x.shape[-1] // 2
-        turned = x * cos
-        turned[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-        turned[..., half:].addcmul_(x[..., :half], sin[..., half:])
-        return turned
+        rotated_x = x * cos
+        rotated_x[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+        rotated_x[..., half:].addcmul_(x[..., :half], sin[..., half:])
+        return rotated_x
 
     @staticmethod
     @once_differentiable
@@ -46,28 +46,28 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotaries(model: nn.Module) -> list[tuple[ModuleType, Any]]:
-    """Modules whose function the layers of `model` call, and what can stand in its place."""
+    """Return the modules whose rotary function the layers of `model` call, each with its replacement."""
     homes = {type(m).__module__: sys.modules.get(type(m).__module__) for m in model.modules()}
     found = [(home, vars(home).get(_NAME)) for home in homes.values() if home is not None]
-    return [(home, _short(plain)) for home, plain in found if callable(plain) and _is_common(plain)]
+    return [(home, _with_fused_path(plain)) for home, plain in found if callable(plain) and _is_common(plain)]
 
 
 @contextlib.contextmanager
 def rotated(places: list[tuple[ModuleType, Any]]) -> Iterator[None]:
-    """Forward passes take the short way, where nobody has put a function of his own into the place."""
-    mine = [(home, short) for home, short in places if getattr(home, _NAME) is short.__wrapped__]
-    for home, short in mine:
-        setattr(home, _NAME, short)
+    """Let forward passes take the fused path, unless somebody else has replaced the function."""
+    mine = [(home, fused) for home, fused in places if getattr(home, _NAME) is fused.__wrapped__]
+    for home, fused in mine:
+        setattr(home, _NAME, fused)
     try:
         yield
     finally:
-        for home, short in mine:
-            if getattr(home, _NAME) is short:
-                setattr(home, _NAME, short.__wrapped__)
+        for home, fused in mine:
+            if getattr(home, _NAME) is fused:
+                setattr(home, _NAME, fused.__wrapped__)
 
 
-def _short(plain: _Rotary) -> Any:
-    """`plain`, with the short way before it."""
+def _with_fused_path(plain: _Rotary) -> Any:
+    """Return `plain` with the fused path before it."""
 
     @functools.wraps(plain)
     def apply(*given: Any, **named: Any) -> tuple[Tensor, Tensor]:
@@ -81,7 +81,7 @@ def _short(plain: _Rotary) -> Any:
 
 
 def _fits(q: Any, k: Any, cos: Any, sin: Any) -> bool:
-    """Whether the whole of each head is turned, by angles that nothing is learnt of."""
+    """Return whether whole heads are rotated, by angles that need no gradient."""
     if not all(isinstance(t, Tensor) for t in (q, k, cos, sin)) or cos.dim() != 3:
         return False
     alike = cos.shape == sin.shape and cos.dtype == sin.dtype and not (cos.requires_grad or sin.requires_grad)
@@ -93,15 +93,16 @@ def _fits(q: Any, k: Any, cos: Any, sin: Any) -> bool:
 
 @functools.cache
 def _is_common(plain: _Rotary) -> bool:
-    """Whether a function turns the first half of each head against the second, as most do, tried out.
+    """Return whether a trial shows that a function rotates the first half of each head against the second, as most do.
 
-    With angles of a wider type than the heads: some functions give the heads' type back, and others the wider.
+    The angles have a wider dtype than the heads: some functions return the dtype of the heads, and others the wider.
     """
-    line = torch.linspace(-1, 2, 192, dtype=torch.float64)
-    q, k = line[:144].view(2, 3, 3, 8).float(), line[144:].view(2, 1, 3, 8).float()
-    cos, sin = line[9:57].view(2, 3, 8).square(), line[20:68].view(2, 3, 8)
+    values = torch.linspace(-1, 2, 192, dtype=torch.float64)
+    q, k = values[:144].view(2, 3, 3, 8).float(), values[144:].view(2, 1, 3, 8).float()
+    cos, sin = values[9:57].view(2, 3, 8).square(), values[20:68].view(2, 3, 8)
     try:
-        pairs = zip(plain(q, k, cos, sin), _short(plain)(q, k, cos, sin), strict=True)
+        pairs = zip(plain(q, k, cos, sin), _with_fused_path(plain)(q, k, cos, sin), strict=True)
         return all(a.dtype == b.dtype and torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in pairs)
-    except Exception:  # whatever another function says to such arguments, it is another one
+    # a function that refuses these arguments is another one
+    except Exception:
         return False

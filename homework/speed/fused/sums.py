@@ -1,10 +1,10 @@
-"""The sums of LoRA layers in few products: of all layers that take the same input at once.
+"""The sums of LoRA layers in few products, for all layers that take the same input at once.
 
-peft adds `lora_B(lora_A(x)) * scaling` to the frozen layer's result in three passes over that result; the gradients of
-`x` from both, and from all layers that take the same `x`, are added in as many passes more. Here each of these sums is
-part of a product. The factors A of layers that take the same `x` (queries, keys, values) lie one below the other, in
-one product. Under autocast `x` is cast once for all of them, where peft casts it for each product and back. Beside
-weights in the type of the products, `x` and the narrow `lora_A(x)` are kept for the backward pass.
+peft adds `lora_B(lora_A(x)) * scaling` to the frozen layer's result in three passes over it, and autograd adds the
+gradients of `x` from all products and all layers that take the same `x` in as many passes more. Here each of these sums
+is part of a product. The factors A of layers that take the same `x` (queries, keys, values) are stacked, for one
+product. Under autocast `x` is cast once for all of them, where peft casts it for each product and back. The backward
+pass keeps `x`, the narrow `lora_A(x)`, and the weights in the dtype of the products.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch.autograd.function import once_differentiable
 
 
 class Sum(NamedTuple):
-    """What a layer adds up: `x @ weight.T + bias + scaling * x @ a.T @ b.T`, all products in `dtype`.
+    """The sum that a layer computes: `x @ weight.T + bias + scaling * x @ a.T @ b.T`, all products in `dtype`.
 
-    Shapes: weight (out, in), bias (out,), a (rank, in), b (out, rank). Only bias, a and b may learn.
+    Shapes: weight (out, in), bias (out,), a (rank, in), b (out, rank). Only bias, a and b may be trainable.
     """
 
     weight: Tensor
@@ -32,26 +32,26 @@ class Sum(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """All that `x` meets."""
+        """All tensors of the sum."""
         return self[:4]
 
     @property
     def versions(self) -> tuple[int | None, ...]:
-        """How often each of them was changed by now."""
+        """How often each tensor has been changed."""
         return tuple(version_of(t) for t in self.tensors if t is not None)
 
     @property
-    def learns(self) -> bool:
-        """Whether anything of it does."""
+    def trainable(self) -> bool:
+        """Whether any tensor needs a gradient."""
         return any(t.requires_grad for t in self.tensors if t is not None)
 
     def is_like(self, other: Sum) -> bool:
-        """Whether both can be found in the same products."""
+        """Whether the same products can compute both."""
         alike = self.dtype == other.dtype and self.weight.device == other.weight.device
-        return alike and self.learns == other.learns
+        return alike and self.trainable == other.trainable
 
     def is_the_same(self, other: Sum) -> bool:
-        """Whether both are of the very same tensors."""
+        """Whether both have the very same tensors, scaling and dtype."""
         same = self.weight is other.weight and self.bias is other.bias and self.a is other.a and self.b is other.b
         return same and self.scaling == other.scaling and self.dtype == other.dtype
 
@@ -64,69 +64,73 @@ class _Sums(torch.autograd.Function):
         dtype, shape, rows = x.dtype, x.shape[:-1], x.flatten(0, -2)
         factors = tensors[2::4]
         ranks = [a.shape[0] for a in factors]
-        narrow = rows @ _below_each_other(factors, dtype).t()
+        narrow = rows @ _stacked(factors, dtype).t()
         results, kept = [], []
         for i, part in enumerate(torch.split(narrow, ranks, 1)):
             weight, bias, a, b = tensors[4 * i : 4 * i + 4]
-            weight = weight.to(dtype)  # a cast one is kept, as autocast keeps its own
+            # a cast weight is kept for the backward pass, as autocast keeps its own
+            weight = weight.to(dtype)
             start, beta = (x.new_empty(()), 0) if bias is None else (bias.to(dtype), 1)
-            result = x.new_empty(*shape, weight.shape[0])  # no view: whoever gets it may write over it
-            line = result.flatten(0, -2)
-            torch.addmm(start, part, b.to(dtype).t(), beta=beta, alpha=scalings[i], out=line).addmm_(rows, weight.t())
+            # not a view, since the caller may write into it
+            result = x.new_empty(*shape, weight.shape[0])
+            flat = result.flatten(0, -2)
+            torch.addmm(start, part, b.to(dtype).t(), beta=beta, alpha=scalings[i], out=flat).addmm_(rows, weight.t())
             results.append(result)
             kept += [weight, a, b]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, narrow, *kept)
-        ctx.ranks, ctx.scalings, ctx.kind = ranks, scalings, x.device.type
-        ctx.types = [None if t is None else t.dtype for t in tensors]
+        ctx.ranks, ctx.scalings, ctx.device_type = ranks, scalings, x.device.type
+        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
         return tuple(results)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        if not torch.is_autocast_enabled(ctx.kind):
+        if not torch.is_autocast_enabled(ctx.device_type):
             return _backward(ctx, gradients)
-        with torch.autocast(ctx.kind, enabled=False):  # which casts some products, and not those in place
+        # autocast would cast some products, and not those in place
+        with torch.autocast(ctx.device_type, enabled=False):
             return _backward(ctx, gradients)
 
 
 def _backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     x, narrow, *kept = ctx.saved_tensors
     dtype, needed = x.dtype, ctx.needs_input_grad
-    of: list[Tensor | None] = [None] * len(ctx.types)
-    none, of_narrow, used = x.new_empty(()), [], []
+    grads: list[Tensor | None] = [None] * len(ctx.dtypes)
+    none, grads_narrow, used = x.new_empty(()), [], []
     for i, part in enumerate(torch.split(narrow, ctx.ranks, 1)):
         gradient = gradients[i]
-        if gradient is None:  # nobody used the result: nothing is learnt from it, and an optimizer makes steps of zeros
+        # an unused result gives None and not zeros, with which an optimizer would make a step
+        if gradient is None:
             continue
         rows, scaling = gradient.flatten(0, -2), ctx.scalings[i]
         used.append((i, rows))
-        of_narrow.append(torch.addmm(none, rows, kept[3 * i + 2].to(dtype), beta=0, alpha=scaling))
-        of[4 * i + 1] = rows.sum(0) if needed[4 * i + 3] else None
-        # as wide as `rows` and transposed then: the other way round, it takes half as long again
-        of[4 * i + 3] = torch.addmm(none, part.t(), rows, beta=0, alpha=scaling).t().contiguous()
+        grads_narrow.append(torch.addmm(none, rows, kept[3 * i + 2].to(dtype), beta=0, alpha=scaling))
+        grads[4 * i + 1] = rows.sum(0) if needed[4 * i + 3] else None
+        # computed as wide as `rows` and then transposed; the transposed product takes 1.5 times as long
+        grads[4 * i + 3] = torch.addmm(none, part.t(), rows, beta=0, alpha=scaling).t().contiguous()
     if not used:
-        return None, None, *of
-    of_all = torch.cat(of_narrow, 1) if len(used) > 1 else of_narrow[0]
-    of_x = None
+        return None, None, *grads
+    grad_narrow = torch.cat(grads_narrow, 1) if len(used) > 1 else grads_narrow[0]
+    grad_x = None
     if needed[0]:
-        of_x = of_all @ _below_each_other([kept[3 * i + 1] for i, _ in used], dtype)
+        grad_x = grad_narrow @ _stacked([kept[3 * i + 1] for i, _ in used], dtype)
         for i, rows in used:
-            of_x.addmm_(rows, kept[3 * i])
-        of_x = of_x.view_as(x)
-    of_as = torch.split(of_all.t() @ x.flatten(0, -2), [ctx.ranks[i] for i, _ in used])
-    for (i, _), of_a in zip(used, of_as, strict=True):
-        of[4 * i + 2] = of_a
-    return of_x, None, *(t if t is None else t.to(kind) for t, kind in zip(of, ctx.types, strict=True))
+            grad_x.addmm_(rows, kept[3 * i])
+        grad_x = grad_x.view_as(x)
+    grads_a = torch.split(grad_narrow.t() @ x.flatten(0, -2), [ctx.ranks[i] for i, _ in used])
+    for (i, _), grad_a in zip(used, grads_a, strict=True):
+        grads[4 * i + 2] = grad_a
+    return grad_x, None, *(None if t is None else t.to(dtype) for t, dtype in zip(grads, ctx.dtypes, strict=True))
 
 
-def _below_each_other(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Factors A in one matrix, shape (sum of ranks, in)."""
+def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return factors A as one matrix, shape (sum of ranks, in)."""
     return (torch.cat(tuple(factors)) if len(factors) > 1 else factors[0]).to(dtype)
 
 
 def sums(x: Tensor, layers: Sequence[Sum]) -> tuple[Tensor, ...]:
-    """Results of layers that take the same `x`, of shape (..., in); each of shape (..., out), in the layers' dtype."""
+    """Return the result of each layer for `x`, in the layers' dtype. Shapes (..., in) to (..., out)."""
     given = [tensor for layer in layers for tensor in layer.tensors]
     scalings = tuple(layer.scaling for layer in layers)
     results: tuple[Tensor, ...] = _Sums.apply(x.to(layers[0].dtype), scalings, *given)  # type: ignore[no-untyped-call]
@@ -134,5 +138,5 @@ def sums(x: Tensor, layers: Sequence[Sum]) -> tuple[Tensor, ...]:
 
 
 def version_of(tensor: Tensor) -> int | None:
-    """How often `tensor` was changed, as far as torch counts it; None where it does not."""
+    """Return how often `tensor` has been changed in place; None where torch does not count it."""
     return None if tensor.is_inference() else tensor._version

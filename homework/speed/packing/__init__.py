@@ -1,9 +1,8 @@
-"""Rows without padding: all tokens of a micro-batch in one line, apart only where they attend to each other.
+"""Unpadded (varlen) micro-batches: the tokens of all rows in one sequence, padded only within attention.
 
-Everything in a transformer but attention treats each token alone, so that padding is work for nothing there. Attention
-itself is cheap where rows are short, and is computed on padded rows. (Some padding can come along in the line, so that
-it has a size that others have: see `Rows.of`.) transformers lets a function take the place of a model's attention by
-name; this one is chosen for the forward passes of the training, and for no other.
+Everything in a transformer but attention treats each token alone, so padding is wasted work there. Attention is cheap
+where rows are short, and is computed on padded rows. transformers selects a model's attention function by name; ours is
+selected during the forward passes of the training, and at no other time.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from torch import Tensor
 
 from ..trials import trial
 from .attention import NAME, ROWS, CannotPackError
-from .rows import Rows, missing
+from .rows import Rows, bucket_padding
 
-__all__ = ["CannotPackError", "Rows", "base_of", "can_pack", "missing", "packed"]
+__all__ = ["CannotPackError", "Rows", "base_of", "bucket_padding", "can_pack", "packed"]
 
 
 @contextlib.contextmanager
 def packed(model: Any, rows: Rows) -> Iterator[None]:
-    """Forward passes of `model` take tokens in one line; backward passes may come later."""
+    """Let forward passes of `model` take the unpadded tokens of `rows`; backward passes may come later."""
     config = model.config
     before, config._attn_implementation = config._attn_implementation, NAME
     token = ROWS.set(rows)
@@ -36,7 +35,7 @@ def packed(model: Any, rows: Rows) -> Iterator[None]:
 
 
 def base_of(model: Any) -> Any:
-    """The model that peft has wrapped, or the model itself."""
+    """Return the model that peft has wrapped, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -44,10 +43,10 @@ _tried: dict[tuple[type, str, torch.dtype], bool] = {}
 
 
 def can_pack(model: Any, batch: dict[str, Tensor]) -> bool:
-    """Whether `model` gives the tokens of a batch the same logits in one line as in padded rows, tried out.
+    """Return whether a trial gives the tokens of `batch` the same logits unpadded as in padded rows.
 
-    A model whose tokens meet elsewhere than in attention does not: convolutions, recurrences, a router with capacities.
-    It is tried once a process for each configuration.
+    It does not where tokens also interact outside of attention: convolutions, recurrences, a router with capacities.
+    Each configuration is tried once per process.
     """
     inner = base_of(model)
     key = type(inner), inner.config.to_json_string(use_diff=False), next(model.parameters()).dtype
@@ -61,10 +60,11 @@ def _agrees(model: Any, batch: dict[str, Tensor]) -> bool:
         ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
         rows = Rows.of(mask)
         with trial(model):
-            apart = rows.flat(model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float())
+            padded = rows.flat(model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float())
             with packed(model, rows):
-                line = model(input_ids=rows.flat(ids), position_ids=rows.positions(), use_cache=False).logits.float()
+                flat = model(input_ids=rows.flat(ids), position_ids=rows.positions(), use_cache=False).logits.float()
         tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
-        return bool((line - apart).abs().max() <= tolerance * apart.abs().max())
-    except Exception:  # other models refuse such inputs in many ways
+        return bool((flat - padded).abs().max() <= tolerance * padded.abs().max())
+    # models refuse such inputs with errors of many types
+    except Exception:
         return False

@@ -1,4 +1,4 @@
-"""Attention of tokens in one line, each within its row: the function that transformers calls by name."""
+"""Attention over unpadded tokens, each within its row: the function that transformers calls by name."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .rows import Heads, Rows
 
 NAME = "homework_short_rows"
 ROWS: ContextVar[Rows] = ContextVar("rows")
-"""Where the tokens of the forward pass at hand lie."""
+"""The layout of the current forward pass."""
 _UNDERSTOOD = ("position_ids", "use_cache", "output_attentions", "is_causal", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
 class CannotPackError(NotImplementedError):
-    """An attention that does more than the common one."""
+    """The model asks for more than plain causal attention."""
 
 
 class _Attend(torch.autograd.Function):
-    """Attention within rows. torch's own graph of it spends more time on copies than on products."""
+    """Attention within rows. Autograd's own graph of it spends more time on copies than on products."""
 
     @staticmethod
     def forward(
@@ -36,7 +36,7 @@ class _Attend(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, weights, mask)
         ctx.heads, ctx.scaling, ctx.dropout = heads, scaling, dropout
         ctx.types = query.dtype, key.dtype, value.dtype
-        return heads.line(kept.to(v.dtype) @ v, value.dtype)
+        return heads.flat(kept.to(v.dtype) @ v, value.dtype)
 
     @staticmethod
     @once_differentiable
@@ -44,18 +44,19 @@ class _Attend(torch.autograd.Function):
         q, k, v, weights, mask = ctx.saved_tensors
         heads, scaling = ctx.heads, ctx.scaling
         g = heads.block(gradient)
-        g.view(-1, g.shape[-1]).index_fill_(0, heads.empty, 0.0)  # what no token asked for teaches no key
+        # padding in the place of a query gives no gradient to keys and values
+        g.view(-1, g.shape[-1]).index_fill_(0, heads.empty, 0.0)
 
-        def dropped(of: Tensor) -> Tensor:
-            return of if mask is None else of * mask / (1 - ctx.dropout)
+        def dropped(x: Tensor) -> Tensor:
+            return x if mask is None else x * mask / (1 - ctx.dropout)
 
-        of_v = dropped(weights).to(v.dtype).transpose(1, 2) @ g
-        of_weights = dropped((g @ v.transpose(1, 2)).float())
-        of_scores = torch._softmax_backward_data(of_weights, weights, -1, torch.float32).to(q.dtype)
-        of_q = torch.baddbmm(q, of_scores, k, beta=0, alpha=scaling)
-        of_k = torch.baddbmm(k, of_scores.transpose(1, 2), q, beta=0, alpha=scaling)
-        lines = (heads.line(of, dtype) for of, dtype in zip((of_q, of_k, of_v), ctx.types, strict=True))
-        return *lines, None, None, None
+        grad_v = dropped(weights).to(v.dtype).transpose(1, 2) @ g
+        grad_weights = dropped((g @ v.transpose(1, 2)).float())
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, torch.float32).to(q.dtype)
+        grad_q = torch.baddbmm(q, grad_scores, k, beta=0, alpha=scaling)
+        grad_k = torch.baddbmm(k, grad_scores.transpose(1, 2), q, beta=0, alpha=scaling)
+        grads = (heads.flat(grad, dtype) for grad, dtype in zip((grad_q, grad_k, grad_v), ctx.types, strict=True))
+        return *grads, None, None, None
 
 
 def attend(
@@ -70,13 +71,13 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Causal attention within each row. Shapes (1, heads, tokens, size); result (1, tokens, heads, size).
 
-    Raises CannotPackError for what it does not know: windows, caps, sinks.
+    Raises CannotPackError for anything else, such as windows, caps and sinks.
     """
     unknown = [name for name, given in more.items() if given is not None and name not in _UNDERSTOOD]
     if unknown or attention_mask is not None or more.get("is_causal") is False:
         raise CannotPackError(f"attention with {', '.join(unknown) or 'a mask of its own'}")
-    kind = query.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    device_type = query.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else value.dtype
     heads = ROWS.get().heads(query.shape[1], key.shape[1], dtype)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     dropout = dropout if module.training else 0.0

@@ -1,4 +1,4 @@
-"""Adapting otherwise than the target says: what peft is handed is changed on its way."""
+"""Adapting: changes to a base model and its LoRA configuration, just before peft puts the adapter on."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from peft import PeftModel
+
 
 @contextlib.contextmanager
-def adapting(change: Callable[[Any, Any, dict[str, Any]], None]) -> Iterator[None]:
-    """While this is active, `change(base, config, options)` may alter what each PeftModel is made of."""
-    from peft import PeftModel
-
+def adapting(change: Callable[[Any, Any], object]) -> Iterator[None]:
+    """Call `change(base, config)` before each PeftModel is made."""
     original = PeftModel.__init__
 
-    def made(self: Any, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
-        change(model, peft_config, kwargs)
+    def changed(self: Any, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        change(model, peft_config)
         original(self, model, peft_config, *args, **kwargs)
 
-    PeftModel.__init__ = made
+    PeftModel.__init__ = changed
     try:
         yield
     finally:
@@ -26,11 +26,12 @@ def adapting(change: Callable[[Any, Any, dict[str, Any]], None]) -> Iterator[Non
 
 
 def without_head(base: Any, config: Any) -> list[str]:
-    """Take the head out of the adapter's targets, which else is saved with its base; the names of its modules."""
+    """Take the head out of the adapter's targets, or else peft saves the base with it; returns its module names."""
     head = base.get_output_embeddings()
     names = [n.rpartition(".")[2] for n, m in base.named_modules() if head is not None and m is head]
     if isinstance(config.target_modules, (set, list)):
         config.target_modules = set(config.target_modules) - set(names)
-    elif names and config.target_modules != "all-linear":  # which leaves the head out by itself
+    # "all-linear" leaves the head out by itself
+    elif names and config.target_modules != "all-linear":
         config.target_modules = rf"(?!(?:.*\.)?(?:{'|'.join(names)})$)(?:{config.target_modules})"
     return names

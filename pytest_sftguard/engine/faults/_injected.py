@@ -1,6 +1,6 @@
-"""A target that has a fault in it, found by its dotted path like every other.
+"""A target with a fault in it, found by its dotted path like every other target.
 
-Which fault and which target is said in environment variables, so that a process that the guard starts has it too.
+Environment variables name the fault and the target, so that the processes that the guard starts have it too.
 """
 
 from __future__ import annotations
@@ -10,23 +10,22 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from pytest_sftguard import registry
 from pytest_sftguard.engine.building.targets import Target, resolve
+from pytest_sftguard.engine.faults import fault_named
 
 PATH = f"{__name__}:build_trainer"
-"""Dotted path of the target that has a fault in it."""
+"""Dotted path of the target with the fault in it."""
 
 _FAULT, _TARGET = "SFTGUARD_FAULT", "SFTGUARD_FAULT_TARGET"
 _current: list[Target] = []
-_held = contextlib.ExitStack()  # a generator that nobody holds is closed, and the fault with it
+# Holds the fault of a process that the guard started: a generator that nobody holds is closed
+_held = contextlib.ExitStack()
 
 
 @contextlib.contextmanager
 def injected(fault: str, target: str) -> Iterator[str]:
-    """While this is active, the dotted path that it gives leads to `target` with `fault` in it."""
-    from pytest_sftguard.engine import faults
-
-    with registry.load(fault, faults.__name__)().inject(resolve(target)) as faulty:
+    """Yield the dotted path of `target` with `fault` in it, which it has until the context ends."""
+    with fault_named(fault).inject(resolve(target)) as faulty:
         _current.append(faulty)
         os.environ[_FAULT], os.environ[_TARGET] = fault, target
         try:
@@ -42,14 +41,14 @@ def build_trainer(**arguments: Any) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """`questions`, `parse_answer` and what else a target's module may offer, as the fault leaves it."""
+    """`questions`, `parse_answer` and whatever else a target's module may offer, as the fault leaves it."""
     if name.startswith("__"):
         raise AttributeError(name)
     return getattr(_faulty(), name)
 
 
 def _faulty() -> Target:
-    if not _current:  # a process of the guard's own: the fault stays until it ends
-        manager = injected(os.environ[_FAULT], os.environ[_TARGET])
-        _held.enter_context(manager)
+    # A process that the guard started: the fault stays until the process ends
+    if not _current:
+        _held.enter_context(injected(os.environ[_FAULT], os.environ[_TARGET]))
     return _current[-1]

@@ -1,30 +1,33 @@
-"""What faults do to a training while it runs: to its losses, gradients and optimizer, at a step or at all of them."""
+"""Training: changes to a finished Trainer, to its losses, gradients, parameters and methods."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from pytest_sftguard.engine.surroundings.isolation import isolated
 
-if TYPE_CHECKING:
-    from transformers import Trainer
+
+def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Have each call of the method `name` of `owner` call `around(method, *args, **kwargs)` instead."""
+    method = getattr(owner, name)
+    setattr(owner, name, lambda *args, **kwargs: around(method, *args, **kwargs))
 
 
-class At(TrainerCallback):  # type: ignore[misc] # transformers types its callbacks as Any
-    """Calls `act` at one of the Trainer's events: when `step`, from 1, is under way, or always."""
+def at(trainer: Trainer, event: str, act: Callable[[], object], step: int | None = None) -> None:
+    """Call `act` at `event`, a method of TrainerCallback, in each step or in `step` alone, from 1."""
 
-    def __init__(self, event: str, act: Callable[[], Any], step: int | None = None) -> None:
-        def handler(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            done = state.global_step - (event == "on_step_end")
-            if step is None or done == step - 1:
-                act()
+    def handle(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if step is None or state.global_step == step - 1:
+            act()
 
-        setattr(self, event, handler)
+    callback = TrainerCallback()
+    setattr(callback, event, handle)
+    trainer.add_callback(callback)
 
 
 def trainables(trainer: Trainer) -> dict[str, nn.Parameter]:
@@ -32,63 +35,54 @@ def trainables(trainer: Trainer) -> dict[str, nn.Parameter]:
     return {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-def factor(trainer: Trainer, kind: str) -> nn.Parameter:
-    """The first trainable tensor with `kind`, such as `lora_B`, in its name; the first of all where there is none."""
+def factor(trainer: Trainer, part: str) -> nn.Parameter:
+    """The first trainable tensor with `part`, such as `lora_B`, in its name; the first of all if there is none."""
     tensors = trainables(trainer)
-    return next((p for n, p in tensors.items() if kind in n), next(iter(tensors.values())))
+    return next((p for n, p in tensors.items() if part in n), next(iter(tensors.values())))
 
 
-def cast(trainer: Trainer, dtype: torch.dtype) -> Trainer:
-    """Give the trainable tensors the type that `autocast_adapter_dtype=False` leaves them in."""
-    for parameter in trainables(trainer).values():
-        parameter.data = parameter.data.to(dtype)
-    return trainer
+def cast(trainer: Trainer, dtype: torch.dtype, part: str = "") -> None:
+    """Cast the trainable tensors with `part` in their names, as `autocast_adapter_dtype=False` leaves them."""
+    for name, parameter in trainables(trainer).items():
+        if part in name:
+            parameter.data = parameter.data.to(dtype)
 
 
-def multiply_loss(trainer: Trainer, factor: float, step: int) -> Trainer:
-    """Multiply the loss of each micro-batch of `step` in training."""
-    original = trainer.compute_loss
+def multiply_loss(trainer: Trainer, by: Callable[[], float], step: int | None = None) -> None:
+    """Multiply each loss by `by()`, or those of the training step `step` alone."""
 
-    def compute_loss(model: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(model, *args, **kwargs)
-        if not (model.training and trainer.state.global_step == step - 1):
+    def multiplied(compute_loss: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        result = compute_loss(model, *args, **kwargs)
+        if step is not None and not (model.training and trainer.state.global_step == step - 1):
             return result
-        if isinstance(result, tuple):
-            return (result[0] * factor, *result[1:])
-        return result * factor
+        return (result[0] * by(), *result[1:]) if isinstance(result, tuple) else result * by()
 
-    trainer.compute_loss = compute_loss
-    return trainer
+    wrap(trainer, "compute_loss", multiplied)
 
 
-def spoil_gradient(trainer: Trainer, parameter: nn.Parameter, value: float, step: int) -> Trainer:
-    """Put `value` into one entry of the gradient of `parameter` at `step`."""
+def spoil_gradient(trainer: Trainer, parameter: nn.Parameter, step: int) -> None:
+    """Write inf into one entry of the gradient of `parameter` in `step`."""
 
     def spoilt(gradient: Tensor) -> Tensor:
         if trainer.state.global_step != step - 1:
             return gradient
         gradient = gradient.clone()
-        gradient.view(-1)[0] = value
+        gradient.view(-1)[0] = torch.inf
         return gradient
 
-    parameter.register_hook(spoilt)  # type: ignore[no-untyped-call] # torch types it not
-    return trainer
+    # torch does not annotate it
+    parameter.register_hook(spoilt)  # type: ignore[no-untyped-call]
 
 
-def start_scale(trainer: Trainer, scale: Callable[[], float]) -> Trainer:
-    """Have the loss scaler begin at `scale()`, which is asked for when the training begins."""
-
-    def begin() -> None:
-        scaler = trainer.accelerator.scaler
-        if scaler is not None:
-            scaler.load_state_dict(scaler.state_dict() | {"scale": scale()})
-
-    trainer.add_callback(At("on_train_begin", begin))
-    return trainer
+def set_scale(trainer: Trainer, scale: float) -> None:
+    """Set the loss scale, if the Trainer has a loss scaler."""
+    scaler = trainer.accelerator.scaler
+    if scaler is not None:
+        scaler.load_state_dict(scaler.state_dict() | {"scale": scale})
 
 
 def largest_scale(trainer: Trainer) -> float:
-    """The largest power of two under which the first batch's gradients do not overflow in float16, found by trying."""
+    """The largest power of two up to 2**30 with which the first batch's gradients are finite in float16, by trial."""
     model, parameters = trainer.model, list(trainables(trainer).values())
     training, scale = model.training, 2.0**30
     model.train()

@@ -1,4 +1,4 @@
-"""The same questions, answered by the base alone; and what the rows that were trained on taught of them."""
+"""The same questions, answered by the base alone, and how much of them the rows that were trained on taught."""
 
 from __future__ import annotations
 
@@ -10,39 +10,37 @@ import torch
 
 from pytest_sftguard.engine.adapter import adapters
 from pytest_sftguard.engine.after import generation
-from pytest_sftguard.engine.looks import InapplicableError, Look, Scene
+from pytest_sftguard.engine.looks import InapplicableError, Look
+from pytest_sftguard.engine.stages import Reloaded
 from pytest_sftguard.records import BaseAnswersRecord
 
 _BATCHES = 8
-"""Micro-batches that the base's loss is the mean of: enough rows to even out, few passes."""
+"""Micro-batches that the base's loss is averaged over: enough rows for a stable mean, few forward passes."""
 
 
-class BaseAnswers(Look):
+class BaseAnswers(Look[Reloaded]):
     """Asks the reloaded model again, without its adapter."""
 
-    needs = "reloaded"
-
-    def conclude(self, scene: Scene) -> dict[str, Any]:
-        """The base's answers, and the share of questions and of ends that the rows taught."""
-        assert scene.trainer is not None
-        assert scene.reloaded is not None
-        words = scene.trainer.processing_class
-        pairs = scene.target.pairs(scene.config.questions, words)
+    def conclude(self, reached: Reloaded) -> dict[str, Any]:
+        """Return the base's answers, and how many questions and ends of answers the rows taught."""
+        tokenizer, target, batches = reached.trainer.processing_class, reached.target, reached.batches
+        model: Any = reached.reloaded_model
+        pairs = target.pairs(reached.config.questions, tokenizer)
         if not pairs:
             raise InapplicableError("the target offers no questions(), or none is asked")
-        batches = scene.watch.batches if scene.watch is not None else []
-        ends = generation.end_tokens(scene.reloaded, words)
+        ends = generation.end_tokens(model, tokenizer)
         rows = [(ids, labels) for batch in batches for ids, labels in _rows(batch)]
         budget = generation.budget(batches)
-        model: Any = scene.reloaded
         if adapters.base_differs(model.peft_config[model.active_adapters[0]]):
-            other: Any = scene.build("base").model  # the reloaded one is not its base without the adapter
+            # without its adapter, the reloaded model is not its base
+            other: Any = reached.build("base").model
             base = other.merge_and_unload().to(next(model.parameters()).device).eval()
-            answers, loss = generation.answers(base, words, scene.target, pairs, budget), _loss(base, batches)
+            answers, loss = generation.answers(base, tokenizer, target, pairs, budget), _loss(base, batches)
         else:
             with model.disable_adapter():
-                answers, loss = generation.answers(model, words, scene.target, pairs, budget), _loss(model, batches)
-        prompts = [_spelled(words(prompt + scene.target.answer_prefix)["input_ids"][:-1]) for prompt, _ in pairs]
+                answers, loss = generation.answers(model, tokenizer, target, pairs, budget), _loss(model, batches)
+        # the last token of a prompt may merge with the text after it
+        prompts = [_spelled(tokenizer(prompt + target.answer_prefix)["input_ids"][:-1]) for prompt, _ in pairs]
         texts = [_spelled(ids) for ids, _ in rows]
         record = BaseAnswersRecord(
             answers=answers,
@@ -55,27 +53,25 @@ class BaseAnswers(Look):
 
 
 def _loss(model: Any, batches: list[dict[str, Any]]) -> float | None:
-    """Mean loss of the first micro-batches, as the model itself computes it."""
+    """Return the mean loss of the first micro-batches, as the model computes it; None where none has a finite one."""
     losses = []
     for batch in batches[:_BATCHES]:
         inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "labels")}
         with torch.no_grad():
             loss = model(**inputs).loss if len(inputs) == 3 else None
-        if loss is not None and math.isfinite(loss.item()):  # a micro-batch without labels has none
+        # a micro-batch in which every label is ignored has no finite loss
+        if loss is not None and math.isfinite(loss.item()):
             losses.append(loss.item())
     return math.fsum(losses) / len(losses) if losses else None
 
 
 def _rows(batch: dict[str, Any]) -> Iterator[tuple[list[int], list[int]]]:
-    """Token ids and labels of each row of a micro-batch that has both for each token."""
+    """Yield the token ids and labels of each row of a micro-batch that has one label per token."""
     ids, labels = batch.get("input_ids"), batch.get("labels")
     if isinstance(ids, torch.Tensor) and isinstance(labels, torch.Tensor) and ids.shape == labels.shape:
         yield from zip(ids.tolist(), labels.tolist(), strict=True)
 
 
 def _spelled(ids: list[int]) -> str:
-    """Token ids as text in which one list of them can be looked for in another.
-
-    The last token of a prompt is left out by the caller: it may merge with what follows.
-    """
+    """Return token ids as a text, so that `in` tells whether one list of ids is part of another."""
     return " " + " ".join(map(str, ids)) + " "

@@ -1,4 +1,4 @@
-"""Rows alone and in company: what the model says of a token must depend on nothing but the tokens before it."""
+"""Rows alone and in a batch: the logits of a token must depend on nothing but the tokens before it."""
 
 from __future__ import annotations
 
@@ -16,133 +16,132 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pytest_sftguard.engine.adapter.adapters import eager
 from pytest_sftguard.engine.after import forwards
-from pytest_sftguard.engine.looks import InapplicableError, Look, Scene
+from pytest_sftguard.engine.looks import InapplicableError, Look
+from pytest_sftguard.engine.stages import Started, Trained
 from pytest_sftguard.records import ComparisonRecord, ContextRecord, Names
 
 _MICRO_BATCHES = 2
 _ROWS = 4
-"""Of each micro-batch: every row costs a forward pass of its own, under each attention."""
+"""Rows of each micro-batch: every row costs one forward pass per attention implementation."""
 _LEAST_WIDTH = 16
 """Below 16 tokens sdpa on a CPU hides NaN (pytorch#141128)."""
 _OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict", "fused_lm_head")
-"""Arguments that are left out: they choose what is computed of the logits, or in which form it comes; the last one is
-TRL's, for a loss without them."""
+"""Arguments that are left out: they choose which logits are computed, or their form. The last one is TRL's, for a loss
+without logits."""
 _SCORES = 1 << 28
-"""Scores that are kept of the rows alone, 1 GB in float32: rows beyond are not compared, but for the first."""
+"""Logits of single rows that are kept, 1 GB in float32: rows beyond are not compared, except for the first."""
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
-class Context(Look):
-    """Gives rows of the training to the trained model as they were, alone, and padded on either side."""
+class Context(Look[Trained]):
+    """Runs the trained model on rows of the training as they were batched, alone, and padded on either side."""
 
-    needs = "trained"
-
-    def __init__(self) -> None:
+    def attach(self, started: Started) -> None:
+        """Remember what the model is given in training: the Trainer may drop or change what was collated."""
         self._given: list[dict[str, Any]] = []
         self._hooks: list[Any] = []
-
-    def attach(self, scene: Scene) -> None:
-        """Remember what the model is given in training: the Trainer may leave out or change what was collated."""
-        assert scene.trainer is not None
 
         def remember(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
             if module.training and len(self._given) < _MICRO_BATCHES and torch.is_grad_enabled():
                 self._given.append(_as_given(module, args, kwargs))
-                if len(self._given) == _MICRO_BATCHES:
-                    self._detach()
 
-        if not scene.trainer.args.torch_compile:  # a hook would be compiled too
-            self._hooks.append(scene.trainer.model.register_forward_pre_hook(remember, with_kwargs=True))
+        # a hook would be compiled too
+        if not started.trainer.args.torch_compile:
+            self._hooks.append(started.trainer.model.register_forward_pre_hook(remember, with_kwargs=True))
 
-    def conclude(self, scene: Scene) -> dict[str, Any]:
-        """Compare, and look at the buffers of rotary frequencies and at masks."""
-        self._detach()
-        assert scene.trainer is not None
-        trained: Any = scene.trained_model
-        if not self._given and scene.watch is not None:  # a compiled model, or one that is called past its hooks
-            batches = scene.watch.batches[:_MICRO_BATCHES]
+    def conclude(self, reached: Trained) -> dict[str, Any]:
+        """Compare logits, and check rotary frequencies and masks."""
+        for hook in self._hooks:
+            hook.remove()
+        trained: Any = reached.trained_model
+        # the model was compiled, or its forward method was called without its hooks
+        if not self._given:
             accepted = forwards.accepts(trained)
-            self._given = [_as_given(trained, (), {k: v for k, v in b.items() if k in accepted}) for b in batches]
+            self._given = [
+                _as_given(trained, (), {k: v for k, v in batch.items() if k in accepted})
+                for batch in reached.batches[:_MICRO_BATCHES]
+            ]
         low, count, error = _rotary(trained)
         masks = [m for given in self._given for m in given.values() if isinstance(m, Tensor) and m.ndim == 4]
         record = ContextRecord(
-            arithmetic="", asked=0, rotary=count, low_rotary=low, rotary_error=error, masks=len(masks),
-            blind_queries=sum(map(_blind, masks)), left_out=_incomparable(trained, self._given),
-        )  # fmt: skip
+            arithmetic="",
+            asked=0,
+            rotary=count,
+            low_rotary=low,
+            rotary_error=error,
+            masks=len(masks),
+            blind_queries=sum(map(_blind, masks)),
+            left_out=_incomparable(trained, self._given),
+        )
         if record.left_out:
             if not count:
                 raise InapplicableError(record.left_out)
             return {"context": record}
-        with forwards.evaluating(trained):
-            record = dataclasses.replace(record, overflowed=self._overflowed(trained, scene))
-        flash = "flash" in forwards.attention_of(trained)  # has no float32
-        autocast: Any = scene.trainer.accelerator.autocast if flash else contextlib.nullcontext
-        model, arithmetic = forwards.widened(trained, scene.mode)
-        if flash:
-            arithmetic = scene.mode.compute_dtype
+        autocast: Any = reached.trainer.accelerator.autocast
+        with forwards.evaluating(trained), autocast():
+            record = dataclasses.replace(record, overflowed=self._overflowed(trained))
+        model, arithmetic = forwards.widened(trained, reached.mode)
+        # flash attention has no float32
+        if "flash" in forwards.attention_of(trained):
+            arithmetic = reached.mode.compute_dtype
+        else:
+            autocast = contextlib.nullcontext
         record = dataclasses.replace(record, arithmetic=arithmetic)
         if arithmetic in ("bfloat16", "float16") and forwards.has_experts(model):
-            return {"context": dataclasses.replace(record, left_out="experts are chosen otherwise by a rounding")}
-        separators = _separators(model, scene.trainer)
+            return {"context": dataclasses.replace(record, left_out="rounding changes which experts are chosen")}
+        separators = _separators(model, reached.trainer)
         comparisons: list[ComparisonRecord] = []
         with forwards.evaluating(model), autocast():
             for given in self._given:
-                comparisons += _Company(model, given, separators).compare()
+                comparisons += _Batch(model, given, separators).compare()
         return {"context": dataclasses.replace(record, asked=len(comparisons), comparisons=tuple(comparisons))}
 
-    def _overflowed(self, model: Any, scene: Scene) -> int:
-        assert scene.trainer is not None
+    def _overflowed(self, model: Any) -> int:
         bad = 0
-        with scene.trainer.accelerator.autocast():
-            for given in self._given:
-                company = _Company(model, given, set())
-                logits = company.forward(**given)
-                bad += sum(int(forwards.nonfinite(logits[s.row, s.places]).sum()) for s in company.segments)
+        for given in self._given:
+            batch = _Batch(model, given, set())
+            logits = batch.forward(**given)
+            bad += sum(int(forwards.nonfinite(logits[s.row, s.places]).sum()) for s in batch.segments)
         return bad
-
-    def _detach(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
 
 
 def _as_given(model: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward pass without its labels, and with the cache that it would have used spelled out."""
+    """Return the arguments of a forward pass without labels, with `use_cache` made explicit."""
     given = {k: v for k, v in kwargs.items() if k not in _OF_THE_LOSS}
     if args and isinstance(args[0], Tensor):
         given.setdefault("input_ids", args[0])
     if "use_cache" in forwards.accepts(model) and "use_cache" not in given:
-        # a cache keeps transformers from telling packs by their positions; checkpointing does without one
+        # with a cache, transformers does not recognise packed rows by their positions; checkpointing uses none
         without = forwards.checkpointing(model)
         given["use_cache"] = not without and bool(getattr(forwards.inner(model).config, "use_cache", False))
     return given
 
 
 def _incomparable(model: Any, given: list[dict[str, Any]]) -> str:
-    """Why the rows of this model have nothing to be compared with; empty where they have."""
+    """Return why the rows of this model cannot be compared; empty where they can."""
     config = getattr(forwards.inner(model), "config", None)
     rope = getattr(config, "rope_parameters", None) or {}
     if not given:
         return "no forward pass of the model was seen in training"
     if not all(isinstance(g.get("input_ids"), Tensor) and g["input_ids"].ndim == 2 for g in given):
-        return "the model is given something else than rows of input_ids"
-    kind = type(forwards.inner(model))
-    generates = hasattr(kind, "prepare_inputs_for_generation") and "MaskedLM" not in kind.__name__
+        return "the model is not given rows of input_ids"
+    model_class = type(forwards.inner(model))
+    generates = hasattr(model_class, "prepare_inputs_for_generation") and "MaskedLM" not in model_class.__name__
     if not generates or getattr(config, "is_encoder_decoder", False):
-        return "the model is no causal language model: its outputs are not one for each token, from those before it"
+        return "the model is not a causal language model: it does not predict each token from those before it"
     if rope.get("rope_type") in _LENGTH_DEPENDENT:
-        return f"rotary frequencies of the type {rope['rope_type']} follow the length of the batch by design"
+        return f"rotary frequencies of the type {rope['rope_type']} depend on the length of the batch by design"
     if any("capacity" in name for name in vars(config)):
-        return "experts of limited capacity leave out tokens by what else is in the batch, by design"
+        return "experts of limited capacity drop tokens depending on the rest of the batch, by design"
     if any(g["position_ids"].ndim != 2 for g in given if isinstance(g.get("position_ids"), Tensor)):
-        return "positions of several dimensions are not known to restart"
+        return "positions of several dimensions do not show where packed sequences begin"
     return ""
 
 
 def _separators(model: Any, trainer: Any) -> set[int]:
-    """Ids that begin a row and nothing else, so that one in the middle of a row tells of a pack.
+    """Return the ids that begin a sequence and nothing else: one in the middle of a row shows that the row is packed.
 
-    A chat template that writes one at every turn makes rows of several turns, and no packs.
+    A chat template that writes such an id at every turn makes rows of several turns, not packed ones.
     """
     config = forwards.inner(model).config
     bos = getattr(config, "bos_token_id", None)
@@ -162,7 +161,8 @@ def _of_every_turn(tokenizer: Any, bos: int) -> bool:
     turns = [{"role": r, "content": "a"} for r in ("user", "assistant", "user", "assistant")]
     try:
         ids = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
-    except Exception:  # a template may refuse anything
+    # a template may refuse anything
+    except Exception:
         return True
     return list(ids).count(bos) > 1
 
@@ -172,12 +172,15 @@ class _Segment:
     """Tokens of one row that belong together."""
 
     row: int
+    """The row of the batch."""
     places: Tensor
+    """Places of the tokens in the row, of shape (tokens,)."""
     packed: bool
+    """Whether the row holds other segments beside it."""
 
 
-class _Company:
-    """One micro-batch as it was given, and its rows apart."""
+class _Batch:
+    """One micro-batch as the model was given it, and its rows alone."""
 
     def __init__(self, model: Any, given: dict[str, Any], separators: set[int]) -> None:
         self.model, self.given = model, given
@@ -193,7 +196,7 @@ class _Company:
         self.reference: list[Tensor] = []
 
     def compare(self) -> Iterator[ComparisonRecord]:
-        """As trained on, and padded on either side, under the model's own attention and under eager."""
+        """Compare rows as trained on, and padded on either side, under the model's own attention and under eager."""
         with torch.no_grad():
             self.reference = [self._alone(s) for s in self.segments]
             own = forwards.attention_of(self.model)
@@ -215,7 +218,7 @@ class _Company:
 
     @property
     def _exotic(self) -> bool:
-        """Whether rows cannot be taken out of the batch, as what is said of them there is not told by row."""
+        """Whether rows cannot be taken out of the batch, because its mask does not have one line per row."""
         return isinstance(self.mask, Tensor) and self.mask.ndim != 2
 
     def _compared(self, setting: str, attention: str, rows: list[Tensor]) -> ComparisonRecord:
@@ -226,21 +229,27 @@ class _Company:
             if not far.item() <= largest:
                 largest, where = far.item(), f"row {segment.row}, token {segment.places[at].item()}"
         return ComparisonRecord(
-            setting=setting, attention=attention, rows=len(rows), packed=sum(s.packed for s in self.segments),
-            nonfinite=bad, max_change=largest, where=where,
-        )  # fmt: skip
+            setting=setting,
+            attention=attention,
+            rows=len(rows),
+            packed=sum(s.packed for s in self.segments),
+            nonfinite=bad,
+            max_change=largest,
+            where=where,
+        )
 
     def _alone(self, segment: _Segment) -> Tensor:
         places = segment.places
-        if self._exotic:  # its own mask says what belongs together
+        # its own mask says which tokens belong together
+        if self._exotic:
             row = slice(segment.row, segment.row + 1)
-            cut = {k: v[row] if _by_row(v, self.ids) else v for k, v in self.given.items()}
-            return self.forward(**cut)[0, places]
-        more = {k: v[segment.row, places][None] for k, v in self._told_by_token()}
+            alone = {k: v[row] if _by_row(v, self.ids) else v for k, v in self.given.items()}
+            return self.forward(**alone)[0, places]
+        more = {k: v[segment.row, places][None] for k, v in self._per_token()}
         return self.forward(input_ids=self.ids[segment.row, places][None], **more, **self._switches())[0]
 
     def _padded(self, side: str) -> list[Tensor]:
-        """The segments in one batch, padded on `side`, with at least three tokens of padding to each."""
+        """Run the segments in one batch, padded on `side` with at least three tokens each."""
         width = max(_LEAST_WIDTH, max(len(s.places) for s in self.segments) + 3)
         count = len(self.segments)
         ids = self.ids.new_full((count, width), self.pad)
@@ -252,7 +261,7 @@ class _Company:
             ids[i, spans[-1]] = self.ids[s.row, s.places]
             mask[i, spans[-1]] = 1
         more: dict[str, Tensor] = {}
-        for key, value in self._told_by_token():
+        for key, value in self._per_token():
             more[key] = value.new_zeros((count, width))
             for i, s in enumerate(self.segments):
                 more[key][i, spans[i]] = value[s.row, s.places]
@@ -261,8 +270,8 @@ class _Company:
         logits = self.forward(input_ids=ids, attention_mask=mask, **more, **self._switches())
         return [logits[i, span] for i, span in enumerate(spans)]
 
-    def _told_by_token(self) -> list[tuple[str, Tensor]]:
-        """What was given beside the ids for each token, such as positions, or the kinds of tokens."""
+    def _per_token(self) -> list[tuple[str, Tensor]]:
+        """Return the arguments with one value per token beside the ids, such as positions or token types."""
         named = [(k, v) for k, v in self.given.items() if k not in ("input_ids", "attention_mask")]
         found = [(k, v) for k, v in named if isinstance(v, Tensor) and v.shape == self.ids.shape]
         if self.positions is not None and "position_ids" not in dict(found):
@@ -273,7 +282,7 @@ class _Company:
         return {k: v for k, v in self.given.items() if isinstance(v, bool)}
 
     def forward(self, **given: Any) -> Tensor:
-        """The logits of every token."""
+        """Return the logits, of shape (rows, tokens, vocabulary)."""
         logits: Tensor = self.model(**given).logits
         return logits
 
@@ -287,7 +296,7 @@ class _Company:
             yield _Segment(row, places[begin:end], packed=bool(starts))
 
     def _attended(self, row: int) -> Tensor:
-        """The places of a row that hold tokens, and no padding."""
+        """Return the places of a row that do not hold padding."""
         ids = self.ids[row]
         if isinstance(self.mask, Tensor) and self.mask.ndim == 2 and self.mask.shape == self.ids.shape:
             return self.mask[row].nonzero()[:, 0]
@@ -297,13 +306,13 @@ class _Company:
         return torch.arange(int(held[0]), int(held[-1]) + 1, device=ids.device) if len(held) else held
 
     def _starts(self, row: int, places: Tensor, separators: set[int]) -> list[int]:
-        """Where, among `places`, another sequence begins: positions start again, or the mask counts, or by BOS."""
+        """Return where, among `places`, another sequence begins, by its positions, the mask's numbers, or a BOS."""
         ids, count = self.ids[row, places].tolist(), len(places)
         if self.positions is not None:
             at = self.positions[row, places]
             restarts = ((at[1:] - at[:-1]) != 1).nonzero()[:, 0] + 1
             if len(restarts):
-                # one position for all, or positions that jump, are no packs
+                # one position for all, or positions that jump, do not make a packed row
                 return [int(i) for i in restarts] if bool((at[restarts] == at[0]).all()) else []
         if isinstance(self.mask, Tensor) and self.mask.ndim == 2 and int(self.mask[row].max()) > 1:
             held = self.mask[row, places]
@@ -327,7 +336,7 @@ def _padding(model: Any) -> int:
 
 
 def _ends(model: Any) -> set[Any]:
-    """Ids with which padding must not be mixed up: of the ends and the beginning; everything where none is known."""
+    """Return the ids that begin or end a sequence; also the padding id, where the model does not declare it."""
     config = forwards.inner(model).config
     pad = getattr(config, "pad_token_id", None)
     end = getattr(config, "eos_token_id", None)
@@ -336,13 +345,13 @@ def _ends(model: Any) -> set[Any]:
 
 
 def _blind(mask: Tensor) -> int:
-    """How many rows of a mask of shape (rows, heads, queries, keys) let a query see no key."""
+    """Return how many queries of a mask of shape (rows, heads, queries, keys) may see no key."""
     seen = mask if mask.dtype == torch.bool else ~torch.isneginf(mask) if mask.is_floating_point() else mask != 0
     return int((~seen.any(-1)).sum())
 
 
 def _rotary(model: nn.Module) -> tuple[Names, int, float]:
-    """Buffers of rotary frequencies that are in half precision, how many there are, and the largest relative error."""
+    """Return the rotary buffers in half precision, the number of all, and their largest relative error."""
     low, count, error = [], 0, 0.0
     for name, module in model.named_modules():
         for key, buffer in module.named_buffers(recurse=False):
@@ -357,16 +366,18 @@ def _rotary(model: nn.Module) -> tuple[Names, int, float]:
 
 
 def _error(module: Any, buffer: Tensor) -> float:
-    """Relative distance of frequencies from those that the architecture computes; 0 where that is not known."""
-    config, kind = getattr(module, "config", None), getattr(module, "rope_type", None)
-    compute = ROPE_INIT_FUNCTIONS.get(str(kind), getattr(module, "compute_default_rope_parameters", None))
-    if config is None or compute is None or kind in _LENGTH_DEPENDENT:
+    """Return the relative error of frequencies against the architecture's; 0 where those are not known."""
+    config, rope_type = getattr(module, "config", None), getattr(module, "rope_type", None)
+    compute = ROPE_INIT_FUNCTIONS.get(str(rope_type), getattr(module, "compute_default_rope_parameters", None))
+    if config is None or compute is None or rope_type in _LENGTH_DEPENDENT:
         return 0.0
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # transformers 5.17 takes the device, and warns of it
+            # transformers 5.17 takes the device, and warns of it
+            warnings.simplefilter("ignore", FutureWarning)
             wanted = compute(config, device=buffer.device)[0].to(buffer)
-    except Exception:  # an architecture of another make
+    # an architecture with another signature
+    except Exception:
         return 0.0
     if wanted.shape != buffer.shape:
         return 0.0

@@ -2,78 +2,75 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from pytest_sftguard.engine.after import forwards
-from pytest_sftguard.engine.looks import InapplicableError, Look, Scene
+from pytest_sftguard.engine.data.rows import IGNORED
+from pytest_sftguard.engine.looks import InapplicableError, Look
+from pytest_sftguard.engine.stages import Started, Trained
 from pytest_sftguard.records import EvaluationRecord, Names
 
 _BATCHES = 32
-"""Batches of each evaluation set that are looked at after the training."""
-_IGNORED = -100
+"""Batches of each evaluation set that are evaluated after the training."""
 
 
-class Evaluation(Look):
+class Evaluation(Look[Trained]):
     """Watches the evaluations of the training, and evaluates once more after it."""
-
-    needs = "trained"
 
     def __init__(self) -> None:
         self._seen: list[Tensor | None] = []
 
-    def attach(self, scene: Scene) -> None:
-        """Look at what `prediction_step` returns, from which the Trainer makes its mean."""
-        trainer: Any = scene.trainer
-        trainer.prediction_step = self._watched(trainer.prediction_step)
+    def attach(self, started: Started) -> None:
+        """Read what `prediction_step` returns, which the Trainer averages."""
+        trainer: Any = started.trainer
+        trainer.prediction_step = partial(self._watched, trainer.prediction_step)
 
-    def _watched(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            loss = result[0] if isinstance(result, tuple) else result
-            self._seen.append(_bad(loss))
-            return result
+    def _watched(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        self._seen.append(_bad(result[0] if isinstance(result, tuple) else result))
+        return result
 
-        return wrapped
-
-    def conclude(self, scene: Scene) -> dict[str, Any]:
-        """Evaluate, a bounded number of batches of each set, and look at what the training's evaluations left."""
-        trainer: Any = scene.trainer
+    def conclude(self, reached: Trained) -> dict[str, Any]:
+        """Evaluate a bounded number of batches of each set, and read what the training's evaluations left."""
+        trainer: Any = reached.trainer
         trainer.__dict__.pop("prediction_step", None)
         sets = _sets(trainer)
         if not sets:
             raise InapplicableError("the target's Trainer has no eval_dataset")
-        in_training, self._seen = self._seen, []
+        in_training, after = self._seen, []
         rows = unlabelled = 0
         for name, dataset in sets.items():
             for batch in _batches(trainer, name, dataset):
                 labels = batch.get("labels")
                 if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point():
                     rows += len(labels)
-                    unlabelled += int((labels[:, 1:] == _IGNORED).all(1).sum())
-                self._seen.append(_loss_of(trainer, scene, batch))
+                    unlabelled += int((labels[:, 1:] == IGNORED).all(1).sum())
+                after.append(_loss_of(trainer, batch))
         losses, best = _logged(trainer)
-        flags = [("in the training's evaluations", s) for s in in_training] + [
-            ("after the training", s) for s in self._seen
+        bad = [
+            f"batch {i} {when}"
+            for when, flags in (("in the training's evaluations", in_training), ("after the training", after))
+            for i, flag in enumerate(flags, 1)
+            if flag is not None and bool(flag)
         ]
-        bad = [f"batch {i} {when}" for when, group in itertools.groupby(flags, lambda f: f[0])
-               for i, (_, flag) in enumerate(group, 1) if flag is not None and bool(flag)]  # fmt: skip
         return {
             "evaluation": EvaluationRecord(
-                batches=len(self._seen),
+                batches=len(after),
                 batches_in_training=len(in_training),
                 nonfinite=len(bad),
                 first_nonfinite=bad[0] if bad else "",
-                without_loss=sum(s is None for s in self._seen),
+                without_loss=sum(s is None for s in after),
                 rows=rows,
                 unlabelled=unlabelled,
-                nonfinite_losses=Names.of(n for n, values in losses.items() if n.endswith("loss") and _any_bad(values)),
+                nonfinite_losses=Names.of(
+                    n for n, values in losses.items() if n.endswith("loss") and not all(map(math.isfinite, values))
+                ),
                 never_finite=Names.of(n for n, values in losses.items() if not any(map(math.isfinite, values))),
                 best_metric_finite=best is None or math.isfinite(best),
             )
@@ -92,8 +89,8 @@ def _batches(trainer: Any, name: str, dataset: Any) -> Iterator[Any]:
     return itertools.islice(iter(loader), _BATCHES)
 
 
-def _loss_of(trainer: Any, scene: Scene, batch: Any) -> Tensor | None:
-    """Whether the loss of one batch is not finite, in the training's arithmetic; None where there is no loss."""
+def _loss_of(trainer: Any, batch: Any) -> Tensor | None:
+    """Return whether the loss of one batch is not finite, in the training's arithmetic; None where it has no loss."""
     model = trainer.model
     with forwards.evaluating(model), trainer.accelerator.autocast():
         return _bad(trainer.prediction_step(model, batch, prediction_loss_only=True)[0])
@@ -104,7 +101,7 @@ def _bad(loss: Any) -> Tensor | None:
 
 
 def _logged(trainer: Any) -> tuple[dict[str, list[float]], float | None]:
-    """Every metric of the training's evaluations, by its name, and the best one."""
+    """Return every metric of the training's evaluations by its name, and the best metric."""
     metrics: dict[str, list[float]] = {}
     for line in trainer.state.log_history:
         for name, value in line.items():
@@ -112,7 +109,3 @@ def _logged(trainer: Any) -> tuple[dict[str, list[float]], float | None]:
                 metrics.setdefault(name, []).append(float(value))
     best = trainer.state.best_metric
     return metrics, None if best is None else float(best)
-
-
-def _any_bad(values: list[float]) -> bool:
-    return not all(map(math.isfinite, values))

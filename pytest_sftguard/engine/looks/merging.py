@@ -1,10 +1,8 @@
-"""Merging the adapter into its base: the same logits, also after saving, and no other tensor changed.
-
-The last look of a run: what it merges is not the model with an adapter any more.
-"""
+"""Merging the adapter into its base must keep the logits, also after saving, and change no other tensor."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import shutil
 import traceback
@@ -18,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from pytest_sftguard.engine.adapter.adapters import eager, lora_layers
-from pytest_sftguard.engine.looks import InapplicableError, Look, Scene
+from pytest_sftguard.engine.looks import InapplicableError, Look
+from pytest_sftguard.engine.stages import Reloaded
 from pytest_sftguard.engine.surroundings.errors import first_line
 from pytest_sftguard.engine.tensors.reductions import digests, dtype_name
 from pytest_sftguard.records import MergeRecord, Names
@@ -27,31 +26,33 @@ _PREFIX = "base_model.model."
 _WRAPPERS = (".base_layer", ".token_adapter")
 
 
-class Merging(Look):
+class Merging(Look[Reloaded]):
     """Merges the reloaded model, in place: a copy would need its memory twice."""
 
-    needs = "reloaded"
+    last = True
 
-    def conclude(self, scene: Scene) -> dict[str, Any]:
-        """Logits before and after, the weights that changed, and the same from a file."""
-        model: Any = scene.reloaded
-        _refuse(model)
-        with warnings.catch_warnings():  # peft warns of ties, which are looked at here
+    def conclude(self, reached: Reloaded) -> dict[str, Any]:
+        """Compare logits and weights before and after, and the logits of the saved model."""
+        _refuse(reached.reloaded_model)
+        # peft warns of tied weights, which this look compares
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return {"merge": self._merge(scene, model)}
+            return {"merge": self._merge(reached)}
 
-    def _merge(self, scene: Scene, model: Any) -> MergeRecord:
-        assert scene.watch is not None
-        probe = _probe(scene.watch.batches)
+    def _merge(self, reached: Reloaded) -> MergeRecord:
+        model: Any = reached.reloaded_model
+        inputs = _inputs(reached.batches)
         layers = {n: m for n, m in lora_layers(model).items() if hasattr(m, "merge") and hasattr(m, "merged_adapters")}
-        unmerged = _logits(model, probe)
+        unmerged = _logits(model, inputs)
         changes = {n: _change(layer) for n, layer in _outermost(layers)}
         targets = tuple(f"{_plain(n)}." for n in layers)
-        before = _digests(model, model.active_adapters[0])  # no forward pass from here to `after`: it may write buffers
-        merged = _merged(model)
+        # no forward pass from here to `after`: it may write buffers
+        before = _digests(model, model.active_adapters[0])
+        with _peft_may_refuse():
+            merged = model.merge_and_unload().eval()
         after = {n: d for n, d in _digests(merged, "").items() if not f"{n}.".startswith(targets)}
-        logits = _logits(merged, probe)
-        again, not_saved = _saved_and_loaded(merged, scene.folder / "merged", probe)
+        logits = _logits(merged, inputs)
+        again, not_saved = _saved_and_loaded(merged, reached.folder / "merged", inputs)
         return MergeRecord(
             layers=len(layers),
             dtype=_narrowest(changes.values()),
@@ -66,83 +67,75 @@ class Merging(Look):
 
 @dataclass
 class _Change:
-    """What merging does to the weights of a layer, and what it ought to do."""
+    """How merging changes the weights of a layer, and how it would without rounding."""
 
     dtype: torch.dtype
     """Type of the weights."""
     weights: int = 0
-    """Weights that ought to change."""
+    """Weights that would change without rounding."""
     unchanged: int = 0
-    """Those of them that stay."""
+    """Those of them that do not change."""
     kept: float = 0.0
-    """Product of what happens with what ought to."""
+    """Scalar product of the change and the change without rounding."""
     wanted: float = 0.0
-    """Square of what ought to happen."""
+    """Squared norm of the change without rounding."""
 
 
 def _refuse(model: Any) -> None:
-    """Raise InapplicableError where there is no merging, with the reason."""
+    """Raise InapplicableError where the model cannot be merged, with the reason."""
     if not hasattr(getattr(model, "base_model", None), "merge_and_unload"):
         raise InapplicableError(f"an adapter of type {type(model.base_model).__name__} cannot be merged")
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
-        raise InapplicableError("the base is quantised: merging would round its weights anew")
+        raise InapplicableError("the base is quantised: merging would round its weights again")
 
 
-def _merged(model: Any) -> Any:
-    with _peft_may_refuse():
-        return model.merge_and_unload().eval()
+@contextlib.contextmanager
+def _peft_may_refuse() -> Iterator[None]:
+    """Turn an exception of peft itself into an InapplicableError with its reason."""
+    try:
+        yield
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1].filename
+        if "peft" not in Path(where).parts:
+            raise
+        reason = f"{type(error).__name__}: {first_line(error)[:200]}"
+        raise InapplicableError(f"peft does not merge it: {reason}") from error
 
 
-class _peft_may_refuse:  # noqa: N801 # reads as the context that it is
-    """Turns what peft itself raises into an InapplicableError with its reason."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, Exception):
-            where = traceback.extract_tb(trace)[-1].filename
-            if "peft" in Path(where).parts:
-                said = f"{type(error).__name__}: {first_line(error)[:200]}"
-                raise InapplicableError(f"peft does not merge it: {said}") from error
-
-
-def _probe(batches: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """The first micro-batch that was trained on, at least 16 tokens long, as the kernels of a CPU hide NaN below."""
-    inputs = {
-        k: v for k, v in (batches[0] if batches else {}).items()
-        if isinstance(v, Tensor) and k in ("input_ids", "attention_mask")
-    }  # fmt: skip
+def _inputs(batches: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Return the first micro-batch that was trained on, repeated to 16 tokens: with fewer, sdpa on a CPU hides NaN."""
+    first = batches[0] if batches else {}
+    inputs = {k: v for k in ("input_ids", "attention_mask") if isinstance(v := first.get(k), Tensor)}
     if "input_ids" not in inputs:
         raise InapplicableError("no micro-batch with input_ids was seen")
     repeats = -(-16 // inputs["input_ids"].shape[1])
     return {k: v.repeat(1, repeats) for k, v in inputs.items()}
 
 
-def _logits(model: Any, probe: dict[str, Tensor]) -> Tensor:
+def _logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     with torch.no_grad(), eager(model):
-        logits: Tensor = model(**probe).logits
+        logits: Tensor = model(**inputs).logits
     return logits.float()
 
 
 def _outermost(layers: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """The layers that no other one wraps: an adapter of two parameters of one module wraps it twice."""
+    """Yield the layers that no other wraps: an adapter of two parameters of one module wraps it twice."""
     for name, layer in layers.items():
         if not any(name.startswith(f"{other}.base_layer") for other in layers):
             yield name, layer
 
 
 def _change(layer: Any) -> _Change:
-    """Merge two copies of a layer, one of them in a type that swallows nothing, and compare."""
+    """Merge a copy of a layer, and one in a wider type, which rounds nothing away; compare both with the layer."""
     own = _weights(layer)
     narrow = min((w.dtype for w in own.values()), key=lambda d: torch.finfo(d).bits, default=torch.float32)
     wide = torch.float64 if narrow is torch.float32 else torch.float32
     with _peft_may_refuse(), torch.no_grad():
-        happens, ought = copy.deepcopy(layer), copy.deepcopy(layer).to(wide)
-        happens.merge()
-        ought.merge()
+        merged, exact = copy.deepcopy(layer), copy.deepcopy(layer).to(wide)
+        merged.merge()
+        exact.merge()
     change = _Change(narrow)
-    wanted, found = _weights(ought), _weights(happens)
+    wanted, found = _weights(exact), _weights(merged)
     for name, start in own.items():
         due, done = wanted[name].double() - start.double(), found[name].double() - start.double()
         change.weights += int(due.count_nonzero())
@@ -153,7 +146,7 @@ def _change(layer: Any) -> _Change:
 
 
 def _weights(layer: Any) -> dict[str, Tensor]:
-    """The floating-point parameters of the layer below all adapters."""
+    """Return the floating-point parameters of the layer below all adapters."""
     inner = layer
     while hasattr(inner, "base_layer"):
         inner = inner.base_layer
@@ -165,7 +158,7 @@ def _narrowest(changes: Any) -> str:
 
 
 def _survived(changes: dict[str, _Change]) -> dict[str, Any]:
-    """What share of the change is in the merged weights; nothing where the adapter changes none."""
+    """Return which share of the change is in the merged weights; nothing where the adapter changes none."""
     weights, wanted = sum(c.weights for c in changes.values()), sum(c.wanted for c in changes.values())
     if not weights or not wanted > 0 or wanted == float("inf"):
         return {}
@@ -178,37 +171,38 @@ def _survived(changes: dict[str, _Change]) -> dict[str, Any]:
 
 
 def _digests(model: nn.Module, adapter: str) -> dict[str, str]:
-    """Digests of all tensors under the names that they have in the merged model, those of the adapter left out."""
+    """Return digests of all tensors but the adapter's, by the names that they have in the merged model."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     trained = {_plain(n.partition(".modules_to_save.")[0]) for n, _ in named if ".modules_to_save." in n}
     kept: dict[str, Tensor] = {}
     for name, tensor in named:
         plain = _plain(name).replace(f".modules_to_save.{adapter}.", ".")
         holder = plain.partition(".original_module")[0]
+        # another adapter's tensor, or one that a trained module replaces
         if ".modules_to_save." in plain or (".original_module" in plain and holder in trained):
-            continue  # another adapter's, or what the trained module replaces
+            continue
         kept[plain] = tensor
     return digests(kept.items())
 
 
 def _plain(name: str) -> str:
-    """The name without what peft puts in."""
+    """Return the name without the parts that peft adds."""
     name = name.removeprefix(_PREFIX)
     for part in _WRAPPERS:
         name = name.replace(part, "")
     return name
 
 
-def _saved_and_loaded(model: Any, folder: Path, probe: dict[str, Tensor]) -> tuple[Tensor | None, str]:
-    """Logits of the merged model after saving and loading; or the reason why that was not done."""
-    kind = type(model)
-    if not hasattr(kind, "from_pretrained") or not hasattr(model, "save_pretrained"):
-        return None, f"a {kind.__name__} has no save_pretrained"
+def _saved_and_loaded(model: Any, folder: Path, inputs: dict[str, Tensor]) -> tuple[Tensor | None, str]:
+    """Return the logits of the merged model after saving and loading, or None and why that was not done."""
+    model_class = type(model)
+    if not hasattr(model_class, "from_pretrained") or not hasattr(model, "save_pretrained"):
+        return None, f"a {model_class.__name__} has no save_pretrained"
     shapes = {n: tuple(t.shape) for n, t in model.state_dict().items()}
     with torch.device("meta"):
-        built = {n: tuple(t.shape) for n, t in kind(copy.deepcopy(model.config)).state_dict().items()}
+        built = {n: tuple(t.shape) for n, t in model_class(copy.deepcopy(model.config)).state_dict().items()}
     if shapes != built:
-        return None, f"a {kind.__name__} made from the model's configuration has other tensors"
+        return None, f"a {model_class.__name__} made from the model's configuration has other tensors"
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     folder.mkdir(parents=True, exist_ok=True)
     if 2 * size > shutil.disk_usage(folder).free:
@@ -216,7 +210,7 @@ def _saved_and_loaded(model: Any, folder: Path, probe: dict[str, Tensor]) -> tup
     first = next(iter(model.parameters()))
     model.save_pretrained(str(folder))
     try:
-        loaded = kind.from_pretrained(str(folder), dtype=first.dtype).to(first.device).eval()
+        loaded = model_class.from_pretrained(str(folder), dtype=first.dtype).to(first.device).eval()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return _logits(loaded, probe), ""
+    return _logits(loaded, inputs), ""

@@ -1,4 +1,4 @@
-"""One micro-batch computed twice: as the training computes it, and plainly, kernel by kernel."""
+"""One micro-batch computed twice: as the training computes it, and with plain kernels and a plain loss."""
 
 from __future__ import annotations
 
@@ -14,52 +14,53 @@ from torch.nn import functional
 
 from pytest_sftguard.engine.adapter.adapters import eager, trainables
 from pytest_sftguard.engine.after import forwards
-from pytest_sftguard.engine.looks import InapplicableError, Look, Scene
+from pytest_sftguard.engine.data.rows import IGNORED
+from pytest_sftguard.engine.looks import InapplicableError, Look
+from pytest_sftguard.engine.stages import Started
 from pytest_sftguard.records import Names, PathRecord, PathsRecord
 
 _LOSS_RTOL = 1e-5
-"""How near the Trainer's loss must be to the cross-entropy of the same logits, to be taken for it.
+"""Largest relative difference at which the Trainer's loss counts as the cross-entropy of the same logits.
 
-Measured, they are 1e-7 apart in every precision; an auxiliary term of a loss of one's own made 4e-4.
+Measured: 1e-7 in every precision, and 4e-4 with the auxiliary term of a target's own loss.
 """
 _SMALL = 1e-3
-"""Gradients whose norm is below this share of the largest are compared at that scale: they are sums that cancel."""
-_IGNORED = -100
+"""Share of the largest gradient norm below which the error is taken relative to that share: such sums cancel."""
 
 
 class _Done(BaseException):
-    """Ends the training of the look's own model; nothing catches it on the way."""
+    """Ends the training of the look's own model; no `except Exception` catches it."""
 
 
-class Paths(Look):
-    """Builds the target anew, begins its training, and computes loss and gradients where its first step would."""
+class Paths(Look[Started]):
+    """Builds the target again, starts its training, and computes loss and gradients in place of the first step."""
 
-    def conclude(self, scene: Scene) -> dict[str, Any]:
+    def conclude(self, reached: Started) -> dict[str, Any]:
         """Train up to the first micro-batch, and compare there."""
-        assert scene.watch is not None
-        if not scene.watch.batches:
+        if not reached.batches:
             raise InapplicableError("no micro-batch of the training was seen")
-        batch = {k: v for k, v in scene.watch.batches[0].items() if not k.startswith("sftguard")}
-        trainer: Any = scene.build("paths", gradient_accumulation_steps=1)
+        batch = {k: v for k, v in reached.batches[0].items() if not k.startswith("sftguard")}
+        arithmetic = forwards.arithmetic(reached.mode, autocast=reached.mode.autocast)
+        trainer: Any = reached.build("paths", gradient_accumulation_steps=1)
         without_noise(trainer)
         found: list[PathsRecord] = []
         original = trainer.training_step
 
         def once(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             counted = kwargs.get("num_items_in_batch", args[0] if args else None) is not None
-            found.append(_Crossroads(trainer, scene, model, original, batch, counted).record())
+            found.append(_FirstStep(trainer, arithmetic, model, original, batch, counted).record())
             raise _Done
 
         trainer.training_step = once
         with contextlib.suppress(_Done):
             trainer.train()
         if not found:
-            raise InapplicableError("the Trainer took no training step of the usual kind")
+            raise InapplicableError("the Trainer did not call its own training_step")
         return {"paths": found[0]}
 
 
 def without_noise(trainer: Any) -> None:
-    """Take dropout and its like out of a model that nobody else uses, and have each factor matter."""
+    """Switch off dropout and other noise of a model that nobody else uses, and fill its zero factors."""
     trainer.args.neftune_noise_alpha = None
     generator = torch.Generator().manual_seed(0)
     for module in trainer.model.modules():
@@ -70,47 +71,52 @@ def without_noise(trainer: Any) -> None:
                 setattr(module, name, 0.0)
     with torch.no_grad():
         for parameter in trainables(trainer.model).values():
-            if not parameter.count_nonzero():  # lora_B: at its zero start the gradient of lora_A would be zero
+            # while lora_B is zero, so is the gradient of lora_A
+            if not parameter.count_nonzero():
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
 
 
-class _Crossroads:
-    """The model at its first step, and the ways that lead on from there."""
+class _FirstStep:
+    """The model at its first step, whose loss and gradients can be computed along several paths."""
 
     def __init__(
-        self, trainer: Any, scene: Scene, model: Any, step: Callable[..., Any], batch: dict[str, Any], counted: bool
+        self, trainer: Any, arithmetic: str, model: Any, step: Callable[..., Any], batch: dict[str, Any], counted: bool
     ) -> None:
-        self.trainer, self.scene, self.model, self.step, self.batch = trainer, scene, model, step, batch
-        self.plain = getattr(model, "_orig_mod", model)  # without compile
+        self.trainer, self.arithmetic, self.model, self.step, self.batch = trainer, arithmetic, model, step, batch
+        # without compile
+        self.plain = getattr(model, "_orig_mod", model)
         labels = batch.get("labels")
-        self.items = (labels[..., 1:] != _IGNORED).sum() if counted and isinstance(labels, Tensor) else None
-        self.arithmetic = forwards.arithmetic(scene.mode, autocast=scene.mode.autocast)
+        self.items = (labels[..., 1:] != IGNORED).sum() if counted and isinstance(labels, Tensor) else None
 
     def record(self) -> PathsRecord:
-        """Everything, on every way."""
+        """Compute the training's own path, and compare the plain ones with it."""
         attention, checkpointing = forwards.attention_of(self.plain), bool(forwards.checkpointing(self.plain))
         switched = [attention] if attention not in ("", "eager") else []
         switched += ["checkpointing"] if checkpointing else []
         switched += ["compile"] if self.plain is not self.model else []
         loss, gradients = self._own(self.model)
         record = PathsRecord(
-            arithmetic=self.arithmetic, attention=attention, switched=tuple(switched),
+            arithmetic=self.arithmetic,
+            attention=attention,
+            switched=tuple(switched),
             routed=forwards.has_experts(self.plain),
             tensors=sum(g is not None for g in gradients.values()),
-            loss=loss, nonfinite=_nonfinite(gradients), asked=0,
-        )  # fmt: skip
+            loss=loss,
+            nonfinite=_nonfinite(gradients),
+            asked=0,
+        )
         with torch.no_grad():
             usual = self._cross_entropy()
-        plain_loss = usual is not None and math.isclose(usual.item(), loss, rel_tol=_LOSS_RTOL, abs_tol=1e-6)
+        comparable = usual is not None and math.isclose(usual.item(), loss, rel_tol=_LOSS_RTOL, abs_tol=1e-6)
         paths = []
         with _plainly(self.plain):
             paths.append(_compared("plain kernels", *self._own(self.plain), gradients))
-            if plain_loss:
-                paths.append(_compared("plain loss", *self._written_out(), gradients))
+            if comparable and (plain_loss := self._cross_entropy()) is not None:
+                paths.append(_compared("plain loss", *self._backward(plain_loss), gradients))
         return dataclasses.replace(record, asked=len(paths), paths=tuple(paths))
 
     def _own(self, model: Any) -> tuple[float, dict[str, Tensor | None]]:
-        """The Trainer's own training step, under as large a loss scale as does not overflow."""
+        """Take the Trainer's own training step, with the loss scale lowered until no gradient overflows."""
         scaler = self._scaler
         while True:
             self._clear()
@@ -122,16 +128,15 @@ class _Crossroads:
                 return float(loss), gradients
             scaler._scale.fill_(max(1.0, scale / 16))
 
-    def _written_out(self) -> tuple[float, dict[str, Tensor | None]]:
-        """Loss and gradients of the cross-entropy written out."""
+    def _backward(self, loss: Tensor) -> tuple[float, dict[str, Tensor | None]]:
+        """Return a loss that was computed plainly, and its gradients."""
         self._clear()
-        loss = self._cross_entropy()
-        assert loss is not None  # it was the same as the Trainer's a moment ago
+        # torch does not type this method
         (loss * self._scale).backward()  # type: ignore[no-untyped-call]
         return loss.item(), self._gradients(self._scale)
 
     def _cross_entropy(self) -> Tensor | None:
-        """Mean cross-entropy of the next token, in float32; None where the batch or the model has no such thing."""
+        """Return the mean cross-entropy of the next token, in float32; None without such labels or logits."""
         labels = self.batch.get("labels")
         if not (isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()):
             return None
@@ -175,7 +180,7 @@ def _nonfinite(gradients: dict[str, Tensor | None]) -> Names:
 def _compared(
     name: str, loss: float, plain: dict[str, Tensor | None], gradients: dict[str, Tensor | None]
 ) -> PathRecord:
-    """The largest distance between two gradients of one tensor, of those that are finite on both ways."""
+    """Return the largest relative distance of a tensor's gradients on the two paths, where both are finite."""
     bad = {*_nonfinite(plain).first, *_nonfinite(gradients).first}
     pairs = {
         n: (g, p) for n, g in gradients.items() if (p := plain.get(n)) is not None and g is not None and n not in bad
@@ -187,16 +192,20 @@ def _compared(
         change = gap / max(p.norm().item(), floor, 1e-30)
         if not change <= largest:
             largest, tensor = change, n
-    # an expert that no token reaches has no gradient on one way, and zeros on another
+    # an expert that no token reaches may have no gradient on one path, and zeros on the other
     one_sided = [
         n
         for n, g in gradients.items()
         if (g is None) != (plain.get(n) is None) and _matters(g) | _matters(plain.get(n))
     ]
     return PathRecord(
-        name=name, loss=loss, max_change=largest, tensor=tensor, nonfinite=_nonfinite(plain),
+        name=name,
+        loss=loss,
+        max_change=largest,
+        tensor=tensor,
+        nonfinite=_nonfinite(plain),
         one_sided=Names.of(one_sided),
-    )  # fmt: skip
+    )
 
 
 def _matters(gradient: Tensor | None) -> bool:
@@ -205,7 +214,7 @@ def _matters(gradient: Tensor | None) -> bool:
 
 @contextlib.contextmanager
 def _plainly(model: Any) -> Iterator[None]:
-    """Eager attention and no checkpointing; the model is not used afterwards, but for its configuration."""
+    """Use eager attention and no checkpointing, which stays off: the model is not used afterwards."""
     for module in forwards.checkpointing(model):
         module.gradient_checkpointing = False
     with eager(model):

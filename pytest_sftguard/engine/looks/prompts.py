@@ -3,48 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import Any
 
-from pytest_sftguard.engine.looks import InapplicableError, Look, Scene
-from pytest_sftguard.engine.looks._examples import Example, Examples
-from pytest_sftguard.engine.looks._rows import Row, micro_batches, sample
-from pytest_sftguard.engine.looks.supervision import examples_of, refuse_others
+from pytest_sftguard.engine.data.examples import Example, Examples
+from pytest_sftguard.engine.data.rows import Row, micro_batches, sample
+from pytest_sftguard.engine.looks import InapplicableError, Look
+from pytest_sftguard.engine.looks.supervision import require_causal_model
+from pytest_sftguard.engine.stages import Started
 from pytest_sftguard.records import PromptsRecord
 
 _FEW = 8
-"""Fewer rows than this have ends in common by chance."""
+"""Fewer rows than this begin or end alike by chance."""
 _TEXT = 8
-"""Tokens in common that are no matter of chance, but a text that was put before or behind every question."""
+"""This many tokens in common are not chance, but a text that was put before or after every question."""
+
+_Prompts = list[list[int]]
 
 
-_Prompts = Sequence[Sequence[int]]
+class Prompts(Look[Started]):
+    """Compares token by token where rows hold the target's questions, else by how prompts begin and end."""
 
-
-class Prompts(Look):
-    """Compares token by token where a row holds one of the questions, and by their ends where none does."""
-
-    def conclude(self, scene: Scene) -> dict[str, Any]:
-        """Compare."""
-        trainer = scene.trainer
-        assert trainer is not None
-        refuse_others(trainer.model)
-        examples = examples_of(scene)
+    def conclude(self, reached: Started) -> dict[str, Any]:
+        """Compare the prompts of the rows with those of generation."""
+        trainer, examples = reached.trainer, reached.examples
+        require_causal_model(trainer.model)
         if examples is None:
             raise InapplicableError("the target asks no questions")
         pad = getattr(trainer.processing_class, "pad_token_id", None)
-        batches = micro_batches(scene.watch.batches if scene.watch else [], pad)
-        rows = _with_prompts(r for b in batches for r in b.rows)
-        if len(rows) < _FEW:  # what was trained on counts, and the data set where that is too little to go by
+        rows = _with_prompts(r for _, batch in micro_batches(reached.batches, pad) for r in batch)
+        # the rows that were trained on count; the data set's are added where those are too few
+        if len(rows) < _FEW:
             rows = _with_prompts([*rows, *sample(trainer.train_dataset, pad)])
         if not rows:
-            raise InapplicableError("no row has a prompt that is not supervised")
+            raise InapplicableError("every row supervises its prompt, or has none")
         held = examples.examples(rows)
         record = _matched(examples, held) if held else _forms(examples, rows)
         return {"prompts": PromptsRecord(questions=len(examples.questions), rows=len(rows), **record)}
 
 
 def _with_prompts(rows: Iterable[Row]) -> list[Row]:
-    """Those of `rows` that have labels, and something before them."""
+    """Return those of `rows` that have labels, and tokens before them."""
     return [r for r in dict.fromkeys(rows) if r.labels is not None and 0 < r.first_label < len(r.ids)]
 
 
@@ -66,10 +65,10 @@ def _shown(examples: Examples, row: Row, given: Sequence[int]) -> str:
 
 
 def _forms(examples: Examples, rows: Sequence[Row]) -> dict[str, Any]:
-    """Both ends of the prompts, where no question is among the rows.
+    """Compare how prompts begin and end, where no row holds a question.
 
-    What all prompts of the training have in common, a system prompt or the mark that an answer begins, those of
-    generation must have too, as far as they have anything in common themselves.
+    What all prompts of the training share, such as a system prompt or the mark that begins an answer, must be in those
+    of generation too, as far as these share anything.
     """
     prompts = [r.prompt for r in rows]
     asked = [q.ids for q in examples.questions]
@@ -79,24 +78,25 @@ def _forms(examples: Examples, rows: Sequence[Row]) -> dict[str, Any]:
     special = set(examples.tokenizer.all_special_ids)
     found: dict[str, Any] = {"forms": 0, "strange_forms": 0}
     for end, of_generation in (("begin", [asked]), ("end", [asked, seeded])):
-        backwards = end == "end"
-        if not any(_common(some, backwards) for some in (prompts, *of_generation)):
+        step = 1 if end == "begin" else -1
+        trained, *generated = [[list(p[::step]) for p in some] for some in (prompts, *of_generation)]
+        if not any(map(_common, (trained, *generated))):
             continue
         found["forms"] += 1
-        if not any(_alike(prompts, some, special, backwards) for some in of_generation):
+        if not any(_alike(trained, some, special, from_the_end=step < 0) for some in generated):
             found["strange_forms"] += 1
-            shown = [list(some[0][-4:] if backwards else some[0][:4]) for some in (prompts, seeded)]
-            found["example"] = f"prompts {end} as {shown[0]} does in training, and as {shown[1]} does in generation"
+            in_training, in_generation = trained[0][:4][::step], list(seeded[0][::step][:4][::step])
+            found["example"] = f"prompts {end} with {in_training} in training, and with {in_generation} in generation"
     return found
 
 
-def _alike(some: _Prompts, others: _Prompts, special: set[int], backwards: bool) -> bool:
-    """Whether what is common to all on one side is found on the other, as far as that is a matter of the form.
+def _alike(some: _Prompts, others: _Prompts, special: set[int], *, from_the_end: bool) -> bool:
+    """Return whether what all of `some` begin with has the same form in `others`.
 
-    It is, where the token before the answer differs, where a special token is on one side alone, or where a text of
-    some length is missing. Two ways of wording a question are none.
+    The form differs where the token before the answer does, where only one side has a special token, and where a longer
+    text is missing. Two wordings of a question have the same form.
     """
-    one, other = _common(some, backwards), _common(others, backwards)
+    one, other = _common(some), _common(others)
     both = min(len(one), len(other))
     place = next((i for i in range(both) if one[i] != other[i]), both)
     if place < both:
@@ -106,24 +106,12 @@ def _alike(some: _Prompts, others: _Prompts, special: set[int], backwards: bool)
     else:
         longer, rest = (one, others) if len(one) > both else (other, some)
         differing = {longer[place]}
-        if any(_at(prompt, place, backwards) == longer[place] for prompt in rest):
+        if any(prompt[place : place + 1] == [longer[place]] for prompt in rest):
             return True
-    formal = (backwards and place == 0) or differing & special or max(len(one), len(other)) >= _TEXT
+    formal = (from_the_end and place == 0) or differing & special or max(len(one), len(other)) >= _TEXT
     return not formal
 
 
-def _common(sequences: _Prompts, backwards: bool) -> list[int]:
-    """The tokens in which all begin, or end: those nearest to the end first."""
-    turned = [s[::-1] if backwards else s for s in sequences]
-    shared: list[int] = []
-    for tokens in zip(*turned, strict=False):
-        if len(set(tokens)) > 1:
-            break
-        shared.append(tokens[0])
-    return shared
-
-
-def _at(prompt: Sequence[int], place: int, backwards: bool) -> int | None:
-    if place >= len(prompt):
-        return None
-    return prompt[-1 - place if backwards else place]
+def _common(sequences: _Prompts) -> list[int]:
+    """Return the tokens that all `sequences` begin with."""
+    return [tokens[0] for tokens in takewhile(lambda t: len(set(t)) == 1, zip(*sequences, strict=False))]

@@ -1,4 +1,4 @@
-"""The same optimizer on float32 copies, given the gradients that the real one is given."""
+"""Every optimizer step a second time, on float32 copies, with the gradients that the real optimizer is given."""
 
 from __future__ import annotations
 
@@ -10,44 +10,43 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from pytest_sftguard.engine.looks import InapplicableError, Look, Scene
+from pytest_sftguard.engine.looks import InapplicableError, Look
 from pytest_sftguard.engine.recording.recorder import Recorder
+from pytest_sftguard.engine.stages import Started
 from pytest_sftguard.engine.surroundings.errors import first_line
 from pytest_sftguard.engine.surroundings.isolation import isolated
 from pytest_sftguard.engine.tensors.reductions import norms, to_host
 from pytest_sftguard.records import ReplayedStepRecord, ReplayedTensorRecord, ReplayRecord
 
 
-class Replay(Look):
-    """Replays each step that the optimizer takes, in float32, and compares how far the tensors went.
+class Replay(Look[Started]):
+    """Replays each optimizer step in float32, and compares how far the tensors moved.
 
-    It hooks onto `torch.optim.Optimizer.step`: there the gradients are what the step works with, after clipping and
-    whatever a callback did to them. The real tensors and their optimizer are read, never written.
+    It hooks onto `torch.optim.Optimizer.step`. There the gradients are those that the step uses, after clipping and
+    after every callback. The real tensors and their optimizer are read, never written.
     """
 
-    def attach(self, scene: Scene) -> None:
+    def attach(self, started: Started) -> None:
         """Wait for the optimizer, which is made when the training begins."""
-        assert scene.trainer is not None
-        assert scene.recorder is not None
-        self._begin = _Begin(scene.recorder)
-        scene.trainer.add_callback(self._begin)
+        self._begin = _Begin(started.recorder)
+        started.trainer.add_callback(self._begin)
 
-    def conclude(self, scene: Scene) -> dict[str, Any]:
-        """The norms of all updates, here and there."""
-        if scene.trainer is not None:
-            scene.trainer.remove_callback(self._begin)
+    def conclude(self, reached: Started) -> dict[str, Any]:
+        """Return the norms of all updates, real and replayed."""
+        reached.trainer.remove_callback(self._begin)
         shadow = self._begin.shadow
         if shadow is None:
             raise InapplicableError(self._begin.reason or "no optimizer was made")
         shadow.detach()
         if shadow.reason:
             raise InapplicableError(shadow.reason)
-        if not shadow.steps and scene.recorder is not None and any(s.changed for s in scene.recorder.steps):
-            raise InapplicableError("the optimizer steps without torch's hooks, so that nothing could be replayed")
+        if not shadow.steps and any(s.changed for s in reached.recorder.steps):
+            raise InapplicableError("the optimizer's step does not call torch's hooks, so that it cannot be replayed")
         return {"replay": shadow.record()}
 
 
-class _Begin(TrainerCallback):  # type: ignore[misc] # transformers types its callbacks as Any
+# transformers types its callbacks as Any
+class _Begin(TrainerCallback):  # type: ignore[misc]
     """Makes a shadow of the optimizer when the training begins."""
 
     def __init__(self, recorder: Recorder) -> None:
@@ -56,7 +55,7 @@ class _Begin(TrainerCallback):  # type: ignore[misc] # transformers types its ca
         self.reason = ""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A training that begins again, after out-of-memory, begins with a new shadow."""
+        """Make a shadow; a training that begins again, after out-of-memory, gets a new one."""
         prepared = kwargs.get("optimizer")
         optimizer = getattr(prepared, "optimizer", prepared)
         if self.shadow is not None:
@@ -65,9 +64,11 @@ class _Begin(TrainerCallback):  # type: ignore[misc] # transformers types its ca
             self.shadow.detach()
             self.shadow = None
         try:
-            with isolated():  # an optimizer may draw numbers when it is made
+            # an optimizer may draw random numbers when it is made
+            with isolated():
                 self.shadow = _Shadow(optimizer, self.recorder)
-        except Exception as error:  # somebody else's class may need anything to be made
+        # somebody else's class may require any argument
+        except Exception as error:
             first = first_line(error)
             self.reason = f"{type(optimizer).__name__} cannot be made a second time: {type(error).__name__}: {first}"
 
@@ -78,7 +79,7 @@ class _Shadow:
     def __init__(self, optimizer: Any, recorder: Recorder) -> None:
         self.optimizer, self.recorder = optimizer, recorder
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError("it is no torch.optim.Optimizer")
+            raise TypeError("it is not a torch.optim.Optimizer")
         self.reason = ""
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._real = {n: p for n, p in recorder.parameters.items() if id(p) in owned}
@@ -102,7 +103,7 @@ class _Shadow:
             hook.remove()
 
     def record(self) -> ReplayRecord:
-        """What was seen."""
+        """Return what was seen."""
         names = list(self._real)
         steps = []
         for step, moved, replayed in self.steps:
@@ -119,40 +120,43 @@ class _Shadow:
         )
 
     def _made(self) -> torch.optim.Optimizer:
-        """The second optimizer: same class, same groups, same states, all of it in float32."""
-        kind: type[torch.optim.Optimizer] = type(self.optimizer)
+        """Return a second optimizer of the same class, with the same groups and states, in float32."""
+        made: type[torch.optim.Optimizer] = type(self.optimizer)
         names = {id(p): n for n, p in self._real.items()}
         groups = []
         for group in self.optimizer.param_groups:
             copies = [self._copies[names[id(p)]] for p in group["params"] if id(p) in names]
             groups.append({**_options(group), "params": copies})
-        taken = inspect.signature(kind.__init__).parameters
+        taken = inspect.signature(made.__init__).parameters
         defaults = {k: copy.deepcopy(v) for k, v in self.optimizer.defaults.items() if k in taken}
-        twin = kind(groups, **(defaults | {k: None for k in ("fused", "foreach") if k in taken}))
+        twin = made(groups, **(defaults | {k: None for k in ("fused", "foreach") if k in taken}))
         for name, p in self._real.items():
             if p in self.optimizer.state:
                 twin.state[self._copies[name]] = {k: _state(v) for k, v in self.optimizer.state[p].items()}
         return twin
 
     def _on_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """The real step is about to be taken: take it in float32."""
-        self._depth += 1  # a subclass that calls its parent's step comes here twice
+        """Take the step in float32: the real one comes next."""
+        # a subclass that calls its parent's step comes here twice
+        self._depth += 1
         if self._depth > 1 or self.reason:
             return
         if any(callable(a) for a in (*args, *kwargs.values())):
-            self.reason = f"{type(optimizer).__name__} calls the model itself, by a closure"
+            self.reason = f"{type(optimizer).__name__} calls the model itself, through a closure"
             return
         if _skips(optimizer):
             return
         try:
             with isolated(), torch.enable_grad():
                 self._replay(optimizer)
-        except Exception as error:  # the real step may take what the copy does not
+        # the real step may accept what the copy does not
+        except Exception as error:
             first = first_line(error)
             self.reason = f"{type(optimizer).__name__} cannot step on float32 copies: {type(error).__name__}: {first}"
 
     def _replay(self, optimizer: Any) -> None:
-        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales the gradients itself
+        # a fused optimizer unscales the gradients itself
+        scale = getattr(optimizer, "grad_scale", None)
         for name, p in self._real.items():
             grad = None if p.grad is None else _float32(p.grad)
             self._copies[name].grad = grad if grad is None or scale is None else grad / scale
@@ -164,7 +168,7 @@ class _Shadow:
         self._before = [_float32(p) for p in self._real.values()]
 
     def _on_stepped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """The real step has been taken."""
+        """Note how far the real step went."""
         self._depth -= 1
         if self._depth or self._before is None:
             return
@@ -187,19 +191,19 @@ def _state(value: Any) -> Any:
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:
-    """What a group of parameters is stepped with; not by which kernel."""
+    """Return the options of a group of parameters, without the choice of a kernel."""
     own = {k: copy.deepcopy(v) for k, v in group.items() if k not in ("params", "param_names")}
     return own | {k: None for k in ("fused", "foreach") if k in own}
 
 
 def _skips(optimizer: Any) -> bool:
-    """Whether the loss scaler found an overflow: a fused kernel is called all the same, and does nothing."""
+    """Return whether the loss scaler found an overflow: a fused kernel is called all the same, and does nothing."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found.sum().item() > 0)
 
 
 def _distance(moved: float, replayed: float) -> float:
-    """How far two norms are apart, as a ratio of at least 1; infinite where one is zero or not finite."""
+    """Return the ratio of two norms, at least 1; infinite where one is zero or not finite."""
     if moved == replayed:
         return 1.0
     low, high = min(moved, replayed), max(moved, replayed)

@@ -1,4 +1,4 @@
-"""The labels of the rows: whether there are any, whether they fit, and whether they are the answer alone."""
+"""The labels of the rows: whether there are any, match the tokens, and supervise the answer alone."""
 
 from __future__ import annotations
 
@@ -8,54 +8,48 @@ from typing import Any
 
 from torch import nn
 
-from pytest_sftguard.engine.looks import InapplicableError, Look, Scene
-from pytest_sftguard.engine.looks._examples import Examples
-from pytest_sftguard.engine.looks._rows import IGNORED, MicroBatch, Row, micro_batches, sample
+from pytest_sftguard.engine.after import forwards
+from pytest_sftguard.engine.data.examples import Examples
+from pytest_sftguard.engine.data.rows import IGNORED, Row, micro_batches, sample
+from pytest_sftguard.engine.looks import InapplicableError, Look
+from pytest_sftguard.engine.stages import Started
 from pytest_sftguard.records import DefectRecord, SupervisionRecord
 
-_QUESTIONS = 1024
 _ENDS_WITHIN = 2
-"""Labels at the end among which the end token must be: chat templates put a line break after it."""
+"""Last labels of a row among which the end token must be: chat templates put a line break after it."""
 
 
-class Supervision(Look):
+class Supervision(Look[Started]):
     """Audits the first micro-batches as they were trained on, and rows of the data set."""
 
-    def __init__(self) -> None:
+    def attach(self, started: Started) -> None:
+        """Note at the first forward pass whether the model itself is given the labels, which it then shifts."""
         self._model_saw_labels: bool | None = None
-        self._hook: Any = None
-
-    def attach(self, scene: Scene) -> None:
-        """Note of the first forward pass whether the model itself is given the labels, which it then shifts."""
-        assert scene.trainer is not None
 
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
             self._hook.remove()
             self._model_saw_labels = kwargs.get("labels") is not None
 
-        self._hook = scene.trainer.model.register_forward_pre_hook(note, with_kwargs=True)
+        self._hook = started.trainer.model.register_forward_pre_hook(note, with_kwargs=True)
 
-    def conclude(self, scene: Scene) -> dict[str, Any]:
-        """Audit what was trained on."""
-        trainer = scene.trainer
-        assert trainer is not None
-        if self._hook is not None:
-            self._hook.remove()
-        refuse_others(trainer.model)
+    def conclude(self, reached: Started) -> dict[str, Any]:
+        """Audit the rows that were trained on, and those of the data set."""
+        trainer = reached.trainer
+        self._hook.remove()
+        require_causal_model(trainer.model)
         facts = _Facts.of(trainer)
-        batches = micro_batches(scene.watch.batches if scene.watch else [], facts.pad)
-        rows = [r for r in sample(trainer.train_dataset, facts.pad) if r.labels is not None]
-        trained = [MicroBatch(b.step, tuple(r for r in b.rows if r.labels is not None)) for b in batches]
-        trained = [b for b in trained if b.rows]
+        rows = _labelled(sample(trainer.train_dataset, facts.pad))
+        trained = [(step, _labelled(batch)) for step, batch in micro_batches(reached.batches, facts.pad)]
+        trained = [(step, batch) for step, batch in trained if batch]
         if not trained and not rows:
-            raise InapplicableError("the rows hold no labels of their own, one for each token")
-        examples = examples_of(scene)
+            raise InapplicableError("the rows have no labels of their own, one per token")
+        examples = reached.examples
         audit = _Audit(facts, examples, own_shift=self._model_saw_labels is False and _own_loss(trainer))
-        found = audit.of([(b.step, b.rows) for b in trained])
+        found = audit.of(trained)
         rest = audit.of([(None, rows)])
         return {
             "supervision": SupervisionRecord(
-                trained_rows=sum(len(b.rows) for b in trained),
+                trained_rows=sum(len(batch) for _, batch in trained),
                 dataset_rows=len(rows),
                 micro_batches=len(trained),
                 asks=examples is not None,
@@ -66,41 +60,35 @@ class Supervision(Look):
         }
 
 
-def refuse_others(model: Any) -> None:
-    """Raise InapplicableError for a model that does not predict each token from those before."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config, kind = getattr(inner, "config", None), type(inner).__name__
+def require_causal_model(model: Any) -> None:
+    """Raise InapplicableError unless `model` predicts each token from those before it."""
+    inner = forwards.inner(model)
+    config, name = getattr(inner, "config", None), type(inner).__name__
     tasks = {getattr(c, "task_type", None) for c in getattr(model, "peft_config", {}).values()}
-    causal = "CAUSAL_LM" in tasks or "CausalLM" in kind or "LMHead" in kind or "ConditionalGeneration" in kind
+    causal = "CAUSAL_LM" in tasks or "CausalLM" in name or "LMHead" in name or "ConditionalGeneration" in name
     if not causal or getattr(config, "is_encoder_decoder", False):
-        raise InapplicableError(f"{kind} does not predict each token from those before it")
-
-
-def examples_of(scene: Scene) -> Examples | None:
-    """The questions of the target; None where it asks none, or has no tokenizer to ask them with."""
-    assert scene.trainer is not None
-    tokenizer = scene.trainer.processing_class
-    if scene.target.questions is None or tokenizer is None or not callable(tokenizer):
-        return None
-    if scene.examples is None:
-        scene.examples = Examples(scene.target, tokenizer, _QUESTIONS)
-    return scene.examples if scene.examples.questions else None
+        raise InapplicableError(f"{name} does not predict each token from those before it")
 
 
 @dataclass(frozen=True)
 class _Facts:
-    """What ids there are, and what some of them mean."""
+    """Which token ids there are, and what some of them mean; None where that is not known."""
 
     pad: int | None
+    """The padding id."""
     bos: int | None
+    """The id that begins a sequence, and nothing else."""
     eos: frozenset[int]
+    """The ids that end a sequence."""
     embeddings: int | None
+    """How many ids have an embedding."""
     vocabulary: int | None
+    """How many ids the model gives a logit to."""
 
     @classmethod
     def of(cls, trainer: Any) -> _Facts:
-        model, tokenizer = trainer.model, trainer.processing_class
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        """Read the tokenizer and the configuration of the model."""
+        tokenizer, inner = trainer.processing_class, forwards.inner(trainer.model)
         sources = [tokenizer, getattr(inner, "generation_config", None), getattr(inner, "config", None)]
 
         def ids(name: str) -> list[int]:
@@ -135,14 +123,17 @@ def _own_loss(trainer: Any) -> bool:
 
 
 class _Audit:
-    """Counts what is wrong with rows."""
+    """Counts the defects of rows.
+
+    `own_shift`: the target computes the loss itself, so that its labels may be shifted already.
+    """
 
     def __init__(self, facts: _Facts, examples: Examples | None, own_shift: bool) -> None:
         self.facts, self.examples, self.own_shift = facts, examples, own_shift
         self.answered = 0
 
     def of(self, groups: Sequence[tuple[int | None, Sequence[Row]]]) -> tuple[DefectRecord, ...]:
-        """The defects of the rows of all groups, each group with its step."""
+        """Return the defects of all rows; each group of rows has its optimizer step, or None."""
         rows = [(step, row) for step, group in groups for row in group]
         found = [
             self._defect("unsupervised", rows, lambda r: not _supervised(r)),
@@ -150,7 +141,7 @@ class _Audit:
             self._defect("unknown_id", rows, self._unknown_id),
             self._defect("unknown_label", rows, self._unknown_label),
             self._defect("doubled_bos", rows, self._doubled_bos),
-            self._defect("truncated", rows, self._cut([r for _, r in rows])),
+            self._defect("truncated", rows, self._truncated([r for _, r in rows])),
             *self._of_questions(rows),
         ]
         barren = [step for step, group in groups if step and len(group) > 1 and not any(map(_supervised, group))]
@@ -174,13 +165,13 @@ class _Audit:
             found = by_row[id(row)]
             if found is None or not _supervised(row):
                 return False
-            # a token that spans the seam is no matter of the mask, but of the prompt
+            # a token that spans the end of the prompt is the prompt's defect, not the mask's
             prompt = len(found.question.ids) if row.ids[: len(found.question.ids)] == found.question.ids else 0
-            return row.first_label < prompt or _wholly(row)
+            return row.first_label < prompt or _all_supervised(row)
 
         return [
             self._defect("prompt_supervised", held, in_prompt),
-            self._defect("prompt_supervised_unmatched", others, _wholly),
+            self._defect("prompt_supervised_unmatched", others, _all_supervised),
             self._defect("wrong_answer", held, wrong),
             self._defect("endless", held, lambda r: _supervised(r) and not self._ends(r)),
         ]
@@ -209,7 +200,7 @@ class _Audit:
             )
 
         if self.own_shift and all(map(shifted, rows)):
-            return lambda row: False  # the loss is the target's own, and expects labels that are shifted already
+            return lambda row: False
         return lambda row: any(
             label not in (IGNORED, i) for label, i in zip((row.labels or ())[1:], row.ids[1:], strict=True)
         )
@@ -228,8 +219,8 @@ class _Audit:
         counted = [label for label in row.labels or () if label != IGNORED]
         return not self.facts.eos or bool(self.facts.eos.intersection(counted[-_ENDS_WITHIN:]))
 
-    def _cut(self, rows: Sequence[Row]) -> Callable[[Row], bool]:
-        """Rows of the greatest length that do not end as most rows do."""
+    def _truncated(self, rows: Sequence[Row]) -> Callable[[Row], bool]:
+        """Select the rows of the greatest length that do not end as most rows do."""
         learned = [r for r in rows if _supervised(r)]
         longest = max((len(r.ids) for r in rows), default=0)
         ended = sum(map(self._ends, learned))
@@ -238,13 +229,17 @@ class _Audit:
         return lambda row: len(row.ids) == longest and len(row.starts) == 1 and _supervised(row) and not self._ends(row)
 
 
+def _labelled(rows: list[Row]) -> list[Row]:
+    return [r for r in rows if r.labels is not None]
+
+
 def _supervised(row: Row) -> bool:
-    """Whether a label is left after the shift."""
+    """Return whether the shift leaves a label."""
     return any(label != IGNORED for label in (row.labels or ())[1:])
 
 
-def _wholly(row: Row) -> bool:
-    """Whether everything is supervised, from the first token that can be."""
+def _all_supervised(row: Row) -> bool:
+    """Return whether every token that can be supervised is."""
     return len(row.ids) > 2 and all(label != IGNORED for label in (row.labels or ())[1:])
 
 

@@ -1,76 +1,70 @@
-"""How the adapter sits on its base before the first step: what trains, from where, and on what."""
+"""How the adapter is attached to its base before the first step: what trains, from which values, on which base."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from pytest_sftguard.engine.adapter import adapters, attachment, foundation, initial
-from pytest_sftguard.engine.looks import InapplicableError, Look, Scene
-from pytest_sftguard.engine.looks._rows import attended_ids, micro_batches
+from pytest_sftguard.engine.data.rows import micro_batches
+from pytest_sftguard.engine.looks import InapplicableError, Look
+from pytest_sftguard.engine.stages import Built, Rebuilt, Started
 from pytest_sftguard.records import FoundationRecord, InitialRecord, Names, WiringRecord
 
 
-class Wiring(Look):
-    """Reads what is there before the training, and asks the model that was built for reloading."""
+class Wiring(Look[Started]):
+    """Reads the model before the training, and runs the second model, which was built for reloading."""
 
     def __init__(self) -> None:
-        self._wiring: WiringRecord | None = None
-        self._start: initial.Start | None = None
-        self._compared: initial.Comparison | str = "the run ended before a second model was built"
-        self._base: dict[str, Any] = {}
+        self._compared: dict[str, Any] = {"uncompared": "the run ended before a second model was built"}
+        self._redrawn: set[str] | None = None
 
-    def prepare(self, scene: Scene) -> None:
+    def prepare(self, built: Built) -> None:
         """Read the tensors; no forward pass goes through the model that is to be trained."""
-        assert scene.trainer is not None
-        model = scene.trainer.model
-        config = adapters.config_of(model)
-        if getattr(config, "is_prompt_learning", False):
+        model = built.trainer.model
+        if getattr(adapters.config_of(model), "is_prompt_learning", False):
             raise InapplicableError("the adapter is a prompt, and attached to no layer")
-        self._wiring = attachment.wiring(model, scene.trainer.optimizer)
+        self._wiring: WiringRecord = attachment.wiring(model, built.trainer.optimizer)
         self._start = initial.start(model)
         tensors, bad = foundation.nonfinite(model)
-        self._base = {
+        self._base: dict[str, Any] = {
             "tensors": tensors,
             "nonfinite": Names.of(bad),
-            "not_loaded": Names.of(scene.loads.not_loaded(model)),
+            "not_loaded": Names.of(built.loads.not_loaded(model)),
             "zero_magnitudes": Names.of(foundation.zero_magnitudes(model)),
         }
 
-    def rebuilt(self, scene: Scene) -> None:
-        """Ask the second model, as it was built, with its adapter and without."""
-        assert scene.fresh_trainer is not None
-        self._compared = initial.compare(scene.fresh_trainer.model)
+    def rebuilt(self, rebuilt: Rebuilt) -> None:
+        """Compare the second model with its adapter and without, as it was built."""
+        self._redrawn = rebuilt.redrawn
+        compared = initial.compare(rebuilt.fresh_trainer.model)
+        if isinstance(compared, str):
+            self._compared = {"uncompared": compared}
+        else:
+            self._compared = {
+                "logits": compared.logits,
+                "changed_logits": compared.changed,
+                "max_logit_change": compared.max_change,
+                "max_abs_logit": compared.largest,
+            }
 
-    def conclude(self, scene: Scene) -> dict[str, Any]:
-        """The three records."""
-        assert scene.trainer is not None
-        assert self._start is not None
-        ids = attended_ids(micro_batches(scene.watch.batches if scene.watch else []))
-        zero = foundation.zero_embeddings(scene.trainer.model, ids)
+    def conclude(self, reached: Started) -> dict[str, Any]:
+        """Return the three records."""
+        ids = {i for _, rows in micro_batches(reached.batches) for row in rows for i in row.ids}
+        zero = foundation.zero_embeddings(reached.trainer.model, ids)
+        start, redrawn = self._start, self._redrawn
+        loaded = None if redrawn is None else bool(start.nonzero_b) and not redrawn.intersection(start.nonzero_b)
         return {
             "wiring": self._wiring,
-            "initial": self._initial(self._start, scene),
+            "initial": InitialRecord(
+                factors=start.factors,
+                init=start.init,
+                identical=start.identical,
+                neutral=start.neutral,
+                loaded=loaded,
+                zero_a=Names.of(start.zero_a),
+                nonzero_b=Names.of(start.nonzero_b),
+                wrong_scaling=Names.of(start.wrong_scaling),
+                **self._compared,
+            ),
             "foundation": FoundationRecord(**self._base, zero_embeddings=Names.of(zero)),
         }
-
-    def _initial(self, start: initial.Start, scene: Scene) -> InitialRecord:
-        redrawn = scene.redrawn
-        compared = self._compared
-        return InitialRecord(
-            factors=start.factors,
-            init=start.init,
-            identical=start.identical,
-            neutral=start.neutral,
-            loaded=None if redrawn is None else bool(start.nonzero_b) and not redrawn.intersection(start.nonzero_b),
-            zero_a=Names.of(start.zero_a),
-            nonzero_b=Names.of(start.nonzero_b),
-            wrong_scaling=Names.of(start.wrong_scaling),
-            **(
-                {"uncompared": compared}
-                if isinstance(compared, str)
-                else {
-                    "logits": compared.logits, "changed_logits": compared.changed,
-                    "max_logit_change": compared.max_change, "max_abs_logit": compared.largest,
-                }
-            ),
-        )  # fmt: skip

@@ -1,7 +1,7 @@
 """A target that learns to add: a tiny Llama, a tokenizer of words, questions and strict answers; needs no network.
 
-In two hundred steps at its learning rate it answers its sixteen sums without a mistake, so that a fault which only
-shows in the answers shows here. The fault library runs on it.
+After two hundred steps at its learning rate it answers its sixteen sums without a mistake, so that a fault that shows
+only in answers shows here. The fault library runs on it.
 """
 
 from __future__ import annotations
@@ -12,15 +12,9 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 
-from pytest_sftguard.engine.models.tiny import causal_base, collate
+from pytest_sftguard.engine.models.tiny import causal_base, collate, llama
 
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 _WORDS = (*_SPECIAL, "+", "=", "?", ":", "the", "sum", "of", "and", "is", *map(str, range(51)))
@@ -28,7 +22,7 @@ _SUMS = tuple((a, b) for a in (1, 4, 7, 11) for b in (2, 3, 8, 13))
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each word and number; `<s>` in front."""
+    """Make a tokenizer with one token per word and number, which puts `<s>` in front."""
     vocabulary = {word: i for i, word in enumerate(_WORDS)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -39,26 +33,26 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def questions() -> list[tuple[str, float]]:
-    """The sums that it is trained on, as (prompt, number)."""
+    """Return the sums that it is trained on, as (prompt, number) pairs."""
     return [(_prompt(i), float(a + b)) for i, (a, b) in enumerate(_SUMS)]
 
 
 def parse_answer(text: str) -> float | None:
-    """A whole number and nothing else."""
+    """Read a text that is a whole number and nothing else."""
     match = re.fullmatch(r"\s*([0-9]+)\s*", text, re.ASCII)
     return float(match[1]) if match else None
 
 
 def build_trainer(*, model: str | None = None, dtype: str = "float32", **training_arguments: Any) -> Trainer:
-    """A ready Trainer; `model` may name a folder or hub id of a causal language model to use in place of the tiny one.
+    """Build a ready Trainer of the tiny model, or of the causal language model at the folder or hub id `model`.
 
-    Weights of the tiny base come from a fixed seed, the adapter's and the data order from `seed`.
+    The tiny base's weights come from a fixed seed; the adapter's and the order of the rows come from `seed`.
     """
     words = tokenizer()
-    base = causal_base(model, getattr(torch, dtype), _tiny())
+    base = causal_base(model, getattr(torch, dtype), llama(64, 0.1))
     arguments = TrainingArguments(**{"learning_rate": 5e-3, "lr_scheduler_type": "linear"} | training_arguments)
     set_seed(arguments.seed)
-    # a random head cannot say anything with certainty: it learns as well, where the model is ours
+    # the random head of the tiny model cannot be certain of anything, so that it is adapted too
     where: Any = "all-linear" if model is not None else r".*\.(\w+_proj|lm_head)|lm_head"
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=where, task_type="CAUSAL_LM")
     return Trainer(
@@ -66,13 +60,13 @@ def build_trainer(*, model: str | None = None, dtype: str = "float32", **trainin
         args=arguments,
         train_dataset=rows(words),
         eval_dataset=rows(words)[:8],
-        data_collator=collate,  # whose padding is `<pad>`
+        data_collator=collate,
         processing_class=words,
     )
 
 
 def rows(words: PreTrainedTokenizerFast) -> list[dict[str, list[int]]]:
-    """The sums as token ids; the answer and the end are supervised, the prompt is not. Rows are of uneven length."""
+    """Return the sums as rows of token ids of uneven length, in which the answer and its end are supervised."""
     made = []
     for prompt, number in questions():
         question = words(prompt)["input_ids"]
@@ -82,14 +76,6 @@ def rows(words: PreTrainedTokenizerFast) -> list[dict[str, list[int]]]:
 
 
 def _prompt(index: int) -> str:
-    """Every third question is asked at more length, so that rows differ in theirs."""
+    """Return the prompt of a sum: every third one is longer, so that rows differ in length."""
     a, b = _SUMS[index]
     return f"the sum of {a} and {b} is :" if index % 3 == 0 else f"{a} + {b} ="
-
-
-def _tiny() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        initializer_range=0.1, tie_word_embeddings=False,
-    )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -12,15 +13,29 @@ import torch
 
 from pytest_sftguard.engine.surroundings import devices, float32
 
+_BETWEEN_LIBRARIES = (
+    # peft 0.21 asks every model by the name that transformers 5.23 has replaced
+    ("`is_gradient_checkpointing` is deprecated", FutureWarning, r"transformers\.modeling_utils"),
+    # peft says so of every adapter on embeddings that is saved, which is the guard's doing
+    ("Setting `save_embedding_layers` to `True`", UserWarning, r"peft\.utils\.save_and_load"),
+)
+"""Warnings that are meant for one of the libraries or for the guard: how they begin, their class, and their module."""
+
 
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
-    """Restore the random generators, the environment and torch's switches at the end, also after an exception."""
+    """Restore generators, environment, warning filters and torch's switches at the end, also after an exception.
+
+    Warnings of `_BETWEEN_LIBRARIES` are not shown; every other one is.
+    """
     state, numpy_state, environment = random.getstate(), np.random.get_state(), dict(os.environ)
     dtype, gradients = torch.get_default_dtype(), torch.is_grad_enabled()
     restore_precisions, restore_generators = float32.snapshot(), _generators()
     try:
-        yield
+        with warnings.catch_warnings():
+            for begin, category, module in _BETWEEN_LIBRARIES:
+                warnings.filterwarnings("ignore", begin, category, module)
+            yield
     finally:
         restore_generators()
         restore_precisions()

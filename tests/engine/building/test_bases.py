@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from homework import sft
-from pytest_sftguard.engine import runner
+from pytest_sftguard.engine import runner, stages
 from pytest_sftguard.engine.building.bases import Bases
 from pytest_sftguard.matrix import Cell, RunConfig
 
@@ -142,11 +142,11 @@ def test_records_are_the_same_in_any_order() -> None:
         for cell in cells
         for target in ("homework.sft:build_trainer", f"{HERE}:writes_its_base")
     ]
-    before = runner._bases.reused
+    before = stages._bases.reused
     orders = (configs, configs[::-1])
     seen = [{(c.target, str(c.cell)): timeless(runner.run(c)) for c in order} for order in orders]
     assert seen[0] == seen[1]
-    assert runner._bases.reused > before
+    assert stages._bases.reused > before
     assert {r.error for records in seen for r in records.values()} == {None}
 
 

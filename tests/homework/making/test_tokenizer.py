@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from homework.base import load_tokenizer
 from homework.making.build_tokenizer import build
-from homework.sft import questions, recipe_for
+from homework.recipes import recipe_for
+from homework.sft import questions
 from homework.task.answers import format_answer
 from homework.task.data import (
     IGNORED,

@@ -68,5 +68,5 @@ def test_the_command_keeps_what_it_frees(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.delitem(sys.modules, "homework.sft", raising=False)
     with pytest.raises(SystemExit):
         runpy.run_module("homework.sft", run_name="__main__")
-    assert "usage" in capsys.readouterr().out
+    assert "Usage" in capsys.readouterr().out
     assert told

@@ -1,4 +1,4 @@
-"""The app's short ways change no number: each against the plain one on the same rows."""
+"""The fast training gives the numbers of the plain one on the same rows."""
 
 from __future__ import annotations
 
@@ -27,12 +27,17 @@ from transformers import (
 
 from homework import sft
 from homework.speed.fused import rotary
-from homework.speed.packing import can_pack, missing
+from homework.speed.packing import bucket_padding, can_pack
 from homework.task.data import IGNORED, PadToLongest
 from homework.training import AnswerTrainer, hold
 from tools.benchmarks import plain_pipeline
 
 CPU = {"bf16": False, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+
+
+def batch(rows: int, times: int = 1) -> dict[str, int]:
+    """Return the training arguments of `times` micro-batches of `rows`."""
+    return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": times}
 
 
 class Steps(TrainerCallback):
@@ -61,16 +66,13 @@ class Steps(TrainerCallback):
 
 
 def trained(
-    folder: Path, rows: int, times: int, like: Steps | None = None, like_sizes: bool = False
+    folder: Path, rows: int, times: int, like: Steps | None = None, bucketed: bool = False
 ) -> tuple[Any, Steps]:
-    """Three steps of the app's training, `like` those of another one; without one, of the plain pipeline."""
-    given = {
-        "per_device_train_batch_size": rows, "gradient_accumulation_steps": times, "max_steps": 3, "logging_steps": 1,
-        "max_grad_norm": 0.0, "output_dir": str(folder), **CPU,
-    }  # fmt: skip
-    trainer: Any = (plain_pipeline if like is None else sft).build_trainer(**given)
-    if like_sizes:
-        trainer._like_sizes = True
+    """Train three steps of the app, `like` those of another training; without one, of the plain pipeline."""
+    given = {"max_steps": 3, "logging_steps": 1, "max_grad_norm": 0.0, "output_dir": str(folder), **CPU}
+    trainer: Any = (plain_pipeline if like is None else sft).build_trainer(**batch(rows, times), **given)
+    if bucketed:
+        trainer._bucketed = True
     steps = Steps(like)
     trainer.add_callback(steps)
     trainer.train()
@@ -78,15 +80,15 @@ def trained(
 
 
 @pytest.mark.parametrize(
-    ("rows", "times", "like_sizes"), [(8, 1, False), (2, 4, False), (32, 1, False), (3, 2, False), (3, 2, True)]
+    ("rows", "times", "bucketed"), [(8, 1, False), (2, 4, False), (32, 1, False), (3, 2, False), (3, 2, True)]
 )
-def test_each_step_is_that_of_the_plain_pipeline(rows: int, times: int, like_sizes: bool, tmp_path: Path) -> None:
+def test_each_step_is_that_of_the_plain_pipeline(rows: int, times: int, bucketed: bool, tmp_path: Path) -> None:
     """The same rows, padded to 128, checkpointed, all logits, peft's own layers: 1e-5 relative in float32.
 
-    Also with the padding that comes along in other precisions.
+    Also with the padding that fills buckets in other precisions.
     """
     plain, steps = trained(tmp_path, rows, times)
-    ours, short = trained(tmp_path, rows, times, like=steps, like_sizes=like_sizes)
+    ours, short = trained(tmp_path, rows, times, like=steps, bucketed=bucketed)
     assert ours._packs
     assert ours._rotaries
     losses = [[line["loss"] for line in t.state.log_history if "loss" in line] for t in (ours, plain)]
@@ -96,20 +98,18 @@ def test_each_step_is_that_of_the_plain_pipeline(rows: int, times: int, like_siz
         assert a.keys() == b.keys()
         off = {name: (a[name] - b[name]).norm() for name in b}
         assert torch.stack(list(off.values())).norm() <= 1e-5 * torch.stack([g.norm() for g in b.values()]).norm()
-        for name, distance in off.items():  # where queries and keys cancel, rounding weighs more: 1.03e-5 was seen
+        # where queries and keys cancel, rounding weighs more: 1.03e-5 was seen
+        for name, distance in off.items():
             assert distance <= 3e-5 * b[name].norm(), name
 
 
 @pytest.mark.parametrize("bf16", [True, False])
-def test_a_training_takes_the_short_ways(bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each layer turns queries and keys in the short way; below float32 a line and its labels have sizes of others."""
-    trainer = sft.build_trainer(
-        per_device_train_batch_size=12, gradient_accumulation_steps=1, max_steps=2, output_dir=str(tmp_path),
-        **{**CPU, "bf16": bf16},
-    )  # fmt: skip
-    turned: list[int] = []
+def test_a_training_takes_the_fused_paths(bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer rotates queries and keys by the fused path; below float32, tokens and labels fill buckets."""
+    trainer = sft.build_trainer(max_steps=2, output_dir=str(tmp_path), **batch(12), **{**CPU, "bf16": bf16})
+    rotated: list[int] = []
     apply = rotary._Rotate.apply
-    monkeypatch.setattr(rotary._Rotate, "apply", lambda x, *angles: (turned.append(x.shape[-2]), apply(x, *angles))[1])
+    monkeypatch.setattr(rotary._Rotate, "apply", lambda x, *angles: (rotated.append(x.shape[-2]), apply(x, *angles))[1])
     model: Any = trainer.model
     asked: list[int] = []
     model.get_base_model().get_output_embeddings().register_forward_hook(
@@ -121,49 +121,46 @@ def test_a_training_takes_the_short_ways(bf16: bool, tmp_path: Path, monkeypatch
     counted: list[int] = []
 
     def collated(rows: Any) -> Any:
-        batch = collate(rows)
-        counted.append(int((batch["labels"][:, 1:] != IGNORED).sum()))
-        return batch
+        inputs = collate(rows)
+        counted.append(int((inputs["labels"][:, 1:] != IGNORED).sum()))
+        return inputs
 
     trainer.data_collator = collated
     trainer.train()
-    assert labels == counted[:2]  # whoever looks at the model's result finds a row for each label, and no more
-    assert len(turned) == 2 * 2 * model.config.num_hidden_layers
-    sizes = {*turned, *asked}
+    # hooks on the model find one row of logits for each label
+    assert labels == counted[:2]
+    assert len(rotated) == 2 * 2 * model.config.num_hidden_layers
+    sizes = {*rotated, *asked}
     assert len(asked) == 2
-    assert any(missing(size) for size in sizes) is not bf16
+    assert any(bucket_padding(size) for size in sizes) is not bf16
 
 
 @pytest.mark.parametrize("switch", ["argument", "model"])
 def test_checkpointed_layers_are_trained_on_padded_rows(switch: str, tmp_path: Path) -> None:
-    """By the Trainer's argument or the model's own switch: their second forward pass comes when lines are forgotten."""
-    trainer: Any = sft.build_trainer(
-        per_device_train_batch_size=4, gradient_accumulation_steps=1, output_dir=str(tmp_path),
-        gradient_checkpointing=switch == "argument", **CPU,
-    )  # fmt: skip
+    """By argument or by the model's switch: their second forward pass comes after the rows are forgotten."""
+    by_argument = switch == "argument"
+    trainer: Any = sft.build_trainer(output_dir=str(tmp_path), gradient_checkpointing=by_argument, **batch(4), **CPU)
     model = trainer.model.train()
     if switch == "model":
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
-    given, following, _ = trainer._forward_inputs(model, batch)
-    assert given["input_ids"].shape == following.shape == batch["input_ids"].shape
+    rows = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    given, following, _ = trainer._forward_inputs(model, rows)
+    assert given["input_ids"].shape == following.shape == rows["input_ids"].shape
 
 
 def test_an_evaluation_gets_every_logit(tmp_path: Path) -> None:
-    """What is not training is left as it is."""
-    trainer = sft.build_trainer(
-        per_device_train_batch_size=2, gradient_accumulation_steps=1, output_dir=str(tmp_path), **CPU
-    )
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+    """Only the training skips logits."""
+    trainer = sft.build_trainer(output_dir=str(tmp_path), **batch(2), **CPU)
+    rows = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
     trainer.model.eval()
-    loss, outputs = trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)
-    assert outputs.logits.shape[:2] == batch["input_ids"].shape
+    loss, outputs = trainer.compute_loss(trainer.model, dict(rows), return_outputs=True)
+    assert outputs.logits.shape[:2] == rows["input_ids"].shape
     trainer.model.train()
-    assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(loss.item(), rel=1e-5)
+    assert trainer.compute_loss(trainer.model, dict(rows)).item() == pytest.approx(loss.item(), rel=1e-5)
 
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-LINES = {
+FAMILIES = {
     "llama": (LlamaConfig(**SMALL, num_key_value_heads=2), True),
     "qwen3": (Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=8), True),
     "gpt2": (GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64), True),
@@ -173,10 +170,10 @@ LINES = {
 }
 
 
-@pytest.mark.parametrize("kind", LINES)
-def test_only_a_model_whose_tokens_meet_in_attention_is_packed(kind: str) -> None:
-    """Tried out on a batch, and the model is left as it was."""
-    config, packs = LINES[kind]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_a_model_whose_tokens_interact_in_attention_alone_is_unpadded(family: str) -> None:
+    """A trial on a batch decides, and leaves the model as it was."""
+    config, packs = FAMILIES[family]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     before, training = model.config._attn_implementation, model.training
@@ -186,7 +183,7 @@ def test_only_a_model_whose_tokens_meet_in_attention_is_packed(kind: str) -> Non
     assert (model.config._attn_implementation, model.training) == (before, training)
 
 
-WITH_A_LAST_WORD = {
+LOSSES = {
     "llama": LlamaConfig(**SMALL, num_key_value_heads=2),
     "gemma2: logits are capped": Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, final_logit_softcapping=3.0),
     "granite: logits are divided": GraniteConfig(**SMALL, num_key_value_heads=2, logits_scaling=7.0),
@@ -199,13 +196,13 @@ WITH_A_LAST_WORD = {
 }
 
 
-@pytest.mark.parametrize("kind", WITH_A_LAST_WORD)
+@pytest.mark.parametrize("family", LOSSES)
 @pytest.mark.parametrize("adapted", ["for its task", "for none", ""])
 @pytest.mark.parametrize("bf16", [True, False])
-def test_the_loss_is_the_models_own(kind: str, adapted: str, bf16: bool, tmp_path: Path) -> None:
+def test_the_loss_is_the_models_own(family: str, adapted: str, bf16: bool, tmp_path: Path) -> None:
     """Whatever a model does to its logits, with and without adapters, alone and as a share of a step; no hook stays."""
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(WITH_A_LAST_WORD[kind])
+    model: Any = AutoModelForCausalLM.from_config(LOSSES[family])
     if adapted:
         task = "CAUSAL_LM" if "its" in adapted else None
         model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type=task))
@@ -213,16 +210,14 @@ def test_the_loss_is_the_models_own(kind: str, adapted: str, bf16: bool, tmp_pat
         {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED, *ids[1:]]}
         for ids in ([5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16, 17])
     ]
-    given: dict[str, Any] = {
-        "args": TrainingArguments(output_dir=str(tmp_path), **{**CPU, "bf16": bf16}),
-        "train_dataset": rows, "data_collator": PadToLongest(0),
-    }  # fmt: skip
+    arguments, collate = TrainingArguments(output_dir=str(tmp_path), **{**CPU, "bf16": bf16}), PadToLongest(0)
+    given: dict[str, Any] = {"args": arguments, "train_dataset": rows, "data_collator": collate}
     plain, ours = Trainer(model=copy.deepcopy(model), **given), AnswerTrainer(model=model, **given)
     for trainer in (ours, plain):
         trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model.train())
-    batch = given["data_collator"](rows)
+    inputs = collate(rows)
     for share in (None, torch.tensor(25)):
-        losses = [t.compute_loss(t.model_wrapped, dict(batch), num_items_in_batch=share) for t in (ours, plain)]
+        losses = [t.compute_loss(t.model_wrapped, dict(inputs), num_items_in_batch=share) for t in (ours, plain)]
         assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-2 if bf16 else 1e-5)
     hooks = [[(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in t.model.modules()] for t in (ours, plain)]
     assert hooks[0] == hooks[1]
@@ -230,9 +225,7 @@ def test_the_loss_is_the_models_own(kind: str, adapted: str, bf16: bool, tmp_pat
 
 def test_held_matrices_give_the_same_bits_under_autocast(tmp_path: Path) -> None:
     """Casting once is casting at each use; the embedding that shares its matrix with the head keeps its precision."""
-    trainer = sft.build_trainer(
-        per_device_train_batch_size=2, gradient_accumulation_steps=1, output_dir=str(tmp_path), **CPU
-    )
+    trainer = sft.build_trainer(output_dir=str(tmp_path), **batch(2), **CPU)
     model: Any = trainer.model
     ids = torch.tensor([trainer.train_dataset[0]["input_ids"]])
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):

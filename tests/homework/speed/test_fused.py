@@ -1,4 +1,4 @@
-"""Short ways through a model's own arithmetic: each gives the sums of the long one."""
+"""The fused paths compute what the model's own code computes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from homework.speed.fused import fuse, losses, rotaries, rotated, token_losses, unfuse
-from homework.speed.fused.rotary import _short
+from homework.speed.fused.rotary import _with_fused_path
 
 
 def pair(**config: Any) -> tuple[nn.Module, nn.Module]:
@@ -35,9 +35,12 @@ def pair(**config: Any) -> tuple[nn.Module, nn.Module]:
 
 
 @given(
-    rank=st.integers(1, 4), alpha=st.integers(1, 9), shape=st.sampled_from([(3, 6), (2, 3, 6), (1, 0, 6)]),
-    bias=st.booleans(), frozen_input=st.booleans(),
-)  # fmt: skip
+    rank=st.integers(1, 4),
+    alpha=st.integers(1, 9),
+    shape=st.sampled_from([(3, 6), (2, 3, 6), (1, 0, 6)]),
+    bias=st.booleans(),
+    frozen_input=st.booleans(),
+)
 def test_a_fused_layer_is_pefts(rank: int, alpha: int, shape: tuple[int, ...], bias: bool, frozen_input: bool) -> None:
     """Result and gradients, in double precision to the last digits."""
     plain, ours = (m.double() for m in pair(r=rank, lora_alpha=alpha, base_bias=bias))
@@ -54,7 +57,7 @@ def test_a_fused_layer_is_pefts(rank: int, alpha: int, shape: tuple[int, ...], b
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast_a_fused_layer_rounds_like_pefts(dtype: torch.dtype) -> None:
-    """Within two roundings of the type, and the factors' gradients stay in float32."""
+    """Within two roundings of the dtype, and the factors' gradients stay in float32."""
     plain, ours = pair(r=4, lora_alpha=8)
     results = []
     for model in (plain, ours):
@@ -68,8 +71,8 @@ def test_under_autocast_a_fused_layer_rounds_like_pefts(dtype: torch.dtype) -> N
         assert (a - b).norm() <= 2 * torch.finfo(dtype).eps * b.norm()
 
 
-def long_ways() -> dict[str, Any]:
-    """What peft's own layer is needed for."""
+def own_code_cases() -> dict[str, Any]:
+    """Return the changes to a layer that need peft's own code."""
     return {
         "dropout": lambda m: setattr(
             m.base_model.model[0], "lora_dropout", nn.ModuleDict({"default": nn.Dropout(0.5)})
@@ -77,26 +80,26 @@ def long_ways() -> dict[str, Any]:
         "merged": lambda m: m.merge_adapter(),
         "disabled": lambda m: m.base_model.disable_adapter_layers(),
         "hooked": lambda m: m.base_model.model[0].lora_A["default"].register_forward_hook(lambda *a: a[2] * 0 + 7),
-        "base that learns": lambda m: m.base_model.model[0].base_layer.requires_grad_(True),
+        "trainable base": lambda m: m.base_model.model[0].base_layer.requires_grad_(True),
         "base in half precision": lambda m: m.base_model.model[0].base_layer.bfloat16(),
     }
 
 
-@pytest.mark.parametrize("what", long_ways())
-def test_what_is_more_than_two_products_goes_pefts_way(what: str) -> None:
+@pytest.mark.parametrize("what", own_code_cases())
+def test_more_than_two_products_takes_pefts_own_code(what: str) -> None:
     """Bit for bit, random numbers included."""
     plain, ours = pair(r=4, lora_alpha=8)
     x = torch.linspace(-1, 1, 18).reshape(3, 6)
     results = []
     for model in (plain, ours):
-        long_ways()[what](model)
+        own_code_cases()[what](model)
         torch.manual_seed(1)
         results.append(model(x.bfloat16() if "half" in what else x))
     assert torch.equal(*results)
 
 
-def test_a_bias_that_learns_gets_its_gradient() -> None:
-    """Peft can let the biases of frozen layers learn."""
+def test_a_trainable_bias_gets_its_gradient() -> None:
+    """Peft can train the biases of frozen layers."""
     gradients = []
     for model in pair(r=4, lora_alpha=8, base_bias=True, bias="all"):
         model(torch.linspace(-1, 1, 18).reshape(3, 6)).square().sum().backward()
@@ -125,13 +128,16 @@ def norms(size: int) -> dict[str, nn.Module]:
 
 
 @given(
-    kind=st.sampled_from(["llama", "qwen3", "torch"]), size=st.integers(1, 40), rows=st.integers(0, 5),
-    scale=st.sampled_from([1e-6, 1e-2, 1.0, 1e4]), seed=st.integers(0, 99),
-)  # fmt: skip
-def test_a_fused_norm_is_the_norm(kind: str, size: int, rows: int, scale: float, seed: int) -> None:
+    family=st.sampled_from(["llama", "qwen3", "torch"]),
+    size=st.integers(1, 40),
+    rows=st.integers(0, 5),
+    scale=st.sampled_from([1e-6, 1e-2, 1.0, 1e4]),
+    seed=st.integers(0, 99),
+)
+def test_a_fused_norm_is_the_norm(family: str, size: int, rows: int, scale: float, seed: int) -> None:
     """Result and gradient, in float32, are as near the double-precision ones as float32 is."""
     torch.manual_seed(seed)
-    plain = norms(size)[kind]
+    plain = norms(size)[family]
     ours = copy.deepcopy(plain)
     assert fuse(ours) == 1
     x, gradient = torch.randn(2, rows, size) * scale, torch.randn(2, rows, size)
@@ -146,53 +152,60 @@ def test_a_fused_norm_is_the_norm(kind: str, size: int, rows: int, scale: float,
         result.backward(gradient.to(dtype))
         seen.append((result.double(), y.grad.double()))
     inverse = (x.double().square().mean(-1, keepdim=True) + eps).rsqrt()
-    largest = (weight * gradient * inverse).norm()  # the gradient is a difference of two such, and may cancel
+    # the gradient is a difference of two terms of this size, which may cancel
+    largest = (weight * gradient * inverse).norm()
     for a, b, size_of_terms in zip(*seen, (seen[1][0].norm(), largest), strict=True):
         assert (a - b).norm() <= 3e-6 * size_of_terms
 
 
 def other_norms() -> dict[str, nn.Module]:
-    """Norms that are no plain frozen RMS norm, or are looked at by somebody."""
+    """Return norms that are no plain frozen RMS norm, or have a hook."""
     learning, hooked, half = norms(8)["llama"], norms(8)["llama"], norms(8)["llama"]
     learning.requires_grad_(True)
     hooked.register_forward_hook(lambda module, given, result: result * 7)
     gemma = Gemma2RMSNorm(8)
     gemma.weight.data = torch.randn(8)
     return {
-        "learning": learning, "hooked": hooked, "half": half.bfloat16(), "gemma2": gemma.requires_grad_(False),
+        "learning": learning,
+        "hooked": hooked,
+        "half": half.bfloat16(),
+        "gemma2": gemma.requires_grad_(False),
         "layer norm": nn.LayerNorm(8).requires_grad_(False),
-    }  # fmt: skip
+    }
 
 
-@pytest.mark.parametrize("kind", other_norms())
-def test_any_other_norm_goes_its_own_way(kind: str) -> None:
-    """Bit for bit, and a weight that learns gets its gradient."""
+@pytest.mark.parametrize("family", other_norms())
+def test_any_other_norm_takes_its_own_code(family: str) -> None:
+    """Bit for bit, and a trainable weight gets its gradient."""
     torch.manual_seed(0)
-    plain = other_norms()[kind]
+    plain = other_norms()[family]
     ours = copy.deepcopy(plain)
     fuse(ours)
     x = torch.linspace(-2, 3, 24).reshape(3, 8).to(plain.weight.dtype)
     results = [module(x) for module in (plain, ours)]
     assert torch.equal(*results)
-    if kind == "learning":
+    if family == "learning":
         results[1].sum().backward()
         assert ours.weight.grad is not None
 
 
-def test_what_was_fused_can_go_its_own_way_again() -> None:
-    """Layers and norms are of their own kinds again."""
+def test_unfusing_gives_layers_their_own_code_back() -> None:
+    """Layers and norms have their own classes again."""
     plain, ours = pair(r=4, lora_alpha=8)
     both = nn.ModuleList([ours, norms(8)["qwen3"]])
     fuse(both)
     unfuse(both)
-    kinds = [type(m) for m in nn.ModuleList([plain, norms(8)["qwen3"]]).modules()]
-    assert [type(m) for m in both.modules()] == kinds
+    classes = [type(m) for m in nn.ModuleList([plain, norms(8)["qwen3"]]).modules()]
+    assert [type(m) for m in both.modules()] == classes
 
 
 @given(
-    tokens=st.integers(0, 9), words=st.integers(1, 12), block=st.integers(1, 60), seed=st.integers(0, 99),
+    tokens=st.integers(0, 9),
+    words=st.integers(1, 12),
+    block=st.integers(1, 60),
+    seed=st.integers(0, 99),
     scale=st.sampled_from([0.1, 1.0, 30.0, 1e4]),
-)  # fmt: skip
+)
 def test_token_losses_are_the_cross_entropy(tokens: int, words: int, block: int, seed: int, scale: float) -> None:
     """Losses and gradients, whatever the size of a block."""
     torch.manual_seed(seed)
@@ -210,7 +223,7 @@ def test_token_losses_are_the_cross_entropy(tokens: int, words: int, block: int,
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_token_losses_of_half_precision_are_computed_in_float32(dtype: torch.dtype) -> None:
-    """As transformers computes them, which casts all logits first; gradients come back in the type of the logits."""
+    """As transformers computes them, which casts all logits first; gradients have the dtype of the logits."""
     torch.manual_seed(0)
     logits, targets = (3 * torch.randn(50, 33)).to(dtype), torch.randint(33, (50,))
     ours, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
@@ -226,7 +239,7 @@ def test_token_losses_of_half_precision_are_computed_in_float32(dtype: torch.dty
 
 
 @pytest.mark.parametrize("planted", [float("nan"), float("inf")])
-def test_token_losses_hide_no_number_that_is_none(planted: float) -> None:
+def test_token_losses_hide_no_non_finite_number(planted: float) -> None:
     """NaN and infinity among the logits give NaN, in the loss of that token and in its gradient alone."""
     logits = torch.zeros(3, 5)
     logits[1, 2] = planted
@@ -241,19 +254,22 @@ def test_token_losses_hide_no_number_that_is_none(planted: float) -> None:
 
 
 @given(
-    heads=st.integers(1, 3), tokens=st.integers(1, 5), half=st.integers(1, 4), dtype=st.sampled_from(["32", "64"]),
+    heads=st.integers(1, 3),
+    tokens=st.integers(1, 5),
+    half=st.integers(1, 4),
+    dtype=st.sampled_from(["32", "64"]),
     seed=st.integers(0, 99),
-)  # fmt: skip
-def test_short_rotary_positions_are_the_models(heads: int, tokens: int, half: int, dtype: str, seed: int) -> None:
-    """Results and gradients of queries and keys, whose heads lie between each other as projections leave them."""
+)
+def test_fused_rotary_embeddings_are_the_models(heads: int, tokens: int, half: int, dtype: str, seed: int) -> None:
+    """Results and gradients of queries and keys, whose heads are interleaved as in the layout of projections."""
     torch.manual_seed(seed)
-    kind = getattr(torch, f"float{dtype}")
-    [(_, short)] = rotaries(LlamaRMSNorm(8))
-    cos, sin = torch.randn(2, 1, tokens, 2 * half, dtype=kind)
-    given = [torch.randn(1, tokens, n, 2 * half, dtype=kind).requires_grad_() for n in (heads, 1)]
-    weights = [torch.randn(1, n, tokens, 2 * half, dtype=kind) for n in (heads, 1)]
+    wide = getattr(torch, f"float{dtype}")
+    [(_, ours)] = rotaries(LlamaRMSNorm(8))
+    cos, sin = torch.randn(2, 1, tokens, 2 * half, dtype=wide)
+    given = [torch.randn(1, tokens, n, 2 * half, dtype=wide).requires_grad_() for n in (heads, 1)]
+    weights = [torch.randn(1, n, tokens, 2 * half, dtype=wide) for n in (heads, 1)]
     seen = []
-    for rotary in (short, modeling_llama.apply_rotary_pos_emb):
+    for rotary in (ours, modeling_llama.apply_rotary_pos_emb):
         results = rotary(*(x.transpose(1, 2) for x in given), cos, sin)
         total = sum((r * w).sum() for r, w in zip(results, weights, strict=True))
         seen.append([*results, *torch.autograd.grad(total, given)])
@@ -262,13 +278,13 @@ def test_short_rotary_positions_are_the_models(heads: int, tokens: int, half: in
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def test_under_autocast_rotary_positions_keep_their_types() -> None:
-    """Queries in bfloat16, angles in float32: results as the model's, gradients in the type of the queries."""
+def test_under_autocast_rotary_embeddings_keep_their_dtypes() -> None:
+    """Queries in bfloat16, angles in float32: results as the model's, gradients in the dtype of the queries."""
     torch.manual_seed(0)
-    [(_, short)] = rotaries(LlamaRMSNorm(8))
+    [(_, ours)] = rotaries(LlamaRMSNorm(8))
     cos, sin = torch.randn(2, 1, 5, 8)
     seen = []
-    for rotary in (short, modeling_llama.apply_rotary_pos_emb):
+    for rotary in (ours, modeling_llama.apply_rotary_pos_emb):
         q = torch.linspace(-1, 1, 80).view(1, 2, 5, 8).bfloat16().requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             result, _ = rotary(q, q[:, :1], cos, sin)
@@ -279,33 +295,33 @@ def test_under_autocast_rotary_positions_keep_their_types() -> None:
         assert (a - b).float().norm() <= torch.finfo(torch.bfloat16).eps * b.float().norm()
 
 
-def test_rotary_positions_of_another_kind_go_their_own_way() -> None:
-    """Pairs that lie beside each other, and results in the type of the heads where angles are wider."""
+def test_other_rotary_embeddings_take_their_own_code() -> None:
+    """Interleaved pairs, and results in the dtype of the heads where angles are wider."""
     assert rotaries(GlmRMSNorm(8)) == []
     assert rotaries(Olmo2RMSNorm(8)) == []
 
 
-@pytest.mark.parametrize("kind", ["in part", "by name", "learnt", "without keys"])
-def test_another_call_of_the_function_is_its_own(kind: str) -> None:
-    """Heads that are turned in part, arguments by name, angles that learn, queries alone."""
+@pytest.mark.parametrize("call", ["in part", "by name", "trainable", "without keys"])
+def test_any_other_call_takes_the_models_own_code(call: str) -> None:
+    """Partly rotated heads, arguments by name, trainable angles, queries alone."""
     torch.manual_seed(0)
     [(home, _)] = rotaries(GPTNeoXRotaryEmbedding(GPTNeoXConfig()))
     called: list[int] = []
     plain = home.apply_rotary_pos_emb
     q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 1, 5, 8)
-    cos, sin = torch.randn(2, 1, 5, 4 if kind == "in part" else 8)
-    if kind == "learnt":
+    cos, sin = torch.randn(2, 1, 5, 4 if call == "in part" else 8)
+    if call == "trainable":
         cos.requires_grad_()
-    named = {"unsqueeze_dim": 1} if kind == "by name" else {}
-    given = (q, None if kind == "without keys" else k, cos, sin)
+    named = {"unsqueeze_dim": 1} if call == "by name" else {}
+    given = (q, None if call == "without keys" else k, cos, sin)
 
     def counted(*args: Any, **more: Any) -> Any:
         called.append(1)
-        return args if kind == "without keys" else plain(*args, **more)
+        return args if call == "without keys" else plain(*args, **more)
 
-    results = _short(counted)(*given, **named)
+    results = _with_fused_path(counted)(*given, **named)
     assert called
-    if kind != "without keys":
+    if call != "without keys":
         for a, b in zip(results, plain(*given, **named), strict=True):
             assert torch.equal(a, b)
 

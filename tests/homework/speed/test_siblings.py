@@ -1,4 +1,4 @@
-"""Layers that take the same input work together, and what each gives is what it would give alone."""
+"""Layers that take the same input compute together, and each gives what it would give alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMES = "qkv"
 
 
 def plain() -> Any:
-    """Three adapted layers of one parent, in peft's own way; each has another rank and another scaling."""
+    """Return three adapted layers of one parent with peft's own code; each has another rank and another scaling."""
     torch.manual_seed(0)
     base = nn.ModuleDict(
         {name: nn.Linear(6, out, bias=name == "k") for name, out in zip(NAMES, (5, 3, 4), strict=True)}
@@ -41,27 +41,29 @@ def layers_of(model: Any) -> Any:
 
 
 def joined(model: Any) -> Any:
-    """A copy whose layers work together."""
+    """Return a copy whose layers compute together."""
     ours = copy.deepcopy(model)
     fuse(ours)
     join(layers_of(ours).values())
     return ours
 
 
-def line(requires_grad: bool = False) -> Tensor:
-    """An input of shape (5, 6) that is no leaf."""
+def batch(requires_grad: bool = False) -> Tensor:
+    """Return an input of shape (5, 6) that is not a leaf."""
     return torch.linspace(-1, 1, 30).reshape(5, 6).requires_grad_(requires_grad) * 1
 
 
 def together(results: list[Tensor]) -> int:
-    """How many groups of results were found together."""
+    """Return how many groups of results were computed together."""
     return len({result.grad_fn for result in results})
 
 
 @given(
-    order=st.permutations(NAMES), called=st.integers(1, 3), shape=st.sampled_from([(3, 6), (2, 3, 6), (1, 0, 6)]),
+    order=st.permutations(NAMES),
+    called=st.integers(1, 3),
+    shape=st.sampled_from([(3, 6), (2, 3, 6), (1, 0, 6)]),
     frozen_input=st.booleans(),
-)  # fmt: skip
+)
 def test_siblings_are_pefts_layers(order: list[str], called: int, shape: tuple[int, ...], frozen_input: bool) -> None:
     """In whatever order, also where one is not called at all: results and gradients in double precision."""
     model = plain().double()
@@ -73,21 +75,22 @@ def test_siblings_are_pefts_layers(order: list[str], called: int, shape: tuple[i
         sum(result.square().sum() for result in results).backward()  # type: ignore[union-attr]
         seen.append([*results, x.grad, *(p.grad for p in layers.parameters())])
     for a, b in zip(*seen, strict=True):
-        assert (a is None) is (b is None)  # an optimizer makes steps of zeros, and none of nothing
+        # an optimizer would make a step with zeros, and makes none with None
+        assert (a is None) is (b is None)
         if a is not None:
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
-def test_they_are_found_together() -> None:
+def test_they_are_computed_together() -> None:
     """By the first of them that is called."""
-    layers, x = layers_of(joined(plain())), line()
+    layers, x = layers_of(joined(plain())), batch()
     assert together([layers[name](x) for name in NAMES]) == 1
     assert together([layers[name](x) for name in "kqv"]) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_siblings_share_the_cast_of_their_input(dtype: torch.dtype) -> None:
-    """Their gradients meet in the type of the products, within three roundings of what peft's layers give."""
+    """Their gradients meet in the dtype of the products, within three roundings of what peft's layers give."""
     model = plain()
     gradients = []
     for layers in (model, joined(model)):
@@ -103,7 +106,7 @@ def test_siblings_share_the_cast_of_their_input(dtype: torch.dtype) -> None:
 
 
 def test_results_can_be_written_over() -> None:
-    """As those of any layer: by activations in place, and by a sum of somebody's own."""
+    """As those of any layer: by in-place activations, and by in-place sums."""
     model = plain()
     gradients = []
     for layers in (model, joined(model)):
@@ -117,7 +120,7 @@ def test_results_can_be_written_over() -> None:
 
 
 def changes() -> dict[str, Any]:
-    """What can happen between the calls of two siblings, and makes the results of the first one's call stale."""
+    """Return changes between the calls of two siblings that make the results of the first call stale."""
 
     def quietly(change: Any) -> Any:
         with torch.no_grad():
@@ -131,18 +134,18 @@ def changes() -> dict[str, Any]:
             layers["k"].lora_B["default"], "weight", nn.Parameter(torch.ones(3, 2))
         ),
         "a scaling": lambda layers, x: layers["k"].set_scale("default", 3.0),
-        "an adapter at work": lambda layers, x: layers["k"].enable_adapters(False),
+        "an active adapter": lambda layers, x: layers["k"].enable_adapters(False),
         "a hook": lambda layers, x: layers["k"].base_layer.register_forward_hook(lambda *a: a[2] * 7),
     }
 
 
 @pytest.mark.parametrize("what", changes())
-def test_what_changes_between_two_calls_is_seen(what: str) -> None:
-    """A result that waits is of what was there when it was found."""
+def test_a_change_between_two_calls_is_noticed(what: str) -> None:
+    """A waiting result is one of the tensors of its time."""
     model = plain()
     results = []
     for layers in (layers_of(model), layers_of(joined(model))):
-        x = line()
+        x = batch()
         layers["q"](x)
         changes()[what](layers, x)
         results.append(layers["k"](x))
@@ -150,10 +153,10 @@ def test_what_changes_between_two_calls_is_seen(what: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["dropout", "merged", "disabled", "hooked", "own forward"])
-def test_one_that_does_more_than_its_sum_works_alone(what: str) -> None:
-    """The others still work together, and it is called as ever."""
+def test_a_layer_that_does_more_than_its_sum_computes_alone(what: str) -> None:
+    """The others still compute together, and it is called as before."""
     ours = joined(plain())
-    layers, x = layers_of(ours), line()
+    layers, x = layers_of(ours), batch()
     middle = layers["k"]
     {
         "dropout": lambda: setattr(middle, "lora_dropout", nn.ModuleDict({"default": nn.Dropout(0.5)})),
@@ -172,7 +175,7 @@ def test_one_that_does_more_than_its_sum_works_alone(what: str) -> None:
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_results_without_a_graph_are_not_handed_out_with_one(context: Any) -> None:
     """And the other way round."""
-    layers, x = layers_of(joined(plain())), line()
+    layers, x = layers_of(joined(plain())), batch()
     with context():
         layers["q"](x)
     assert layers["k"](x).requires_grad
@@ -182,11 +185,11 @@ def test_results_without_a_graph_are_not_handed_out_with_one(context: Any) -> No
 
 
 def test_inference_tensors_are_taken() -> None:
-    """Nobody counts how often they change, and so nothing waits for them."""
+    """Torch counts no versions of them, so no result waits for them."""
     model = plain()
     ours = joined(model)
     with torch.inference_mode():
-        x = line()
+        x = batch()
         for name in NAMES:
             torch.testing.assert_close(layers_of(ours)[name](x), layers_of(model)[name](x))
             x.mul_(-1)
@@ -195,7 +198,7 @@ def test_inference_tensors_are_taken() -> None:
 def test_a_sibling_whose_weights_a_hook_fetches_is_not_asked_before_it_is_called() -> None:
     """As where they are offloaded."""
     model = plain()
-    x, layer = line(), layers_of(ours := joined(model))["k"]
+    x, layer = batch(), layers_of(ours := joined(model))["k"]
     factor, weight = layer.lora_A["default"].weight, layer.lora_A["default"].weight.data
     layer.register_forward_pre_hook(lambda *a: setattr(factor, "data", weight))
     factor.data = torch.empty(0)
@@ -203,12 +206,12 @@ def test_a_sibling_whose_weights_a_hook_fetches_is_not_asked_before_it_is_called
         torch.testing.assert_close(layers_of(ours)[name](x), layers_of(model)[name](x))
 
 
-def test_a_result_that_learns_nothing_asks_for_no_gradient() -> None:
-    """Also where its siblings learn."""
+def test_a_frozen_layers_result_requires_no_gradient() -> None:
+    """Also where its siblings are trainable."""
     layers = layers_of(joined(plain()))
     layers["k"].requires_grad_(False)
-    assert [layers[name](line()).requires_grad for name in NAMES] == [True, False, True]
-    x = line()
+    assert [layers[name](batch()).requires_grad for name in NAMES] == [True, False, True]
+    x = batch()
     assert [layers[name](x).requires_grad for name in NAMES] == [True, False, True]
 
 
@@ -227,14 +230,14 @@ class Forgets(torch.autograd.Function):
 
 
 def test_gradients_may_be_missing_for_all() -> None:
-    """Nothing is learnt then."""
-    ours, x = joined(plain()), line(requires_grad=True)
+    """No parameter gets one then."""
+    ours, x = joined(plain()), batch(requires_grad=True)
     loss = Forgets.apply(*(layers_of(ours)[name](x) for name in NAMES)) + x.sum()  # type: ignore[no-untyped-call]
     loss.backward()
     assert {p.grad for p in ours.parameters()} == {None}
 
 
-def test_a_backward_pass_within_autocast_is_in_the_types_of_the_forward_pass() -> None:
+def test_a_backward_pass_within_autocast_has_the_dtypes_of_the_forward_pass() -> None:
     """Autocast casts some products, and not those in place."""
     gradients = []
     for within in (False, True):
@@ -263,7 +266,7 @@ def test_a_backward_pass_within_autocast_is_so_too_where_the_first_result_is_not
 
 def test_there_is_no_second_derivative() -> None:
     """It is refused, and not wrong."""
-    x = line(requires_grad=True)
+    x = batch(requires_grad=True)
     [gradient] = torch.autograd.grad(layers_of(joined(plain()))["q"](x).tanh().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.square().sum().backward()
@@ -272,7 +275,7 @@ def test_there_is_no_second_derivative() -> None:
 def test_a_factor_that_changes_before_the_backward_pass_is_an_error() -> None:
     """As it is in peft's layers: the gradient would be of other numbers than the result."""
     layers = layers_of(joined(plain()))
-    loss = layers["q"](line(requires_grad=True)).sum()
+    loss = layers["q"](batch(requires_grad=True)).sum()
     with torch.no_grad():
         layers["q"].lora_A["default"].weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -302,17 +305,17 @@ def test_threads_get_their_own_results() -> None:
 def test_nothing_of_a_model_that_is_dropped_lives_on() -> None:
     """Also where a result was still waiting: a forward pass that raised midway."""
     ours = joined(plain())
-    layers_of(ours)["q"](line(requires_grad=True))
+    layers_of(ours)["q"](batch(requires_grad=True))
     seen = [weakref.ref(parameter) for parameter in ours.parameters()]
     del ours
     gc.collect()
     assert [ref() for ref in seen] == [None] * len(seen)
 
 
-def test_one_that_goes_its_own_way_again_is_left_alone() -> None:
-    """By `unfuse`, or by whoever gives it another class."""
+def test_an_unfused_layer_is_left_alone() -> None:
+    """Whether `unfuse` or somebody else gives it another class."""
     for leave in (unfuse, lambda layer: setattr(layer, "__class__", layer.plain)):
-        layers, x = layers_of(joined(plain())), line()
+        layers, x = layers_of(joined(plain())), batch()
         leave(layers["k"])
         results = [layers[name](x) for name in NAMES]
         assert together([results[0], results[2]]) == 1
@@ -321,7 +324,7 @@ def test_one_that_goes_its_own_way_again_is_left_alone() -> None:
 @pytest.mark.parametrize("called", [NAMES, "k"])
 def test_nothing_is_kept_of_an_input_that_all_have_taken(called: str) -> None:
     """Nor of one that only a later layer took; results that nobody fetches go with the next input at the latest."""
-    layers, x = layers_of(joined(plain())), line()
+    layers, x = layers_of(joined(plain())), batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.cat([layers[name](x).flatten() for name in called]).float().sum().backward()
     seen = weakref.ref(x)
@@ -332,11 +335,11 @@ def test_nothing_is_kept_of_an_input_that_all_have_taken(called: str) -> None:
 
 def test_a_result_that_nobody_fetches_goes_with_the_next_input() -> None:
     """So that no more than one is ever kept."""
-    layers, x = layers_of(joined(plain())), line()
+    layers, x = layers_of(joined(plain())), batch()
     layers["q"](x)
     seen = weakref.ref(x)
     del x
-    layers["q"](line())
+    layers["q"](batch())
     gc.collect()
     assert seen() is None
 
@@ -345,7 +348,7 @@ def test_a_copy_has_no_siblings() -> None:
     """Its layers would be those of the model that it was copied from."""
     ours = joined(plain())
     other = copy.deepcopy(ours)
-    x = line()
+    x = batch()
     for name in NAMES:
         a, b = (layers_of(model)[name](x) for model in (ours, other))
         torch.testing.assert_close(a, b)
@@ -379,9 +382,13 @@ def test_siblings_share_a_parent_and_an_input_and_are_called_once() -> None:
 def llama() -> tuple[Any, dict[str, Tensor]]:
     """An adapted model, and a batch."""
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
         num_key_value_heads=2,
-    )  # fmt: skip
+    )
     model: Any = get_peft_model(
         AutoModelForCausalLM.from_config(config), LoraConfig(target_modules="all-linear", init_lora_weights=False)
     )
@@ -425,9 +432,9 @@ def test_a_model_that_refuses_the_batch_has_none(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_compiled_model_is_left_to_its_compiler() -> None:
-    """It fuses in its own way: what it sees are peft's layers."""
+    """It fuses by itself, and gets peft's own layers."""
     ours = joined(plain())
-    layers, x = layers_of(ours), line()
+    layers, x = layers_of(ours), batch()
 
     @torch.compile(backend="eager", fullgraph=True)
     def compiled(x: Tensor) -> list[Tensor]:

@@ -58,10 +58,19 @@ def test_a_written_number_is_short(number: float) -> None:
 @pytest.mark.parametrize(
     ("number", "text"),
     [
-        (24, "24"), (4828.032, "4828"), (999999, "1e6"), (123456, "123500"), (3.15576e9, "3.156e9"), (0.001, "0.001"),
-        (0.00099996, "0.001"), (0.00012, "1.2e-4"), (0, "0"), (-2.5, "-2.5"), (100, "100"),
+        (24, "24"),
+        (4828.032, "4828"),
+        (999999, "1e6"),
+        (123456, "123500"),
+        (3.15576e9, "3.156e9"),
+        (0.001, "0.001"),
+        (0.00099996, "0.001"),
+        (0.00012, "1.2e-4"),
+        (0, "0"),
+        (-2.5, "-2.5"),
+        (100, "100"),
     ],
-)  # fmt: skip
+)
 def test_numbers_have_one_expected_text(number: float, text: str) -> None:
     """Plain from 0.001 to below a million, with an exponent outside, and no trailing zeros."""
     assert format_number(number) == text
@@ -86,11 +95,29 @@ def test_a_number_that_is_not_finite_cannot_be_written(number: float) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "", "nan", "inf", "-inf", "5.", ".5", "1,234", "\uff11\uff12", "\u0663", "007", "1e", "--1", "1 2",
-        " 1", "1\n", "0x10", "1_000",
-        "1e+", "1e9999", "+", "e5",
+        "",
+        "nan",
+        "inf",
+        "-inf",
+        "5.",
+        ".5",
+        "1,234",
+        "\uff11\uff12",
+        "\u0663",
+        "007",
+        "1e",
+        "--1",
+        "1 2",
+        " 1",
+        "1\n",
+        "0x10",
+        "1_000",
+        "1e+",
+        "1e9999",
+        "+",
+        "e5",
     ],
-)  # fmt: skip
+)
 def test_junk_is_not_a_number(text: str) -> None:
     """The grammar takes ASCII digits with optional sign, decimals and exponent, and the whole text."""
     assert isinstance(read_number(text), Unparsed)
@@ -99,15 +126,25 @@ def test_junk_is_not_a_number(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "", "24", "<answer>24",
-        "24</answer>", "<answer></answer>", "<answer>", "<answer>24</answer><answer>24</answer>",
-        "What are 3 gallons in pints?\n<answer>24</answer>", "<answer>24</answer> and more",
+        "",
+        "24",
+        "<answer>24",
+        "24</answer>",
+        "<answer></answer>",
+        "<answer>",
+        "<answer>24</answer><answer>24</answer>",
+        "What are 3 gallons in pints?\n<answer>24</answer>",
+        "<answer>24</answer> and more",
         "<answer>24 pints</answer>",
-        "(answer)24</answer>", "<answer>24[/answer]", "<answer> 24</answer>",
-        "<Answer>24</Answer>", "<answer>nan</answer>",
-        "<answer>1,234</answer>", "<answer/answer>",
+        "(answer)24</answer>",
+        "<answer>24[/answer]",
+        "<answer> 24</answer>",
+        "<Answer>24</Answer>",
+        "<answer>nan</answer>",
+        "<answer>1,234</answer>",
+        "<answer/answer>",
     ],
-)  # fmt: skip
+)
 def test_a_text_that_is_not_exactly_one_answer_is_unparsed(text: str) -> None:
     """A bare number, a run-on, a second answer or an echo of the prompt gives None."""
     assert parse_answer(text) is None

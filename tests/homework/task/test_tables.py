@@ -39,7 +39,8 @@ def test_a_table_has_ten_values_or_their_tenfolds() -> None:
     assert len(made) == 3 * 10 * len(PAIRS)
     assert {t[1:] for t in made} == PAIRS
     digits = Counter((str(value).rstrip("0"), *units) for value, *units in made)
-    assert set(digits.values()) == {3, 6}  # 10 begins as 1 does
+    # 10 has the digit of 1
+    assert set(digits.values()) == {3, 6}
     assert all((count == 6) == (digit == "1") for (digit, *_), count in digits.items())
 
 

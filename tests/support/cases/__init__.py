@@ -18,11 +18,12 @@ import pkgutil
 from typing import Any
 
 
-def gathered(table: str) -> dict[Any, Any]:
-    """The table called `table` of all files."""
+def gathered(table: str, own: dict[Any, Any] | None = None) -> dict[Any, Any]:
+    """The table called `table` of all files, and `own`; cases of one invariant in several of them are added up."""
     found: dict[Any, Any] = {}
-    for module in modules():
-        found |= getattr(module, table, {})
+    for part in (own or {}, *(getattr(m, table, {}) for m in modules())):
+        for name, cases in part.items():
+            found[name] = found.get(name, {}) | cases if isinstance(cases, dict) else cases
     return found
 
 

@@ -23,18 +23,25 @@ NAN = math.nan
 LAYER = "model.layers.0.self_attn.q_proj"
 
 
-def FIELDS(cell: Cell, names: list[str]) -> dict[str, Any]:  # noqa: N802 # a table like the others
+# a table like the others, which are in capitals
+def FIELDS(cell: Cell, names: list[str]) -> dict[str, Any]:  # noqa: N802
     """A merge that lost nothing."""
     return {
         "merge": MergeRecord(
-            layers=1, dtype=mode_named(cell.precision).weights_dtype, max_abs_logit=2.0, max_logit_change=1e-7,
-            max_saved_change=1e-7, swallowed=0.0, kept=1.0, least_kept=Names.of([LAYER]),
+            layers=1,
+            dtype=mode_named(cell.precision).weights_dtype,
+            max_abs_logit=2.0,
+            max_logit_change=1e-7,
+            max_saved_change=1e-7,
+            swallowed=0.0,
+            kept=1.0,
+            least_kept=Names.of([LAYER]),
         )
-    }  # fmt: skip
+    }
 
 
 OPTIONAL = {
-    "merge.least_kept.first[]": "a list of names may be cut: the count stands beside it",
+    "merge.least_kept.first[]": "a list of names may be shortened: the count stands beside it",
     "answers[].stopped": "generation may know no end token, and a short training has learned none",
     "base_answers.answers[].parsed": "None says that the base's answer holds no number",
     "base_answers.answers[].stopped": "the base need not stop",
@@ -92,12 +99,7 @@ def parsing(**changes: Any) -> RunRecord:
 
 
 BLOWN_UP = (4.0, 30.0, 20.0, 12.0, *[2.0] * 12)
-SHORT = dataclasses.replace(
-    learned(False, False),
-    steps=learned(False, False).steps[:8],
-    max_steps=8,
-    global_step=8,
-)
+SHORT = dataclasses.replace(learned(False, False), steps=learned(False, False).steps[:8], max_steps=8, global_step=8)
 ALIKE = learned(*[False] * 8, losses=BLOWN_UP)
 SCALES = Cell("tf32", 2, 1)
 
@@ -116,7 +118,7 @@ FAILURES = {
         "logits": (merged(max_logit_change=2.1e-4), "the merged model differ from those before merging by 0.00021"),
         "logits-nan": (merged(max_logit_change=NAN), "by nan"),
         "largest-inf": (merged(max_abs_logit=math.inf), "the merged model differ"),
-        "saved": (merged(max_saved_change=1.0), "merged model, saved and loaded differ .* by 1"),
+        "saved": (merged(max_saved_change=1.0), "merged model, saved and loaded, differ .* by 1"),
         "bfloat16": (merged(dtype="bfloat16", max_logit_change=0.4), "differ from those before merging by 0.4"),
         "float16": (merged(dtype="float16", max_logit_change=0.05), "differ from those before merging by 0.05"),
         "tf32": (
@@ -134,17 +136,17 @@ FAILURES = {
         ),
     },
     "answers_beat_base": {
-        "promise-broken": (learned(*[False] * 8), "say that the answers are learned .* 0 of 8 answers are right"),
-        "promise-broken-by-most": (learned(True, *[False] * 7), "1 of 8 answers are right, of the base's 0"),
+        "promise-broken": (learned(*[False] * 8), "say that the answers are learned .* 0 of 8 answers right"),
+        "promise-broken-by-most": (learned(True, *[False] * 7), "1 of 8 answers right, its base 0"),
         "rows-seen-once": (
             dataclasses.replace(learned(*[False] * 8, taught=0), micro_batches_per_epoch=16),
-            "0 of 8 answers are right",
+            "0 of 8 answers right",
         ),
         "unlearned": (
             learned(*[False] * 8, losses=(4.0,) * 16, answers=base_right(5, 8)),
-            "unlearned what its base can: 0 of 8 answers are right, of the base's 5",
+            "unlearned what its base can: the adapter has 0 of 8 answers right, its base 5",
         ),
-        "collapsed": (ALIKE, "rose to 16.5 from 4, ended at 2, and 1 distinct answers are given where 8 are expected"),
+        "collapsed": (ALIKE, "rose to 16.5 from 4, ended at 2, and only 1 distinct answer came where 8 are"),
         "diverged": (
             learned(*[False] * 8, losses=(4.0, *[30.0] * 15)),
             "blew up and collapsed: the loss rose to 30 from 4, ended at 30",
@@ -155,7 +157,7 @@ FAILURES = {
         ),
     },
     "stops": {
-        "endless": (endless(learned(*[True] * 8), 3), "5 of 8 answers end by themselves .'0 . 0 =' was answered"),
+        "endless": (endless(learned(*[True] * 8), 3), "5 of 8 answers came to an end .'0 . 0 =' was answered"),
         "never-taught": (
             endless(learned(*[True] * 8, ends_taught=0), 3, parsed=None),
             "5 of 8 .*no row teaches the end token",
@@ -164,10 +166,10 @@ FAILURES = {
     "strict_answers": {
         "junk": (
             parsing(junk=Names.of(["'' as 0.0", "'nan' as nan"])),
-            "no answer, in 2 of 20 texts: '' as 0.0, 'nan'",
+            "there is no answer, in 2 of 20 texts: '' as 0.0, 'nan'",
         ),
         "misread": (parsing(misread=Names.of(["'1,234' as 234.0"])), "another number .* 1 of 20 texts: '1,234' as 234"),
-        "raises": (parsing(raised=Names.of(["'': ValueError"])), "should say None, in 1 of 20 texts: '': ValueError"),
+        "raises": (parsing(raised=Names.of(["'': ValueError"])), "should give None, in 1 of 20 texts: '': ValueError"),
     },
 }
 
@@ -188,10 +190,7 @@ NOT_EVALUATED = {
         "not-summed": (merged(kept=None), "not seen what merging made"),
     },
     "answers_beat_base": {
-        "nothing-left": (
-            healthy(answers=[1.0], base_answers=None),
-            "the look `base_answers` left nothing to judge by",
-        ),
+        "nothing-left": (healthy(answers=[1.0], base_answers=None), "the look `base_answers` left nothing to judge by"),
         "one-answer-missing": (
             within(healthy(answers=[1.0, 2.0]), "base_answers", answers=()),
             "2 answers of the adapter and 0 of its base",
@@ -204,15 +203,16 @@ NOT_EVALUATED = {
 }
 
 MAY_BE_MISSING = {
-    "short": ("answers_beat_base", SHORT, "fewer than 16 steps; 0 of 2"),
+    "short": ("answers_beat_base", SHORT, "fewer than 16 steps; the adapter has 0 of 2"),
     "not-yet": (
         "answers_beat_base",
         learned(False, False, losses=(4.0,) * 16),
-        "loss 4 per token, 12 per answer, 4 at first; 0 of 2",
+        "loss 4 per token, 12 per answer, 4 at first; the adapter has 0 of 2",
     ),
     "by-heart": ("answers_beat_base", learned(False, False, taught=0), "not trained far enough to tell"),
     "short-to-stop": ("stops", SHORT, "fewer than 16 steps"),
     "not-yet-to-stop": ("stops", learned(True, True, losses=(4.0,) * 16), "where an answer ends: loss 4 per token"),
+    "no-answer-to-stop": ("stops", healthy(), "no answer was generated"),
     "no-end-token": ("stops", endless(learned(True, True), 1, stopped=None), "generation knows no end token"),
     "small-adapter": (
         "merge_equivalence",
@@ -263,10 +263,7 @@ THRESHOLDS = {
     ("answers_beat_base", "max_loss_share"): (learned(*[False] * 8), 0.25, -0.025),
     ("answers_beat_base", "min_kept_promise"): (learned(*[True] * 4, *[False] * 4), 1.0, -0.1),
     ("answers_beat_base", "rtol"): (
-        dataclasses.replace(
-            learned(*[True] * 8),
-            answers=tuple(_answer(i, i * 1.05 if i else 1.0) for i in range(8)),
-        ),
+        dataclasses.replace(learned(*[True] * 8), answers=tuple(_answer(i, i * 1.05 if i else 1.0) for i in range(8))),
         0.0,
         0.01,
     ),

@@ -30,15 +30,22 @@ def FIELDS(cell: Cell, names: list[str]) -> dict[str, Any]:  # noqa: N802 - a ta
     return {
         "wiring": WiringRecord(trainable=len(names), modules=1),
         "initial": InitialRecord(
-            factors=1, init="True", identical=True, neutral=True, loaded=False,
-            logits=2048, changed_logits=0, max_logit_change=0.0, max_abs_logit=2.5,
+            factors=1,
+            init="True",
+            identical=True,
+            neutral=True,
+            loaded=False,
+            logits=2048,
+            changed_logits=0,
+            max_logit_change=0.0,
+            max_abs_logit=2.5,
         ),
         "foundation": FoundationRecord(tensors=12),
         "supervision": SupervisionRecord(
             trained_rows=16, dataset_rows=64, micro_batches=8, asks=True, answered_rows=16
         ),
         "prompts": PromptsRecord(questions=8, rows=64, matched=16),
-    }  # fmt: skip
+    }
 
 
 def _healthy(**changes: Any) -> RunRecord:
@@ -52,9 +59,9 @@ def _with(part: str, **changes: Any) -> RunRecord:
     return dataclasses.replace(record, **{part: dataclasses.replace(getattr(record, part), **changes)})
 
 
-def _unlooked(part: str, look: str, **said: str) -> RunRecord:
+def _unlooked(part: str, look: str, **wording: str) -> RunRecord:
     record = _healthy()
-    looks = tuple(x if x.name != look else LookRecord(name=look, **said) for x in record.looks)
+    looks = tuple(x if x.name != look else LookRecord(name=look, **wording) for x in record.looks)
     return dataclasses.replace(record, looks=looks, **{part: None})
 
 
@@ -83,39 +90,48 @@ def _trip(**changes: Any) -> RunRecord:
 _BROKEN = "ended in ValueError: no"
 FAILURES: dict[str, dict[str, Any]] = {
     "trainable_set_exact": {
-        "none": (_with("wiring", trainable=0), "no tensor takes a gradient"),
+        "none": (_with("wiring", trainable=0), "no trainable tensor"),
         "no-module": (_with("wiring", modules=0), "attached to no module"),
-        "frozen": (_with("wiring", frozen=_NAMES), "1 tensors of the active adapter take no gradient: .*lora_B"),
-        "strays": (_with("wiring", strays=Names.of(["lm_head.weight"])), "no part of the active adapter: lm_head"),
-        "unmatched": (_with("wiring", unmatched=Names.of(["q_projj"])), "match no module: q_projj"),
-        "incomplete": (_with("wiring", incomplete=Names.of(["model.q_proj"])), "hold no factors: model.q_proj"),
-        "disabled": (_with("wiring", disabled=True), "switched off"),
+        "frozen": (_with("wiring", frozen=_NAMES), "1 tensor of the active adapter must .*: .*lora_B"),
+        "strays": (
+            _with("wiring", strays=Names.of(["lm_head.weight"])),
+            "1 tensor outside the active adapter had .*: lm_head",
+        ),
+        "unmatched": (_with("wiring", unmatched=Names.of(["q_projj"])), "1 target .* matched no module: q_projj"),
+        "incomplete": (_with("wiring", incomplete=Names.of(["model.q_proj"])), "1 module .* no factors: model.q_proj"),
+        "disabled": (_with("wiring", disabled=True), "the adapter is disabled"),
         "broken": (_unlooked("wiring", "wiring", error="ValueError: no"), _BROKEN),
     },
     "optimizer_owns_trainables": {
-        "lacking": (_with("optimizer", lacking=_NAMES, owns_trainables=False), "not in the optimizer.*lora_B"),
+        "lacking": (_with("optimizer", lacking=_NAMES, owns_trainables=False), "lacks 1 trainable tensor.*lora_B"),
         "foreign": (_with("optimizer", foreign=_NAMES), "began to take a gradient"),
         "twice": (_with("optimizer", twice=_NAMES), "more than once"),
         "unexplained": (_with("optimizer", owns_trainables=False), "are not the trainable ones"),
-        "nothing": (_healthy(adapter=()), "no trainable tensor to own"),
+        "nothing": (_healthy(adapter=()), "no trainable tensor"),
     },
     "fp32_master": {
-        "begin": (_tensor(initial_dtype="float16", dtype="float16"), "1 of 2 .* are float16 before the first step"),
-        "end": (_tensor(dtype="bfloat16"), "1 of 2 .* are bfloat16 after the last step alone: .*lora_B"),
+        "begin": (
+            _tensor(initial_dtype="float16", dtype="float16"),
+            "1 of 2 .* had the type float16 before the first step",
+        ),
+        "end": (_tensor(dtype="bfloat16"), "1 of 2 .* had the type bfloat16 only after the last step: .*lora_B"),
         "float8": (_tensor(initial_dtype="float8_e4m3fn"), "float8_e4m3fn before"),
         "states": (_with("optimizer", state_dtypes=("bfloat16", "float32")), "AdamW keeps states in bfloat16"),
     },
     "identity_at_init": {
-        "random-b": (_with("initial", nonzero_b=_NAMES), "1 factors do not start at zero.*lora_B"),
+        "random-b": (_with("initial", nonzero_b=_NAMES), "1 factor did not start at zero.*lora_B"),
         "zero-a": (_with("initial", zero_a=Names.of([_A])), "nothing passes: .*lora_A"),
-        "scaling": (_with("initial", wrong_scaling=Names.of(["q (4, not 2)"])), "alpha and rank: q .4, not 2."),
-        "logits": (_with("initial", changed_logits=7, max_logit_change=0.5), "7 of 2048 logits are not the base's"),
+        "scaling": (_with("initial", wrong_scaling=Names.of(["q (4, not 2)"])), "scaling of 1 module: q .4, not 2."),
+        "logits": (
+            _with("initial", changed_logits=7, max_logit_change=0.5),
+            "7 of 2048 logits differed from the base's",
+        ),
         "dora": (_with("initial", identical=False, changed_logits=7, max_logit_change=0.5), "differ .* by 0.5"),
         "broken": (_unlooked("initial", "wiring", error="ValueError: no"), _BROKEN),
     },
     "base_finite": {
-        "nan": (_with("foundation", nonfinite=Names.of(["w"])), "1 tensors of the base hold NaN or infinity .*: w"),
-        "absent": (_with("foundation", not_loaded=Names.of(["head"])), "not in its checkpoint.*: head"),
+        "nan": (_with("foundation", nonfinite=Names.of(["w"])), "1 tensor of the base held NaN or infinity .*: w"),
+        "absent": (_with("foundation", not_loaded=Names.of(["head"])), "the checkpoint lacks 1 tensor .*: head"),
         "magnitude": (_with("foundation", zero_magnitudes=Names.of(["m"])), "the direction is 0/0: m"),
         "embedding": (_with("foundation", zero_embeddings=Names.of(["5"])), "zero throughout: 5"),
         "broken": (_unlooked("foundation", "wiring", error="ValueError: no"), _BROKEN),
@@ -123,41 +139,53 @@ FAILURES: dict[str, dict[str, Any]] = {
     "supervision_audit": {
         "broken": (_unlooked("supervision", "supervision", error="ValueError: no"), _BROKEN),
         "third-of-the-rows": (
-            _with("supervision", trained_defects=(_defect("unsupervised", 5),)), "5 of 16 rows have no label",
+            _with("supervision", trained_defects=(_defect("unsupervised", 5),)),
+            "5 of 16 rows as trained on had no label",
         ),
         "dataset": (
-            _with("supervision", dataset_defects=(_defect("unsupervised", 20, None),)), "20 of 64 .* of the data set",
+            _with("supervision", dataset_defects=(_defect("unsupervised", 20, None),)),
+            "20 of 64 rows of the data set",
         ),
-        "barren": (_with("supervision", trained_defects=(_defect("barren", 1),)), "1 of 8 micro-batches have no label"),
-        "no-reason": (_with("supervision", trained_defects=(_defect("strange", 1),)), "1 of 16 strange"),
+        "barren": (
+            _with("supervision", trained_defects=(_defect("barren", 1),)),
+            "1 of 8 micro-batches as trained on had no label",
+        ),
+        "no-reason": (
+            _with("supervision", trained_defects=(_defect("strange", 1),)),
+            "1 of 16 rows .* had the defect strange",
+        ),
         **{
-            kind: (_with("supervision", trained_defects=(_defect(kind, 1),)), said)
-            for kind, said in {
-                "mismatched": "not their own tokens", "unknown_id": "embedding does not have",
-                "unknown_label": "vocabulary does not have", "doubled_bos": "two BOS",
-                "prompt_supervised": "supervise the prompt", "wrong_answer": "do not supervise its answer",
+            defect: (_with("supervision", trained_defects=(_defect(defect, 1),)), wording)
+            for defect, wording in {
+                "mismatched": "not their own tokens",
+                "unknown_id": "embedding does not have",
+                "unknown_label": "vocabulary does not have",
+                "doubled_bos": "two BOS",
+                "prompt_supervised": "supervised the prompt",
+                "wrong_answer": "did not supervise its answer",
                 "endless": "an end token",
             }.items()
         },
         "truncated": (_with("supervision", trained_defects=(_defect("truncated", 2),)), "greatest length"),
         "plain": (
-            _with("supervision", trained_defects=(_defect("prompt_supervised_unmatched", 16),)), "from their first",
+            _with("supervision", trained_defects=(_defect("prompt_supervised_unmatched", 16),)),
+            "from their first",
         ),
     },
     "prompt_is_prefix": {
         "broken": (_unlooked("prompts", "prompts", error="ValueError: no"), _BROKEN),
-        "deviating": (_with("prompts", deviating=2, example="x"), "2 of 16 rows do not begin .*: x"),
-        "short": (_with("prompts", short=2), "2 of 16 rows have more before"),
-        "forms": (_with("prompts", matched=0, forms=2, strange_forms=1), "1 of 2 ends of the prompts"),
+        "deviating": (_with("prompts", deviating=2, example="x"), "2 of 16 rows did not begin .*: x"),
+        "short": (_with("prompts", short=2), "2 of 16 rows had more before"),
+        "forms": (_with("prompts", matched=0, forms=2, strange_forms=1), "1 of 2 prompt ends differed"),
     },
     "probe_shape": {
-        "short": (_probe(tokens=15), "asked with 15 tokens"),
+        "short": (_probe(tokens=15), "given 15 tokens"),
         "nan": (_probe(nonfinite=3), "3 of 2048 logits"),
     },
     "round_trip": {
         "drawn": (_trip(drawn=Names.of(["embed (row 65)"])), "under another seed.* embed .row 65."),
     },
-}  # fmt: skip
+}
 
 _CRASHED = {"error": ErrorRecord(stage="train", type="IndexError", message="index out of range")}
 NOT_EVALUATED: dict[str, dict[str, Any]] = {
@@ -174,7 +202,7 @@ NOT_EVALUATED: dict[str, dict[str, Any]] = {
     "identity_at_init": {
         "lost": (_unlooked("initial", "wiring"), "left nothing to judge by"),
         "no-factor": (_with("initial", factors=0), "no pair of factors was seen"),
-        "not-tried": (_with("initial", nonzero_b=_NAMES, loaded=None), "out of a file was not seen"),
+        "not-tried": (_with("initial", nonzero_b=_NAMES, loaded=None), "whether a file was loaded was not seen"),
         "no-logits": (_with("initial", logits=None), "no logits were compared"),
         "zero-logits": (_with("initial", logits=0), "no logits were compared"),
         "no-count": (_with("initial", changed_logits=None), "no logits were compared"),
@@ -196,19 +224,23 @@ NOT_EVALUATED: dict[str, dict[str, Any]] = {
         "no-row": (_probe(rows=0), "not asked for logits"),
         "no-logit": (_probe(logits=0), "not asked for logits"),
         "unpadded": (_probe(padded_rows=0), "no row of the batch had padding"),
-        "fused": (_probe(attention="sdpa"), "attention was not written out"),
+        "fused": (_probe(attention="sdpa"), "attention was sdpa, not eager"),
     },
 }
 
 THRESHOLDS: dict[tuple[str, str], Any] = {
     ("identity_at_init", "rounded_rtol"): (
-        _with("initial", identical=False, changed_logits=9, max_logit_change=0.5, max_abs_logit=1.0), 0.0, 0.1,
+        _with("initial", identical=False, changed_logits=9, max_logit_change=0.5, max_abs_logit=1.0),
+        0.0,
+        0.1,
     ),
     ("supervision_audit", "max_lost_fraction"): (
-        _with("supervision", trained_defects=(_defect("unsupervised", 8),)), 0.0, 0.1,
+        _with("supervision", trained_defects=(_defect("unsupervised", 8),)),
+        0.0,
+        0.1,
     ),
     ("probe_shape", "min_tokens"): (_probe(tokens=20), 25, -1),
-}  # fmt: skip
+}
 OPTIONAL = {
     "initial.loaded": "matters only where both factors of a pair start away from zero",
     "initial.max_abs_logit": "matters only where the start is neutral but for rounding",

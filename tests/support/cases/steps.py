@@ -99,17 +99,17 @@ _LINEAR = (1.0, 0.75, 0.5, 0.25)
 
 FAILURES = {
     "gradient_present": {
-        "missing": (_MISSING, f"at step 3 {A} has no gradient"),
-        "missing-at-first": (with_step(healthy(), 1, missing_gradients=Names.of([A])), "step 1 .* has no gradient"),
-        "zero": (with_step(healthy(), 2, zero_gradients=Names.of([A])), f"step 2 {A} has a gradient of exactly zero"),
-        "zero-lora_B": (with_step(healthy(), 1, zero_gradients=Names.of([B])), f"step 1 {B} has a gradient of exactly"),
+        "missing": (_MISSING, f"at step 3 {A} had no gradient"),
+        "missing-at-first": (with_step(healthy(), 1, missing_gradients=Names.of([A])), "step 1 .* had no gradient"),
+        "zero": (with_step(healthy(), 2, zero_gradients=Names.of([A])), f"step 2 {A} had a gradient of exactly zero"),
+        "zero-lora_B": (with_step(healthy(), 1, zero_gradients=Names.of([B])), f"step 1 {B} had a gradient of exactly"),
         "without-effect": (
             with_step(healthy(), 3, changed=0, missing_gradients=Names.of([A, B])),
-            "step 3 .* and 1 more has no gradient",
+            "step 3 .* and 1 more had no gradient",
         ),
         "all-zero": (
             with_step(healthy(), 2, zero_gradients=Names.of([A, B])),
-            "step 2 .* and 1 more has a gradient of exactly zero",
+            "step 2 .* and 1 more had a gradient of exactly zero",
         ),
         "head-never": (
             with_steps(healthy(head=True), zero_gradients=Names.of([HEAD])),
@@ -122,11 +122,11 @@ FAILURES = {
         "nan": (with_step(healthy(), 2, max_update_ratio=NAN), "moved by nan learning rates at step 2"),
         "betas": (
             within(with_step(healthy(), 4, max_update_ratio=3.3), "optimizer", betas=(0.5, 0.9)),
-            "AdamW moves it by 3.2 at the most",
+            "AdamW moves it by 3.2 at most",
         ),
         "no-betas-at-all": (
             within(with_step(healthy(), 4, max_update_ratio=3.3), "optimizer", betas=(1.0, 1.0)),
-            "3.2 at the most",
+            "3.2 at most",
         ),
     },
     "update_lower_bound": {
@@ -143,25 +143,28 @@ FAILURES = {
     "lr_trace": {
         "twice-as-fast": (
             _rates(1.0, 0.5, 0.0, 0.0, due=_LINEAR),
-            "step 2 used the learning rate 0.5, which is that of step 3; by LambdaLR it is 0.75 at effective step 2",
+            "step 2 used the learning rate 0.5, which is that of effective step 3; by LambdaLR it is 0.75 at effective",
         ),
-        "beside-it": (_rates(1.0, 0.75, 0.6, 0.25, due=_LINEAR), "step 3 used the learning rate 0.6; by LambdaLR"),
+        "beside-it": (
+            _rates(1.0, 0.75, 0.6, 0.25, due=_LINEAR),
+            "step 3 used the learning rate 0.6, which is none of the schedule's; by LambdaLR",
+        ),
         "behind": (_rates(1.0, 1.0, 0.75, 0.5, due=_LINEAR), "step 2 used the learning rate 1"),
         "ahead-without-a-skip": (_rates(0.75, 0.5, 0.25, 0.25, due=_LINEAR), "step 1 used"),
         "ahead-by-more-than-the-skips": (
             _rates(1.0, 0.5, 0.5, 0.25, skipped=(1,), due=(1.0, 0.9, 0.5, 0.25)),
-            "step 2 used .* after 1 that the loss scaler skipped",
+            "step 2 used .* after 1 step that the loss scaler skipped",
         ),
         "ahead-beyond-the-budget": (
             _rates(*[0.9**i for i in range(6)], skipped=(1, 2, 3, 4)),
             "step 5 used .* effective step 1 after 4",
         ),
         "nan": (_rates(1.0, NAN, 0.5, 0.25, due=_LINEAR), "step 2 used the learning rate nan"),
-        "zero-twice": (_rates(0.0, 0.0, 0.5, 1.0), "learning rate is 0.0 at 2 of 4 steps .*step 2"),
-        "negative": (_rates(1.0, -1.0, -2.0, 1.0), "learning rate is -2.0 at 2 of 4"),
+        "zero-twice": (_rates(0.0, 0.0, 0.5, 1.0), "learning rate was 0 at 2 of 4 steps .*step 2"),
+        "negative": (_rates(1.0, -1.0, -2.0, 1.0), "learning rate was not positive at 2 of 4 .*-2 at step 3"),
         "zeros-of-no-known-schedule": (
             dataclasses.replace(_rates(0.0, 0.0, 0.5, 1.0), schedule=ScheduleRecord(name="X", unknown="so")),
-            "learning rate is 0.0 at 2 of 4",
+            "learning rate was 0 at 2 of 4",
         ),
     },
     "log_honest": {
@@ -170,16 +173,16 @@ FAILURES = {
         "nan-from-nowhere": (_logged(2, loss=NAN), "logged loss nan at step 2"),
         "laundered": (
             with_step(healthy(), 2, micro_losses=(NAN,), loss=NAN),
-            "laundered: the Trainer logged loss .* at step 2, where micro-batch 1 of step 2 was nan",
+            "laundered: the Trainer logged loss .* at step 2, where the loss of micro-batch 1 of step 2 was nan",
         ),
         "laundered-before-the-sum": (
             with_step(healthy(), 3, micro_losses=(math.inf,)),
             "micro-batch 1 of step 3 was inf",
         ),
-        "laundered-in-the-sum": (with_step(healthy(), 3, loss=NAN), "the sum of step 3 was nan"),
+        "laundered-in-the-sum": (with_step(healthy(), 3, loss=NAN), "the loss of step 3 was nan"),
         "laundered-by-the-mean": (
             with_step(_every_second(), 3, micro_losses=(NAN,), loss=NAN),
-            "logged loss 1 at step 4, where micro-batch 1 of step 3 was nan",
+            "logged loss 1 at step 4, where the loss of micro-batch 1 of step 3 was nan",
         ),
         "other-mean": (_every_second(loss=1.5), "logged loss 1.5 at step 4, where the mean of 2 steps was 1"),
         "gradients-cleaned": (
@@ -193,25 +196,25 @@ FAILURES = {
 NOT_EVALUATED = {
     "gradient_present": {
         "no-norm": (with_steps(healthy(), grad_norm=None), "no gradient was seen"),
-        "device-lost": (lost(), "could not be looked at any more"),
+        "device-lost": (lost(), "were out of reach afterwards"),
         "skipped-alone": (healthy(SCALED, steps=2, skipped={1, 2}), "skipped every step"),
     },
     "update_upper_bound": {
-        "no-optimizer": (healthy(optimizer=None), "no step of an optimizer"),
+        "no-optimizer": (healthy(optimizer=None), "no optimizer step was seen"),
         "one-beta": (within(healthy(), "optimizer", betas=(0.9,)), "two betas were not seen"),
         "no-ratio": (with_step(healthy(), 2, max_update_ratio=None), "how far step 2 moved"),
     },
     "update_lower_bound": {
         "lost": (healthy(replay=None), "left nothing to judge by"),
-        "a-tensor-less": (within(healthy(), "replay", tensors=_GOOD.replay.tensors[1:]), "1 tensors were not replayed"),
-        "no-tensor": (within(healthy(adapter=()), "replay", tensors=()), "0 tensors were not replayed"),
-        "a-step-less": (within(healthy(), "replay", steps=_GOOD.replay.steps[1:]), "3 of 4 steps were replayed"),
+        "a-tensor-less": (within(healthy(), "replay", tensors=_GOOD.replay.tensors[1:]), "the replay lacks 1 tensor: "),
+        "no-tensor": (within(healthy(adapter=()), "replay", tensors=()), "no tensor was replayed"),
+        "a-step-less": (within(healthy(), "replay", steps=_GOOD.replay.steps[1:]), "the replay has 3 of 4 steps"),
     },
     "lr_trace": {
-        "no-step": (dataclasses.replace(healthy(), steps=()), "no learning rate was seen"),
+        "no-step": (dataclasses.replace(healthy(), steps=()), "no optimizer step was seen"),
         "no-rate": (with_step(healthy(), 2, learning_rate=None), "no learning rate was seen at step 2"),
         "no-schedule": (healthy(schedule=None), "no schedule was seen"),
-        "short": (within(healthy(), "schedule", rates=(1.0,)), "computed for 1 steps alone"),
+        "short": (within(healthy(), "schedule", rates=(1.0,)), "computed for 1 of 4 steps only"),
     },
 }
 
