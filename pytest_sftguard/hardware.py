@@ -140,6 +140,11 @@ class HardwareProfile:
         return int(major), int(minor)
 
     @property
+    def is_mig_slice(self) -> bool:
+        """Whether this is a slice of a GPU, which the driver names for instance `NVIDIA A100-SXM4-40GB MIG 1g.5gb`."""
+        return self.device_type == "cuda" and "MIG" in self.name.split()
+
+    @property
     def emulated(self) -> tuple[str, ...]:
         """Types that torch offers on this device and for which its hardware has no arithmetic."""
         capability = self.compute_capability

@@ -126,7 +126,7 @@ def test_a_record_keeps_the_profile(profile: HardwareProfile) -> None:
 def test_a_profile_that_was_read_tells_the_same(profile: HardwareProfile) -> None:
     """Equal texts that are other objects give the same results."""
     read = RunRecord.from_dict(json.loads(json.dumps(a_record(profile).to_dict()))).device
-    assert (read.native, read.emulated) == (profile.native, profile.emulated)
+    assert (read.native, read.emulated, read.is_mig_slice) == (profile.native, profile.emulated, profile.is_mig_slice)
     assert [read.lacks(mode) for mode in MODES.values()] == [profile.lacks(mode) for mode in MODES.values()]
 
 
@@ -229,6 +229,15 @@ def test_a_profile_finds_its_failures() -> None:
     profile = cuda(unanswered=(FailedQuery("mem_get_info", "gone"), failure))
     assert profile.failure_of("_".join(["device", "count"])) is failure
     assert profile.failure_of("is_available") is None
+
+
+def test_mig_slices_are_known_by_their_name() -> None:
+    """The driver names them so; a name that merely contains the letters does not count."""
+    assert device_named("A100 MIG 1g.5gb").is_mig_slice
+    assert not device_named("A100 40GB").is_mig_slice
+    assert not cuda(name="NVIDIA MIGHTY").is_mig_slice
+    for device_type in ("cpu", "rocm", "mps", "xpu"):
+        assert not HardwareProfile(device_type=device_type, name="MIG").is_mig_slice
 
 
 @pytest.mark.parametrize("known", KNOWN_DEVICES.values(), ids=KNOWN_DEVICES)

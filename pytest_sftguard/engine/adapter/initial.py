@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from pytest_sftguard.engine.adapter.adapters import active_adapters, config_of
 from pytest_sftguard.engine.adapter.attachment import tuner_layers
 from pytest_sftguard.engine.after import forwards
+from pytest_sftguard.records import InitialRecord, Names
 
 _TOKENS = 16
 _ROWS = 2
@@ -21,51 +21,11 @@ _CHANGING_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """Inits that take their factors out of the base's weights, or compensate for the quantisation of these."""
 
 
-@dataclass(frozen=True)
-class Start:
-    """The factors of a model before any training."""
-
-    factors: int
-    """Number of modules with a pair of factors."""
-    init: str
-    """Their init in the configuration."""
-    zero_a: tuple[str, ...]
-    """Factors that are zero, and must not be."""
-    nonzero_b: tuple[str, ...]
-    """Factors that are not zero, and must be unless they come from a file."""
-    wrong_scaling: tuple[str, ...]
-    """Modules whose scaling is not the configuration's."""
-
-    @property
-    def identical(self) -> bool:
-        """Whether the adapter leaves the base's results as they are, bit for bit."""
-        return not self.init.lower().startswith((*_CHANGING_THE_BASE, "orthogonal", "dora"))
-
-    @property
-    def neutral(self) -> bool:
-        """Whether the adapter leaves the base's results as they are, apart from rounding."""
-        return not self.init.lower().startswith(_CHANGING_THE_BASE)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Logits of one model with and without its adapter."""
-
-    logits: int
-    """Number of logits."""
-    changed: int
-    """Number of logits that differ, or are finite in only one of the two."""
-    max_change: float
-    """Largest absolute difference of two finite logits."""
-    largest: float
-    """Largest finite absolute logit of the base."""
-
-
-def start(model: nn.Module) -> Start:
+def start(model: nn.Module) -> InitialRecord:
     """The factors of the active adapter of `model`; an adapter without low-rank factors has no `init` either."""
     config = config_of(model)
     if not hasattr(config, "init_lora_weights"):
-        return Start(0, "", (), (), ())
+        return InitialRecord(factors=0, init="", identical=True, neutral=True)
     init = str(config.init_lora_weights)
     pairs = [pair for adapter in active_adapters(model) for pair in _pairs(model, adapter)]
     first, second = ("B", "A") if init.lower() == "mica" else ("A", "B")
@@ -79,12 +39,19 @@ def start(model: nn.Module) -> Start:
     begins_at_zero = not init.lower().startswith((*_CHANGING_THE_BASE, "orthogonal"))
     if getattr(config, "use_dora", False) and begins_at_zero:
         init = f"dora, {init}"
-    nonzero = nonzero if begins_at_zero else []
-    return Start(len(pairs), init, tuple(zero), tuple(nonzero), tuple(_wrong_scaling(model, config)))
+    return InitialRecord(
+        factors=len(pairs),
+        init=init,
+        identical=not init.lower().startswith((*_CHANGING_THE_BASE, "orthogonal", "dora")),
+        neutral=not init.lower().startswith(_CHANGING_THE_BASE),
+        zero_a=Names.of(zero),
+        nonzero_b=Names.of(nonzero if begins_at_zero else ()),
+        wrong_scaling=Names.of(_wrong_scaling(model, config)),
+    )
 
 
-def compare(model: Any) -> Comparison | str:
-    """Compare the logits of `model` with and without its adapter, in evaluation mode; the reason if that fails.
+def compare(model: Any) -> dict[str, Any]:
+    """Compare the logits of `model` with and without its adapter, in evaluation mode; returns fields of InitialRecord.
 
     Leaves the model as it was, and undoes what its own forward pass stores in it.
     """
@@ -92,10 +59,10 @@ def compare(model: Any) -> Comparison | str:
     embedding = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
     count = getattr(embedding, "num_embeddings", None) or getattr(getattr(inner, "config", None), "vocab_size", None)
     if not isinstance(count, int) or count < 1:
-        return "the model takes no token ids"
+        return {"uncompared": "the model takes no token ids"}
     layers = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
     if any(getattr(m, "merged", False) for m in layers):
-        return "the adapter is merged into the base"
+        return {"uncompared": "the adapter is merged into the base"}
     ids = torch.linspace(0, count - 1, _ROWS * _TOKENS).long().reshape(_ROWS, _TOKENS).flip(0)
     ids = ids.to(next(model.parameters()).device)
     with _restored(model), torch.no_grad():
@@ -107,22 +74,22 @@ def compare(model: Any) -> Comparison | str:
             base = _logits(model(input_ids=ids, attention_mask=torch.ones_like(ids)))
         # a model may need more than token ids
         except Exception as error:
-            return f"the model cannot be asked with token ids alone: {type(error).__name__}"
+            return {"uncompared": f"the model cannot be asked with token ids alone: {type(error).__name__}"}
     if wrapped is None or base is None or wrapped.shape != base.shape:
-        return "the model gives no logits"
+        return {"uncompared": "the model gives no logits"}
     return _compared(wrapped.double(), base.double())
 
 
-def _compared(wrapped: Tensor, base: Tensor) -> Comparison:
+def _compared(wrapped: Tensor, base: Tensor) -> dict[str, Any]:
     both = wrapped.isfinite() & base.isfinite()
     same = (wrapped == base) | (wrapped.isnan() & base.isnan())
     change = (wrapped - base)[both].abs()
-    return Comparison(
-        logits=base.numel(),
-        changed=int((~same).sum()),
-        max_change=change.max().item() if change.numel() else 0.0,
-        largest=base[both].abs().max().item() if change.numel() else 0.0,
-    )
+    return {
+        "logits": base.numel(),
+        "changed_logits": int((~same).sum()),
+        "max_logit_change": change.max().item() if change.numel() else 0.0,
+        "max_abs_logit": base[both].abs().max().item() if change.numel() else 0.0,
+    }
 
 
 @contextlib.contextmanager

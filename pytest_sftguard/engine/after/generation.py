@@ -21,21 +21,14 @@ _ROOM = 8
 _TOKENS_OF_A_LOOP = 8
 
 
-def answers(
+def ask(
     model: nn.Module, tokenizer: Any, target: Target, pairs: list[tuple[str, float]], budget: int = _MAX_NEW_TOKENS
-) -> tuple[AnswerRecord, ...]:
-    """Answers of `model` to the prompts of `pairs`, parsed with the target's `parse_answer`.
+) -> tuple[tuple[AnswerRecord, ...], GenerationRecord | None]:
+    """Answers of `model` to the prompts of `pairs`, and a record of the scores behind them; None without a question.
 
     Greedy, so that a run can be repeated. Raises TargetError if the target has questions but no `parse_answer` or
     tokenizer.
     """
-    return ask(model, tokenizer, target, pairs, budget)[0]
-
-
-def ask(
-    model: nn.Module, tokenizer: Any, target: Target, pairs: list[tuple[str, float]], budget: int = _MAX_NEW_TOKENS
-) -> tuple[tuple[AnswerRecord, ...], GenerationRecord | None]:
-    """The same answers, and a record of the scores from which they were decoded; None without a question."""
     if not pairs:
         return (), None
     if target.parse_answer is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,16 +28,17 @@ class BaseAnswers(Look[Reloaded]):
         if not pairs:
             raise InapplicableError("the target offers no questions(), or none is asked")
         ends = generation.end_tokens(model, tokenizer)
-        rows = [(ids, labels) for batch in batches for ids, labels in _rows(batch)]
+        labelled = generation.labelled(batches)
+        rows = [row for ids, labels in labelled for row in zip(ids.tolist(), labels.tolist(), strict=True)]
         budget = generation.budget(batches)
         if adapters.base_differs(model.peft_config[model.active_adapters[0]]):
             # without its adapter, the reloaded model is not its base
             other: Any = reached.build("base").model
             base = other.merge_and_unload().to(next(model.parameters()).device).eval()
-            answers, loss = generation.answers(base, tokenizer, target, pairs, budget), _loss(base, batches)
+            (answers, _), loss = generation.ask(base, tokenizer, target, pairs, budget), _loss(base, batches)
         else:
             with model.disable_adapter():
-                answers, loss = generation.answers(model, tokenizer, target, pairs, budget), _loss(model, batches)
+                (answers, _), loss = generation.ask(model, tokenizer, target, pairs, budget), _loss(model, batches)
         # the last token of a prompt may merge with the text after it
         prompts = [_spelled(tokenizer(prompt + target.answer_prefix)["input_ids"][:-1]) for prompt, _ in pairs]
         texts = [_spelled(ids) for ids, _ in rows]
@@ -63,13 +63,6 @@ def _loss(model: Any, batches: list[dict[str, Any]]) -> float | None:
         if loss is not None and math.isfinite(loss.item()):
             losses.append(loss.item())
     return math.fsum(losses) / len(losses) if losses else None
-
-
-def _rows(batch: dict[str, Any]) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield the token ids and labels of each row of a micro-batch that has one label per token."""
-    ids, labels = batch.get("input_ids"), batch.get("labels")
-    if isinstance(ids, torch.Tensor) and isinstance(labels, torch.Tensor) and ids.shape == labels.shape:
-        yield from zip(ids.tolist(), labels.tolist(), strict=True)
 
 
 def _spelled(ids: list[int]) -> str:

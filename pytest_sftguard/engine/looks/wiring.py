@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from pytest_sftguard.engine.adapter import adapters, attachment, foundation, initial
 from pytest_sftguard.engine.data.rows import micro_batches
 from pytest_sftguard.engine.looks import InapplicableError, Look
 from pytest_sftguard.engine.stages import Built, Rebuilt, Started
-from pytest_sftguard.records import FoundationRecord, InitialRecord, Names, WiringRecord
+from pytest_sftguard.records import FoundationRecord, Names, WiringRecord
 
 
 class Wiring(Look[Started]):
@@ -36,35 +37,16 @@ class Wiring(Look[Started]):
     def rebuilt(self, rebuilt: Rebuilt) -> None:
         """Compare the second model with its adapter and without, as it was built."""
         self._redrawn = rebuilt.redrawn
-        compared = initial.compare(rebuilt.fresh_trainer.model)
-        if isinstance(compared, str):
-            self._compared = {"uncompared": compared}
-        else:
-            self._compared = {
-                "logits": compared.logits,
-                "changed_logits": compared.changed,
-                "max_logit_change": compared.max_change,
-                "max_abs_logit": compared.largest,
-            }
+        self._compared = initial.compare(rebuilt.fresh_trainer.model)
 
     def conclude(self, reached: Started) -> dict[str, Any]:
         """Return the three records."""
         ids = {i for _, rows in micro_batches(reached.batches) for row in rows for i in row.ids}
         zero = foundation.zero_embeddings(reached.trainer.model, ids)
         start, redrawn = self._start, self._redrawn
-        loaded = None if redrawn is None else bool(start.nonzero_b) and not redrawn.intersection(start.nonzero_b)
+        loaded = None if redrawn is None else bool(start.nonzero_b) and not redrawn.intersection(start.nonzero_b.first)
         return {
             "wiring": self._wiring,
-            "initial": InitialRecord(
-                factors=start.factors,
-                init=start.init,
-                identical=start.identical,
-                neutral=start.neutral,
-                loaded=loaded,
-                zero_a=Names.of(start.zero_a),
-                nonzero_b=Names.of(start.nonzero_b),
-                wrong_scaling=Names.of(start.wrong_scaling),
-                **self._compared,
-            ),
+            "initial": dataclasses.replace(start, loaded=loaded, **self._compared),
             "foundation": FoundationRecord(**self._base, zero_embeddings=Names.of(zero)),
         }

@@ -53,30 +53,16 @@ def as_on_cuda(capability: tuple[int, int]) -> Iterator[None]:
     original = functional.scaled_dot_product_attention
 
     @functools.wraps(original)
-    def attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        **kwargs: Any,
-    ) -> Tensor:
+    def wrapped(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        masked, grouped, dtype = attn_mask is not None, query.shape[-3] != key.shape[-3], _compute_dtype(query)
+        kernel = fused(query, value, dtype=dtype, masked=masked, grouped=grouped, capability=capability)
         # without `enable_gqa` grouped heads are broadcast, which no fused kernel supports
-        grouped = query.shape[-3] != key.shape[-3]
-        use_fused = (not grouped or kwargs.get("enable_gqa")) and fused(
-            query,
-            value,
-            dtype=_compute_dtype(query),
-            masked=attn_mask is not None,
-            grouped=grouped,
-            capability=capability,
-        )
-        with contextlib.nullcontext() if use_fused else sdpa_kernel(SDPBackend.MATH):
-            out: Tensor = original(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
+        broadcast = grouped and not kwargs.get("enable_gqa")
+        with contextlib.nullcontext() if kernel and not broadcast else sdpa_kernel(SDPBackend.MATH):
+            out: Tensor = original(query, key, value, attn_mask, *args, **kwargs)
             return out
 
-    functional.scaled_dot_product_attention = attention
+    functional.scaled_dot_product_attention = wrapped
     try:
         yield
     finally:
