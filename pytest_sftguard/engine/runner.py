@@ -55,9 +55,7 @@ def _run(config: RunConfig, progress: Callable[[int], None] | None) -> RunRecord
     profile = HardwareProfile(device_type=device_type, name=device_type) if unavailable else device_profile(device_type)
     record = RunRecord(
         cell=str(config.cell),
-        precision=config.cell.precision,
-        per_device_train_batch_size=config.cell.per_device_train_batch_size,
-        gradient_accumulation_steps=config.cell.gradient_accumulation_steps,
+        **dataclasses.asdict(config.cell),
         max_steps=config.steps,
         seed=config.seed,
         target=config.target,
@@ -208,12 +206,9 @@ class _Cell:
         record, reloaded = round_trip(model, saved, rebuilt.fresh_trainer.model, probe, trained.recorder.unused)
         digest, drawn = compared.without(model, saved)
         parts = "parts of the base are drawn under each seed, and come with the adapter's file" if compared.rows else ""
+        differs = record.base_differs or parts
         self.seen["round_trip"] = dataclasses.replace(
-            record,
-            fresh_base_digest=digest,
-            other_seed=other_seed,
-            drawn=Names.of(drawn),
-            base_differs=record.base_differs or parts,
+            record, fresh_base_digest=digest, other_seed=other_seed, drawn=Names.of(drawn), base_differs=differs
         )
         self.reached = ready = rebuilt.then(Reloaded, reloaded_model=reloaded)
         return ready

@@ -152,7 +152,10 @@ def one_batch(trainer: Trainer) -> Trainer:
 
 
 def first_loss_scale_that_fits() -> float:
-    """The largest power of two under which the tiny model's float16 gradients do not overflow, found by trying."""
+    """A loss scale under which the tiny model's float16 gradients do not overflow, and under twice of which they do.
+
+    Both with 19 % to spare, as rows in another order round otherwise.
+    """
     arguments = {"output_dir": "unused", "use_cpu": True, "per_device_train_batch_size": 8, "report_to": "none"}
     trainer = one_batch(tiny.build_trainer(**arguments))
     batch = next(iter(trainer.get_train_dataloader()))
@@ -163,8 +166,8 @@ def first_loss_scale_that_fits() -> float:
             loss = trainer.model(**batch).loss
         (loss * scale).backward()
         if all(p.grad.isfinite().all() for p in _trainable(trainer)):
-            return scale
-        scale /= 2
+            return scale / 2**0.25
+        scale /= 2**0.5
     raise AssertionError("the tiny model overflows float16 at any scale")
 
 

@@ -1,4 +1,1 @@
-"""What a target trains on: rows of token ids with their labels, and the questions that they hold.
-
-Looks read it before and after a training.
-"""
+"""The rows that a target trains on, as token ids and labels, and the questions in them; read when a run is over."""

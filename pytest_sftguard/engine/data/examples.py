@@ -76,10 +76,6 @@ class Examples:
                 return Example(row, q, clear, right)
         return None
 
-    def examples(self, rows: Iterable[Row]) -> list[Example]:
-        """Return those of `rows` that hold a question."""
-        return [found for row in rows if (found := self.example(row)) is not None]
-
     def reads_as(self, ids: Iterable[int], expected: float) -> bool:
         """Return whether the target's parser reads the answer `ids` as the number `expected`."""
         return self._reads(self.text(ids), expected)

@@ -61,20 +61,13 @@ class Context(Look[Trained]):
                 _as_given(trained, (), {k: v for k, v in batch.items() if k in accepted})
                 for batch in reached.batches[:_MICRO_BATCHES]
             ]
-        low, count, error = _rotary(trained)
         masks = [m for given in self._given for m in given.values() if isinstance(m, Tensor) and m.ndim == 4]
         record = ContextRecord(
-            arithmetic="",
-            asked=0,
-            rotary=count,
-            low_rotary=low,
-            rotary_error=error,
-            masks=len(masks),
-            blind_queries=sum(map(_blind, masks)),
-            left_out=_incomparable(trained, self._given),
+            arithmetic="", asked=0, masks=len(masks), blind_queries=sum(map(_blind, masks)), **_rotary(trained)
         )
+        record = dataclasses.replace(record, left_out=_incomparable(trained, self._given))
         if record.left_out:
-            if not count:
+            if not record.rotary:
                 raise InapplicableError(record.left_out)
             return {"context": record}
         autocast: Any = reached.trainer.accelerator.autocast
@@ -228,15 +221,8 @@ class _Batch:
             far, at = forwards.distance(row, alone).max(0)
             if not far.item() <= largest:
                 largest, where = far.item(), f"row {segment.row}, token {segment.places[at].item()}"
-        return ComparisonRecord(
-            setting=setting,
-            attention=attention,
-            rows=len(rows),
-            packed=sum(s.packed for s in self.segments),
-            nonfinite=bad,
-            max_change=largest,
-            where=where,
-        )
+        counts = {"rows": len(rows), "packed": sum(s.packed for s in self.segments), "nonfinite": bad}
+        return ComparisonRecord(setting=setting, attention=attention, max_change=largest, where=where, **counts)
 
     def _alone(self, segment: _Segment) -> Tensor:
         places = segment.places
@@ -350,8 +336,8 @@ def _blind(mask: Tensor) -> int:
     return int((~seen.any(-1)).sum())
 
 
-def _rotary(model: nn.Module) -> tuple[Names, int, float]:
-    """Return the rotary buffers in half precision, the number of all, and their largest relative error."""
+def _rotary(model: nn.Module) -> dict[str, Any]:
+    """Return the number of rotary buffers, those in half precision, and the largest relative error of the others."""
     low, count, error = [], 0, 0.0
     for name, module in model.named_modules():
         for key, buffer in module.named_buffers(recurse=False):
@@ -362,7 +348,7 @@ def _rotary(model: nn.Module) -> tuple[Names, int, float]:
                 low.append(f"{name}.{key}" if name else key)
             elif key == "inv_freq":
                 error = max(error, _error(module, buffer))
-    return Names.of(low), count, error
+    return {"rotary": count, "low_rotary": Names.of(low), "rotary_error": error}
 
 
 def _error(module: Any, buffer: Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -40,13 +40,14 @@ class Evaluation(Look[Trained]):
         """Evaluate a bounded number of batches of each set, and read what the training's evaluations left."""
         trainer: Any = reached.trainer
         trainer.__dict__.pop("prediction_step", None)
-        sets = _sets(trainer)
+        given = trainer.eval_dataset
+        sets = given if isinstance(given, Mapping) else [] if given is None else [given]
         if not sets:
             raise InapplicableError("the target's Trainer has no eval_dataset")
         in_training, after = self._seen, []
         rows = unlabelled = 0
-        for name, dataset in sets.items():
-            for batch in _batches(trainer, name, dataset):
+        for name_or_set in sets:
+            for batch in itertools.islice(trainer.get_eval_dataloader(name_or_set), _BATCHES):
                 labels = batch.get("labels")
                 if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point():
                     rows += len(labels)
@@ -75,18 +76,6 @@ class Evaluation(Look[Trained]):
                 best_metric_finite=best is None or math.isfinite(best),
             )
         }
-
-
-def _sets(trainer: Any) -> dict[str, Any]:
-    given = trainer.eval_dataset
-    if isinstance(given, Mapping):
-        return dict(given)
-    return {} if given is None else {"": given}
-
-
-def _batches(trainer: Any, name: str, dataset: Any) -> Iterator[Any]:
-    loader = trainer.get_eval_dataloader(name or dataset)
-    return itertools.islice(iter(loader), _BATCHES)
 
 
 def _loss_of(trainer: Any, batch: Any) -> Tensor | None:

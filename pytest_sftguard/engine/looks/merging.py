@@ -7,7 +7,7 @@ import copy
 import shutil
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ class Merging(Look[Reloaded]):
         again, not_saved = _saved_and_loaded(merged, reached.folder / "merged", inputs)
         return MergeRecord(
             layers=len(layers),
-            dtype=_narrowest(changes.values()),
+            dtype=dtype_name(_narrowest(c.dtype for c in changes.values())),
             max_abs_logit=unmerged.abs().max().item(),
             max_logit_change=(logits - unmerged).abs().max().item(),
             max_saved_change=None if again is None else (again - unmerged).abs().max().item(),
@@ -128,7 +128,7 @@ def _outermost(layers: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
 def _change(layer: Any) -> _Change:
     """Merge a copy of a layer, and one in a wider type, which rounds nothing away; compare both with the layer."""
     own = _weights(layer)
-    narrow = min((w.dtype for w in own.values()), key=lambda d: torch.finfo(d).bits, default=torch.float32)
+    narrow = _narrowest(w.dtype for w in own.values())
     wide = torch.float64 if narrow is torch.float32 else torch.float32
     with _peft_may_refuse(), torch.no_grad():
         merged, exact = copy.deepcopy(layer), copy.deepcopy(layer).to(wide)
@@ -153,8 +153,8 @@ def _weights(layer: Any) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in inner.named_parameters() if p.is_floating_point() and "lora_" not in n}
 
 
-def _narrowest(changes: Any) -> str:
-    return dtype_name(min((c.dtype for c in changes), key=lambda d: torch.finfo(d).bits, default=torch.float32))
+def _narrowest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    return min(dtypes, key=lambda d: torch.finfo(d).bits, default=torch.float32)
 
 
 def _survived(changes: dict[str, _Change]) -> dict[str, Any]:

@@ -181,9 +181,11 @@ def _compared(
     name: str, loss: float, plain: dict[str, Tensor | None], gradients: dict[str, Tensor | None]
 ) -> PathRecord:
     """Return the largest relative distance of a tensor's gradients on the two paths, where both are finite."""
-    bad = {*_nonfinite(plain).first, *_nonfinite(gradients).first}
+    unusable = {*_nonfinite(plain).first, *_nonfinite(gradients).first}
     pairs = {
-        n: (g, p) for n, g in gradients.items() if (p := plain.get(n)) is not None and g is not None and n not in bad
+        n: (g, p)
+        for n, g in gradients.items()
+        if (p := plain.get(n)) is not None and g is not None and n not in unusable
     }
     floor = _SMALL * max((p.norm().item() for _, p in pairs.values()), default=0.0)
     largest, tensor = 0.0, ""
@@ -193,23 +195,10 @@ def _compared(
         if not change <= largest:
             largest, tensor = change, n
     # an expert that no token reaches may have no gradient on one path, and zeros on the other
-    one_sided = [
-        n
-        for n, g in gradients.items()
-        if (g is None) != (plain.get(n) is None) and _matters(g) | _matters(plain.get(n))
-    ]
-    return PathRecord(
-        name=name,
-        loss=loss,
-        max_change=largest,
-        tensor=tensor,
-        nonfinite=_nonfinite(plain),
-        one_sided=Names.of(one_sided),
-    )
-
-
-def _matters(gradient: Tensor | None) -> bool:
-    return gradient is not None and bool(gradient.count_nonzero())
+    lone = {n: p if g is None else g for n, g in gradients.items() if (g is None) != ((p := plain.get(n)) is None)}
+    one_sided = Names.of(n for n, g in lone.items() if g is not None and bool(g.count_nonzero()))
+    bad = _nonfinite(plain)
+    return PathRecord(name=name, loss=loss, max_change=largest, tensor=tensor, nonfinite=bad, one_sided=one_sided)
 
 
 @contextlib.contextmanager

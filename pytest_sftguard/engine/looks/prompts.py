@@ -37,7 +37,7 @@ class Prompts(Look[Started]):
             rows = _with_prompts([*rows, *sample(trainer.train_dataset, pad)])
         if not rows:
             raise InapplicableError("every row supervises its prompt, or has none")
-        held = examples.examples(rows)
+        held = [found for row in rows if (found := examples.example(row)) is not None]
         record = _matched(examples, held) if held else _forms(examples, rows)
         return {"prompts": PromptsRecord(questions=len(examples.questions), rows=len(rows), **record)}
 

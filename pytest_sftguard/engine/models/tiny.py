@@ -29,12 +29,8 @@ def build_trainer(*, model: str | None = None, dtype: str = "float32", **trainin
     arguments = TrainingArguments(**{"learning_rate": rate, "lr_scheduler_type": "constant"} | training_arguments)
     set_seed(arguments.seed)
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    return Trainer(
-        model=get_peft_model(base, lora),
-        args=arguments,
-        train_dataset=rows(base.config.vocab_size),
-        data_collator=collate,
-    )
+    made = rows(base.config.vocab_size)
+    return Trainer(model=get_peft_model(base, lora), args=arguments, train_dataset=made, data_collator=collate)
 
 
 def causal_base(model: str | None, dtype: torch.dtype, config: LlamaConfig) -> Any:
@@ -66,8 +62,8 @@ def rows(vocabulary: int) -> list[dict[str, list[int]]]:
     for _ in range(_ROWS):
         question = [generator.randrange(3, vocabulary) for _ in range(generator.randint(3, 18))]
         answer = [3 + sum(question) % 2] * generator.randint(1, 3)
-        ids = [_BOS, *question, *answer, _EOS]
-        made.append({"input_ids": ids, "labels": [-100] * (1 + len(question)) + [*answer, _EOS]})
+        labels = [-100] * (1 + len(question)) + [*answer, _EOS]
+        made.append({"input_ids": [_BOS, *question, *answer, _EOS], "labels": labels})
     return made
 
 
