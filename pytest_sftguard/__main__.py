@@ -23,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader has gone, as `head` does
+    except BrokenPipeError:
+        # the reader has gone, as `head` does
         sys.stdout = None
         return 1
     return code

@@ -11,7 +11,8 @@ import math
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # as a script, only this folder is on the path
+# as a script, only this folder is on the path
+if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 STEPS = 8

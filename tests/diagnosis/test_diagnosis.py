@@ -140,13 +140,28 @@ INFERENCE = {
     "nan_taken_for_a_number": healthy(answers=[NAN, NAN]),
 }
 ELSEWHERE = {
-    "prompt_tokens_differ", "attention_row_fully_masked", "packed_rows_see_each_other",
-    "evaluation_rows_all_masked", "schedule_runs_at_skipped_steps", "schedule_too_fast", "merge_swallowed_in_bfloat16",
-    "attention_kernel_backward_not_finite", "loss_gradient_wrong", "rotary_frequencies_in_half_precision",
-    "padded_on_the_right", "parser_accepts_junk", "retry_keeps_trained_weights", "accumulation_mean_of_means",
-    "loss_divided_by_unshifted_labels", "replicas_average_means", "resume_loses_scale", "resume_loses_state",
-    "rows_depend_on_their_batch", "learned_something_else", "not_repeatable",
-}  # fmt: skip
+    "prompt_tokens_differ",
+    "attention_row_fully_masked",
+    "packed_rows_see_each_other",
+    "evaluation_rows_all_masked",
+    "schedule_runs_at_skipped_steps",
+    "schedule_too_fast",
+    "merge_swallowed_in_bfloat16",
+    "attention_kernel_backward_not_finite",
+    "loss_gradient_wrong",
+    "rotary_frequencies_in_half_precision",
+    "padded_on_the_right",
+    "parser_accepts_junk",
+    "retry_keeps_trained_weights",
+    "accumulation_mean_of_means",
+    "loss_divided_by_unshifted_labels",
+    "replicas_average_means",
+    "resume_loses_scale",
+    "resume_loses_state",
+    "rows_depend_on_their_batch",
+    "learned_something_else",
+    "not_repeatable",
+}
 """Mechanisms that a look or another run shows: the fault library has a training of each, but for the last few, which
 name what no other mechanism explains."""
 
@@ -186,7 +201,8 @@ def test_every_mechanism_is_tried():
 def test_mechanism_is_named_first(mechanism):
     """A mechanism that the record shows is the first that is named."""
     record = EVIDENCE[mechanism]
-    if mechanism not in ("log_laundered", "gradients_altered"):  # elsewhere the canned log and rates are not the matter
+    # elsewhere the canned log and rates are not the matter
+    if mechanism not in ("log_laundered", "gradients_altered"):
         record = dataclasses.replace(record, log=(), schedule=None)
     assert named(record)[0] == mechanism
 

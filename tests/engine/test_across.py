@@ -55,10 +55,21 @@ def failed(run: JudgedRun) -> list[str]:
 @pytest.mark.parametrize(
     "target",
     [
-        "dora", "pissa", "saved_embedding_and_head", "tied_embeddings_saved", "gpt2", "mixtral_experts", "dropout",
-        "streamed", "eleven_rows", "dynamic_rope", "checkpointing", "bert_classifier", "own_scheduler",
+        "dora",
+        "pissa",
+        "saved_embedding_and_head",
+        "tied_embeddings_saved",
+        "gpt2",
+        "mixtral_experts",
+        "dropout",
+        "streamed",
+        "eleven_rows",
+        "dynamic_rope",
+        "checkpointing",
+        "bert_classifier",
+        "own_scheduler",
     ],
-)  # fmt: skip
+)
 def test_a_healthy_target_agrees_with_itself(target: str) -> None:
     """Adapters, architectures and data of many kinds: split otherwise, run again, resumed, on one batch."""
     assert failed(compared(config(target, (8, 1)), *ALONE)) == []
@@ -276,12 +287,19 @@ class TestFingerprints:
         """Batches of all kinds have the fingerprints that each has by itself."""
         pixels, labelled = {"pixel_values": torch.zeros(2, 3)}, batch(ROWS)
         batches = [
-            batch(ROWS), batch(ROWS[1:], left=True), batch(ROWS[:1], mask=False), pixels,
-            {**labelled, "labels": torch.tensor([1, 0, 1])}, {**labelled, "labels": labelled["labels"].float()},
-            {"input_ids": labelled["input_ids"]}, {**labelled, "attention_mask": torch.ones(3)},
-            {**labelled, "input_ids": labelled["input_ids"].int()}, batch([[3], [4]]),
-        ]  # fmt: skip
-        long = [batch([[1, *[5] * 40_000, 2]]), *[batch(ROWS * 4)] * 3]  # more than are worked out together
+            batch(ROWS),
+            batch(ROWS[1:], left=True),
+            batch(ROWS[:1], mask=False),
+            pixels,
+            {**labelled, "labels": torch.tensor([1, 0, 1])},
+            {**labelled, "labels": labelled["labels"].float()},
+            {"input_ids": labelled["input_ids"]},
+            {**labelled, "attention_mask": torch.ones(3)},
+            {**labelled, "input_ids": labelled["input_ids"].int()},
+            batch([[3], [4]]),
+        ]
+        # more than are worked out together
+        long = [batch([[1, *[5] * 40_000, 2]]), *[batch(ROWS * 4)] * 3]
         for some in (batches, batches[:3], batches[3:], batches[:1], long, []):
             assert fingerprints(some, padding) == [fingerprint(b, padding) for b in some]
 

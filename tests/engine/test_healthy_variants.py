@@ -30,7 +30,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "adamw": {"optim": "adamw_torch"},
     "adamw_fused": {"optim": "adamw_torch_fused"},
     "adafactor": {"optim": "adafactor"},
-    "sgd": {"optim": "sgd", "learning_rate": 1.0},  # at 0.1 float32 swallows it
+    # at 0.1 float32 swallows it
+    "sgd": {"optim": "sgd", "learning_rate": 1.0},
     "rmsprop": {"optim": "rmsprop"},
     "adagrad": {"optim": "adagrad"},
     "no_clipping": {"max_grad_norm": 0.0},

@@ -70,7 +70,8 @@ def test_the_guard_waits_for_the_device_once_a_step(cell: Cell, tmp_path: Path) 
         return (len(many) - len(few)) / 8, set(many)
 
     (bare, _), (guarded, where) = of_a_step(guarded=False), of_a_step(guarded=True)
-    assert bare > 0  # torch's count sees something: the Trainer itself reads the loss
+    # torch's count sees something: the Trainer itself reads the loss
+    assert bare > 0
     assert guarded - bare <= 1, sorted(where)
 
 
@@ -108,7 +109,8 @@ def test_a_token_id_out_of_range_is_named_and_ends_no_session(tmp_path: Path) ->
 def test_cells_after_a_lost_device_say_so(tmp_path: Path) -> None:
     """In one pytest session: the first cell tells of its kernel, the second that there is no device any more."""
     (tmp_path / "test_it.py").write_text(LOSES, encoding="utf-8")
-    ours = ["-p", "conftest", "-p", "no:cacheprovider"]  # which names the plugin where nothing is installed
+    # which names the plugin where nothing is installed
+    ours = ["-p", "conftest", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *ours, "--rootdir", tmp_path, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert "device-side assert" in done.stdout

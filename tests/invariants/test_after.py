@@ -38,7 +38,8 @@ def test_promise_is_markovs(losses):
     """The share that the losses promise is no more than the share of answers that must be right."""
     record = learned(True, losses=(4.0,) * 12 + tuple(losses))
     learning = Learning.of(record)
-    certain = sum(x * learning.tokens < math.log(2) for x in losses) / 4  # were each loss that of one row
+    # were each loss that of one row
+    certain = sum(x * learning.tokens < math.log(2) for x in losses) / 4
     assert learning.promised <= certain + 1e-9
 
 

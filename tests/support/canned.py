@@ -78,7 +78,8 @@ def healthy(
             step = _still(step, names, grad_norm=math.nan, max_abs_gradient=math.inf, nonfinite_gradients=Names.of([B]))
         elif n not in applied:
             step = _still(step, names, learning_rate=0.0)
-        elif n == applied[0]:  # lora_B is zero until here, and shields lora_A
+        elif n == applied[0]:
+            # lora_B is zero until here, and shields lora_A
             step = dataclasses.replace(
                 step, changed=len(names) - 1, unchanged=Names.of([A]), zero_gradients=Names.of([A])
             )

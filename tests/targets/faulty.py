@@ -243,8 +243,10 @@ def tensors_swapped_in_the_file(**arguments: Any) -> Trainer:
     """q_proj and o_proj have changed places in the file."""
 
     def swap(tensors: Any) -> Any:
-        return {n.replace("q_proj", "@").replace("o_proj", "q_proj").replace("@", "o_proj"): t.clone()
-                for n, t in tensors.items()}  # fmt: skip
+        return {
+            n.replace("q_proj", "@").replace("o_proj", "q_proj").replace("@", "o_proj"): t.clone()
+            for n, t in tensors.items()
+        }
 
     return _file_changed(arguments, swap)
 

@@ -33,9 +33,17 @@ from pytest_sftguard.engine.adapter.adapters import lora_layers
 from pytest_sftguard.engine.models import tiny
 
 SMALL = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def built(
@@ -268,9 +276,17 @@ def parameter_groups(**arguments: Any) -> Trainer:
 
 
 OPT = {
-    "vocab_size": 64, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 128, "word_embed_proj_dim": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "ffn_dim": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "word_embed_proj_dim": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def gpt2(**arguments: Any) -> Trainer:
@@ -544,9 +560,12 @@ def evaluated(**arguments: Any) -> Trainer:
 def evaluated_early_stopping(**arguments: Any) -> Trainer:
     """Evaluations, checkpoints, and the best of them loaded at the end."""
     defaults = {
-        "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_steps": 2,
+        "load_best_model_at_end": True,
         "metric_for_best_model": "eval_loss",
-    }  # fmt: skip
+    }
     return built(defaults | arguments | {"save_strategy": "steps"}, eval_dataset=tiny.rows(64)[:8])
 
 
@@ -564,25 +583,50 @@ def scale_grows(**arguments: Any) -> Trainer:
 def bert_classifier(**arguments: Any) -> Trainer:
     """A classifier: labels of one dimension, a head that is trained whole."""
     config = BertConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=128, num_labels=3, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        num_labels=3,
+        pad_token_id=0,
+    )
     rows = [{"input_ids": r["input_ids"], "label": sum(r["input_ids"]) % 3} for r in tiny.rows(64)]
     lora = {"task_type": TaskType.SEQ_CLS, "target_modules": ["query", "value"]}
-    return built(arguments, config=config, auto=AutoModelForSequenceClassification, lora=lora, dataset=rows,
-                 collator=_collate_classes)  # fmt: skip
+    return built(
+        arguments,
+        config=config,
+        auto=AutoModelForSequenceClassification,
+        lora=lora,
+        dataset=rows,
+        collator=_collate_classes,
+    )
 
 
 def regression(**arguments: Any) -> Trainer:
     """A regressor: labels are numbers."""
     config = BertConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=128, num_labels=1, problem_type="regression", pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        num_labels=1,
+        problem_type="regression",
+        pad_token_id=0,
+    )
     rows = [{"input_ids": r["input_ids"], "label": float(sum(r["input_ids"]) % 7) / 7} for r in tiny.rows(64)]
     lora = {"task_type": TaskType.SEQ_CLS, "target_modules": ["query", "value"]}
-    return built(arguments, config=config, auto=AutoModelForSequenceClassification, lora=lora, dataset=rows,
-                 collator=_collate_classes)  # fmt: skip
+    return built(
+        arguments,
+        config=config,
+        auto=AutoModelForSequenceClassification,
+        lora=lora,
+        dataset=rows,
+        collator=_collate_classes,
+    )
 
 
 def prepared_for_kbit(**arguments: Any) -> Trainer:
@@ -614,9 +658,10 @@ def registered_counter(**arguments: Any) -> Trainer:
 def dynamic_rope(**arguments: Any) -> Trainer:
     """Rotary frequencies that are computed anew where a batch is longer than the context."""
     config = LlamaConfig(
-        **SMALL | {"max_position_embeddings": 16}, tie_word_embeddings=False,
+        **SMALL | {"max_position_embeddings": 16},
+        tie_word_embeddings=False,
         rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
-    )  # fmt: skip
+    )
     return built(arguments, config=config)
 
 
@@ -674,7 +719,8 @@ def _collate_left(features: Any) -> Any:
 
 def _joined(row: Any, other: Any) -> Any:
     return {
-        "input_ids": row["input_ids"] + other["input_ids"][1:],  # one BOS, at the beginning
+        # one BOS, at the beginning
+        "input_ids": row["input_ids"] + other["input_ids"][1:],
         "labels": row["labels"] + other["labels"][1:],
     }
 

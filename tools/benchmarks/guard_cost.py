@@ -45,9 +45,7 @@ from tools.benchmarks.turns import Times, Turns
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cost.md"
 TARGET = "homework.sft:build_trainer"
-CELLS = [
-    Cell("fp32", 8, 4), Cell("fp32", 2, 4), Cell("fp32", 8, 1), Cell("bf16-mixed", 2, 4), Cell("bf16-mixed", 8, 1)
-]  # fmt: skip
+CELLS = [Cell("fp32", 8, 4), Cell("fp32", 2, 4), Cell("fp32", 8, 1), Cell("bf16-mixed", 2, 4), Cell("bf16-mixed", 8, 1)]
 """The app's own training on a CPU, and the cells of the matrix where nothing is asked."""
 WARM_UP = 3
 """Steps at the start of a round that are not counted: the first of them makes the optimizer's states."""
@@ -168,7 +166,8 @@ def one_round(methods: list[str], cell: Cell, steps: int, device: str) -> dict[s
 
 def measured(methods: list[str], cell: Cell, rounds: int, steps: int, device: str) -> dict[str, list[Times]]:
     """Every way, round by round."""
-    one_round(methods, cell, 1, device)  # whatever is loaded and made once
+    # whatever is loaded and made once
+    one_round(methods, cell, 1, device)
     found: dict[str, list[Times]] = {method: [] for method in methods}
     for i in range(rounds):
         for method, times in one_round(methods, cell, steps, device).items():
@@ -241,14 +240,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="rounds of each way (default 10)")
     parser.add_argument(
-        "--cells", nargs="+", default=CELLS, type=cell_named, metavar="CELL",
-        help="precision-bAxB: A rows, B times (default: the app's own, and the matrix as it is where nothing is asked)"
-    )  # fmt: skip
+        "--cells",
+        nargs="+",
+        default=CELLS,
+        type=cell_named,
+        metavar="CELL",
+        help="precision-bAxB: A rows, B times (default: the app's own, and the matrix as it is where nothing is asked)",
+    )
     parser.add_argument("--steps", type=int, default=30, metavar="N", help="counted steps of a round (default 30)")
     parser.add_argument(
-        "--ways", nargs="+", default=INSTALLED, choices=WAYS,
-        help=f"what to compare with bare (default: what is installed here: {', '.join(INSTALLED)})"
-    )  # fmt: skip
+        "--ways",
+        nargs="+",
+        default=INSTALLED,
+        choices=WAYS,
+        help=f"what to compare with bare (default: what is installed here: {', '.join(INSTALLED)})",
+    )
     parser.add_argument("--device", default="cpu", choices=SETTLE, help="where the trainings run (default cpu)")
     parser.add_argument("--write", action="store_true", help="put the table into docs/cost.md")
     options = parser.parse_args()

@@ -49,9 +49,23 @@ def session(folder: Path, steps: int, *more: str) -> float:
     """Wall seconds of one session of pytest."""
     (folder / "test_training.py").write_text(TEST)
     command = [
-        sys.executable, "-m", "pytest", "-q", str(folder), "-c", os.devnull, "--rootdir", str(folder),
-        "-m", "gpu_stability", "--sftguard-target", TARGET, "--sftguard-steps", str(steps), *more,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        str(folder),
+        "-c",
+        os.devnull,
+        "--rootdir",
+        str(folder),
+        "-m",
+        "gpu_stability",
+        "--sftguard-target",
+        TARGET,
+        "--sftguard-steps",
+        str(steps),
+        *more,
+    ]
     began = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - began
@@ -64,9 +78,11 @@ def axes(cells: list[Cell]) -> list[str]:
     """Options that ask for `cells`."""
     rows = dict.fromkeys(f"{c.per_device_train_batch_size}x{c.gradient_accumulation_steps}" for c in cells)
     return [
-        "--sftguard-precision", " ".join(dict.fromkeys(c.precision for c in cells)),
-        "--sftguard-batch", " ".join(rows),
-    ]  # fmt: skip
+        "--sftguard-precision",
+        " ".join(dict.fromkeys(c.precision for c in cells)),
+        "--sftguard-batch",
+        " ".join(rows),
+    ]
 
 
 def bare(steps: int) -> float:
@@ -126,7 +142,8 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        start()  # whatever the disk must read first
+        # whatever the disk must read first
+        start()
         for number in range(options.rounds):
             started.append(start())
             for steps, seen in found.items():

@@ -55,9 +55,12 @@ class Case:
         """The run on a device of `device_type`."""
         arguments = {"gradient_checkpointing": True} if self.checkpointing else {}
         return RunConfig(
-            cell=Cell(self.precision, self.batch, self.accumulation), target=MODELS[self.model],
-            device=device_type, steps=STEPS, training_arguments=arguments,
-        )  # fmt: skip
+            cell=Cell(self.precision, self.batch, self.accumulation),
+            target=MODELS[self.model],
+            device=device_type,
+            steps=STEPS,
+            training_arguments=arguments,
+        )
 
 
 CASES = [
@@ -90,7 +93,8 @@ def measured(config: RunConfig, device_type: str) -> int:
         trainer = build(resolve(config.target), config, mode_named(config.cell.precision), device_type, Path(folder))
         trainer.log = lambda *_, **__: None
         if device_type == "cuda":
-            gc.collect()  # the Trainer before this one, which is held in circles
+            # the Trainer before this one, which is held in circles
+            gc.collect()
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             trainer.train()

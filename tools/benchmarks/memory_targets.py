@@ -19,23 +19,39 @@ def small(**arguments: Any) -> Trainer:
     """The built-in model, enlarged to 4 million parameters."""
     return _trainer(
         LlamaConfig(
-            vocab_size=2048, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=8,
-            num_key_value_heads=4, max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            vocab_size=2048,
+            hidden_size=256,
+            intermediate_size=704,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            max_position_embeddings=1024,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
         ),
         **arguments,
-    )  # fmt: skip
+    )
 
 
 def smol(**arguments: Any) -> Trainer:
     """The shape of SmolLM2-135M with random weights, fewer layers and a third of its vocabulary: 41 million."""
     return _trainer(
         LlamaConfig(
-            vocab_size=16384, hidden_size=576, intermediate_size=1536, num_hidden_layers=9, num_attention_heads=9,
-            num_key_value_heads=3, max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            vocab_size=16384,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=9,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            max_position_embeddings=2048,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
             tie_word_embeddings=True,
         ),
         **arguments,
-    )  # fmt: skip
+    )
 
 
 def _trainer(config: LlamaConfig, *, model: str | None = None, dtype: str = "float32", **arguments: Any) -> Trainer:

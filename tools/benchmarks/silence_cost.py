@@ -56,9 +56,16 @@ print(json.dumps({{"code": int(code), "started": started, "heavy": [n for n in {
 def options(folder: Path, plugin: bool) -> list[str]:
     """The arguments of a session; other people's plugins stay out of it."""
     return [
-        "-q", "-p", "no:cacheprovider", "--rootdir", str(folder), "-c", os.devnull, *(["-p", PLUGIN] if plugin else []),
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
         str(folder),
-    ]  # fmt: skip
+        "-c",
+        os.devnull,
+        *(["-p", PLUGIN] if plugin else []),
+        str(folder),
+    ]
 
 
 def imported() -> float:
@@ -116,7 +123,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "test_plain.py").write_text(TESTS)
-        for plugin in (True, False):  # whatever the disk must read first
+        # whatever the disk must read first
+        for plugin in (True, False):
             session(folder, plugin), process(folder, plugin), imported()
         for number in range(asked.rounds):
             found["import"].append(imported())

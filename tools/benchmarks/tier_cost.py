@@ -88,7 +88,8 @@ def main() -> None:
     found: dict[str, dict[str, list[float]]] = {str(c): {t: [] for t in tiers} for c in options.cells}
     for cell in options.cells:
         config = RunConfig(cell=cell, target=TARGET, device="cpu", steps=options.steps)
-        for tier in tiers:  # whatever is loaded and made once
+        # whatever is loaded and made once
+        for tier in tiers:
             seconds(dataclasses.replace(config, steps=2), tier)
         for number in range(options.rounds):
             for tier in draw.sample(tiers, len(tiers)):

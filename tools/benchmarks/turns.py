@@ -74,7 +74,8 @@ class Turns:
         self._wait(name)
         try:
             training(_Turn(self, name))
-        except BaseException as error:  # raised in the thread that waits for all
+        except BaseException as error:
+            # raised in the thread that waits for all
             self._failures.append(error)
         finally:
             with self._changed:

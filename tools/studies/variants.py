@@ -45,12 +45,21 @@ def _build(rank: int, variant: str, left: bool, attention: str, checkpointed: bo
     weights = getattr(torch, arguments.pop("dtype"))
     set_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     base = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
-    base = tiny.in_dtype(base, weights)  # `.to` would round the rotary frequencies, which is a fault
+    # `.to` would round the rotary frequencies, which is a fault
+    base = tiny.in_dtype(base, weights)
     given = {"lr_scheduler_type": "constant", "gradient_checkpointing": checkpointed} | arguments
     training = TrainingArguments(**given)
     set_seed(training.seed)

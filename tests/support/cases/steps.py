@@ -29,7 +29,8 @@ def DERIVED(record: RunRecord) -> dict[str, Any]:  # noqa: N802 - one of the tab
     rates = [s.learning_rate or 0.0 for s in taken or record.steps]
     rates += rates[-1:] * (len(record.steps) - len(rates))
     steps, due = [], 0
-    for s in record.steps:  # the schedule waits for skipped steps
+    # the schedule waits for skipped steps
+    for s in record.steps:
         steps.append(dataclasses.replace(_with_update(s), learning_rate=rates[due]))
         due += s.effect != "skipped_by_scaler"
     assert record.optimizer is not None
