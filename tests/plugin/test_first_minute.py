@@ -28,7 +28,7 @@ def lines(tmp_path_factory):
 
 def test_it_passes_without_a_warning(lines):
     """Every cell is sound, and no library warns of anything."""
-    assert re.fullmatch(r"=+ 6 passed in [\d.]+s =+", lines[-1])
+    assert re.fullmatch(r"=+ 6 passed in [\d.]+s( \([\d:]+\))? =+", lines[-1])
 
 
 def test_it_fits_a_screen(lines):
