@@ -299,7 +299,7 @@ def labels_shifted_for_an_own_loss(**arguments: Any) -> Any:
         batch["labels"][:, -1] = -100
         return batch
 
-    return healthy_targets.built(arguments, part=Own, collator=collate)
+    return healthy_targets.built(arguments, trainer_class=Own, collator=collate)
 
 
 @pytest.mark.parametrize(
