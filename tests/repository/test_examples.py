@@ -92,3 +92,12 @@ def test_links_lead_somewhere(page: str) -> None:
     """Every relative link of a page names a file of the repository."""
     for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / page).read_text(encoding="utf-8")):
         assert ((ROOT / page).parent / link).exists(), link
+
+
+# of docs/extending.md only what its recipes name is there, once they have been followed
+@pytest.mark.parametrize("page", [p for p in [*PAGES, "CONTRIBUTING.md", "homework/README.md"] if p != ITS_OWN])
+def test_files_that_a_page_names_exist(page: str) -> None:
+    """Each `path/to/file.py` is a file below the repository, one of its packages or the page's folder."""
+    below = (ROOT, ROOT / "pytest_sftguard", ROOT / "homework", (ROOT / page).parent)
+    for name in re.findall(r"`((?:[\w-]+/)+\w+\.py)`", (ROOT / page).read_text(encoding="utf-8")):
+        assert any((folder / name).is_file() for folder in below), name
