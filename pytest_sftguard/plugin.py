@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import shutil
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from pytest_sftguard.hardware import HardwareProfile
     from pytest_sftguard.loops import LoopTest
     from pytest_sftguard.matrix import Cell
-    from pytest_sftguard.reports._lines import Screen
+    from pytest_sftguard.reports._screen import Screen
     from pytest_sftguard.session import CellTest, Runs
     from pytest_sftguard.settings import Settings
     from pytest_sftguard.verdicts import JudgedRun
@@ -25,7 +26,7 @@ RUN = pytest.StashKey["JudgedRun"]()
 LOOP = pytest.StashKey["LoopTest"]()
 RUNS = pytest.StashKey["Runs"]()
 PACKED = pytest.StashKey[list[dict[str, Any]]]()
-SCREEN: pytest.StashKey[Screen] = pytest.StashKey()
+COLUMNS = pytest.StashKey[int]()
 
 
 # what pytest.fail raises, which mypy sees as a value
@@ -47,10 +48,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker, and refuse settings that no test could use."""
     from pytest_sftguard import settings
-    from pytest_sftguard.reports._lines import Screen
 
     # made now, as there is no terminal to ask while pytest captures what a test writes
-    config.stash[SCREEN] = Screen()
+    config.stash[COLUMNS] = shutil.get_terminal_size().columns
     config.stash[PACKED] = []
     config.pluginmanager.register(_Reports(config.stash[PACKED]), "sftguard-reports")
     config.addinivalue_line("markers", settings.marker_line(MARKER))
@@ -233,16 +233,14 @@ def pytest_runtest_makereport(
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print what the reports say of all cells."""
     if config.stash[PACKED]:
-        import dataclasses
-
         from pytest_sftguard import reports
         from pytest_sftguard.session import unpack
 
         # before pytest 9, `line` prints the headline alone; a failure that was expected is never printed
         silent = config.option.tbstyle in (("no",) if pytest.version_tuple >= (9,) else ("no", "line"))
         printed = terminalreporter.stats.get("failed") or terminalreporter.stats.get("error")
-        screen = dataclasses.replace(
-            config.stash[SCREEN],
+        screen = _screen(
+            config,
             details=config.get_verbosity() > 0,
             elsewhere="" if silent else "FAILURES above" if printed else "run again with --runxfail",
             paint=config.get_terminal_writer().markup,
@@ -296,7 +294,7 @@ def _judged(item: pytest.Item, judge: Callable[[], JudgedRun]) -> JudgedRun | st
 
 def _passed_on(config: pytest.Config, run: JudgedRun | str, fails_unevaluated: bool) -> JudgedRun:
     """`run`, where it was evaluated. If not, the test is skipped; it fails if it must, or if there is no run."""
-    from pytest_sftguard.reports._lines import headline
+    from pytest_sftguard.reports._headline import headline
     from pytest_sftguard.verdicts import Outcome
 
     if isinstance(run, str):
@@ -309,16 +307,23 @@ def _passed_on(config: pytest.Config, run: JudgedRun | str, fails_unevaluated: b
     return run
 
 
+def _screen(config: pytest.Config, **more: Any) -> Screen:
+    """The session's terminal, as wide as it was when the session began, with `more` fields of a Screen."""
+    from pytest_sftguard.reports._screen import Screen, columns
+
+    return Screen(width=columns(config.stash[COLUMNS]), **more)
+
+
 def _fail(config: pytest.Config, why: str) -> NoReturn:
-    raise NotPassedError("\n".join(config.stash[SCREEN].wrap(why)), why)
+    raise NotPassedError("\n".join(_screen(config).wrap(why)), why)
 
 
 def _failed(item: pytest.Item, run: JudgedRun, own: BaseException | None = None) -> NotPassedError:
     """The failure of `item`, whose run failed; `own` is what the test itself raised."""
-    from pytest_sftguard.reports._lines import headline
+    from pytest_sftguard.reports._headline import headline
     from pytest_sftguard.session import message
 
-    return NotPassedError(message(run, _rerun(item), item.config.stash[SCREEN], own), headline(run))
+    return NotPassedError(message(run, _rerun(item), _screen(item.config), own), headline(run))
 
 
 def _runs(config: pytest.Config) -> Runs:

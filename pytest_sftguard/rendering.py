@@ -41,7 +41,8 @@ def _filled(sentence: str, values: Mapping[str, Any]) -> str:
 
 def _is_complete(part: str, values: Mapping[str, Any]) -> bool:
     names = [name for _, name, _, _ in _FORMATTER.parse(part) if name]
-    return all(str(values.get(name) or values.get(name) == 0 or "") not in ("", "False") for name in names)
+    # 0 is a value like any other; nothing, an empty text and no names at all are not
+    return all(bool(value := values.get(name)) or value == 0 for name in names)
 
 
 class _Formatter(string.Formatter):

@@ -16,7 +16,7 @@ from pytest_sftguard.verdicts import Checks, Finding, JudgedRun, Verdict, judge
 
 if TYPE_CHECKING:
     from pytest_sftguard.matrix import RunConfig
-    from pytest_sftguard.reports._lines import Screen
+    from pytest_sftguard.reports._screen import Screen
     from pytest_sftguard.settings import Settings
 
 

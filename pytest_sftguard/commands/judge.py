@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     """Judge the records, and print the table and what failed."""
     from pytest_sftguard import reports
     from pytest_sftguard.invariants import load_invariants
-    from pytest_sftguard.reports._lines import Screen
+    from pytest_sftguard.reports._screen import Screen
     from pytest_sftguard.verdicts import JudgedRun, judge
 
     try:

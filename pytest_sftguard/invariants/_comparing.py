@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -31,7 +32,7 @@ class Both(verdicts.Reason):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparing(Invariant):
+class Comparing(Invariant, ABC):
     """Base of the invariants that hold a run against another run of the same training."""
 
     judges_reference_alone: ClassVar[bool] = False
@@ -46,9 +47,9 @@ class Comparing(Invariant):
         else:
             yield self.not_evaluated(General.NO_STEP)
 
+    @abstractmethod
     def compare(self, record: RunRecord, reference: RunRecord) -> Iterator[Finding]:
         """Yield what is wrong, or what cannot be compared, of runs that took a step each."""
-        raise NotImplementedError
 
     def unseen(self, step: StepRecord, *names: str) -> Finding | None:
         """The finding where one of these numbers of `step` was not seen."""

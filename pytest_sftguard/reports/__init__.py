@@ -8,7 +8,7 @@ A report is a module of this folder with any of the functions below, which run a
     message(run, rerun, screen) says why a test fails, whose run the command `rerun` repeats
     section(runs, screen)       gives lines for the terminal on (test id, run, rerun command) of every cell
 
-`screen`, a `_lines.Screen`, says how wide a line may be, wraps it and colours it.
+`screen`, a `_screen.Screen`, says how wide a line may be, wraps it and colours it.
 """
 
 from __future__ import annotations

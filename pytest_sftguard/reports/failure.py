@@ -6,7 +6,8 @@ import re
 
 from pytest_sftguard.diagnosis import diagnose
 from pytest_sftguard.rendering import told
-from pytest_sftguard.reports._lines import Screen, by_step, headline
+from pytest_sftguard.reports._headline import by_step, headline
+from pytest_sftguard.reports._screen import Screen
 from pytest_sftguard.verdicts import Finding, JudgedRun
 
 _INDENT = " " * 12

@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterator, Sequence
 
 from pytest_sftguard.rendering import told
 from pytest_sftguard.reports import failure
-from pytest_sftguard.reports._lines import Screen, headline
+from pytest_sftguard.reports._headline import headline
+from pytest_sftguard.reports._screen import Screen
 from pytest_sftguard.verdicts import General, JudgedRun, Outcome
 
 Run = tuple[str, JudgedRun, str]

@@ -9,7 +9,7 @@ import pytest
 
 from pytest_sftguard.diagnosis import diagnose
 from pytest_sftguard.reports import failure
-from pytest_sftguard.reports._lines import Screen
+from pytest_sftguard.reports._screen import Screen
 from pytest_sftguard.verdicts import JudgedRun
 
 

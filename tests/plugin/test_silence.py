@@ -41,6 +41,19 @@ def test_nothing_heavy_is_imported(pytester, code, arguments):
     assert [line for line in result.outlines if "imported:" in line][-1].strip().endswith("imported:")
 
 
+def test_a_session_without_marked_tests_loads_nothing_that_judges(pytester):
+    """Neither invariants nor diagnoses, reports or records, of which there are some fifty modules."""
+    parts = ("records", "verdicts", "invariants", "diagnosis", "rendering", "session", "reports.terminal")
+    pytester.makeconftest(
+        TELLS.replace('("torch", "transformers", "peft", "accelerate")', repr(parts)).replace(
+            "m in sys.modules", "f'pytest_sftguard.{m}' in sys.modules"
+        )
+    )
+    pytester.makepyfile(test_it=UNMARKED)
+    result = pytester.runpytest_subprocess("-s")
+    assert [line for line in result.outlines if "imported:" in line][-1].strip().endswith("imported:")
+
+
 def test_collection_shows_the_cells(pytester):
     """`--collect-only -q` lists the ids of the cells."""
     pytester.makepyfile(test_it=MARKED)

@@ -19,7 +19,8 @@ from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.matrix import Cell
 from pytest_sftguard.records import ErrorRecord, RunRecord
 from pytest_sftguard.reports import failure, json_files, junit, terminal
-from pytest_sftguard.reports._lines import Screen, columns, headline
+from pytest_sftguard.reports._headline import headline
+from pytest_sftguard.reports._screen import Screen, columns
 from pytest_sftguard.session import message, pack, unpack
 from pytest_sftguard.verdicts import JudgedRun, judge
 from tests.strategies import healthy_records, non_finite

@@ -1,23 +1,17 @@
-"""Lines for a terminal: how they are wrapped and coloured, and why a cell did not pass in one of them."""
+"""The screen that lines are made for: how wide they may be, how they are wrapped and coloured."""
 
 from __future__ import annotations
 
-import math
 import re
 import shutil
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pytest_sftguard.diagnosis import diagnose
-from pytest_sftguard.invariants import told_last
-from pytest_sftguard.rendering import told
-from pytest_sftguard.verdicts import Finding, JudgedRun
 
-
-def columns() -> int:
-    """Width of the terminal in characters; wide terminals are not filled, as long lines are hard to read."""
-    return min(max(shutil.get_terminal_size().columns, 40), 120)
+def columns(terminal: int = 0) -> int:
+    """Width of lines on a terminal of so many characters, or else on this one; long lines are hard to read."""
+    return min(max(terminal or shutil.get_terminal_size().columns, 40), 120)
 
 
 def _plain(text: str, **markup: bool) -> str:
@@ -50,20 +44,3 @@ class _Wrapper(textwrap.TextWrapper):
         room = self.width - len(self.subsequent_indent)
         words = super()._split(text)
         return [part for word in words for part in (re.split(r"(?<=[./])", word) if len(word) > room else [word])]
-
-
-def by_step(run: JudgedRun) -> list[Finding]:
-    """The failures of `run`, the first step first; within a step, those that say least come last."""
-    last = told_last()
-    return sorted(run.verdict.failures, key=lambda f: (math.inf if f.step is None else f.step, f.invariant in last))
-
-
-def headline(run: JudgedRun) -> str:
-    """Why a run did not pass, as one sentence: its most likely cause, or else the first finding."""
-    if not run.verdict.failures:
-        reasons = [told(f) for f in run.verdict.not_evaluated if f.required] or ["nothing in it could be judged"]
-        return f"{run.record.cell} not evaluated: {'; '.join(reasons)}"
-    for cause in diagnose(run):
-        return f"{cause.mechanism}: {cause.summary}"
-    first = by_step(run)[0]
-    return f"{first.invariant}: {told(first)}"
