@@ -78,7 +78,7 @@ class LoopTest:
         if self._observer is None or self._settings is None:
             raise session.CannotRunError("sft_observer was not called: nothing was observed")
         record, settings = self._observer.record(), self._settings
-        run = JudgedRun(record, judge(record, self._invariants, {}, settings.waive))
+        run = JudgedRun(record, judge(record, self._invariants, {}, settings.waive, strict=settings.fails_unevaluated))
         session.report("write", root / settings.dir, self.nodeid, run)
         return run
 

@@ -68,7 +68,8 @@ class Runs:
         # before the training, which a full disk would make useless
         report("prepare", test.folder)
         asked = test.settings.references
-        run = self.compared(test.config, invariants, asked, test.settings.waive, progress, session)
+        strict = test.settings.fails_unevaluated
+        run = self.compared(test.config, invariants, asked, test.settings.waive, progress, session, strict=strict)
         report("write", test.folder, nodeid, run)
         return run
 
@@ -80,6 +81,8 @@ class Runs:
         waived: Iterable[str] = (),
         progress: Callable[[str], None] = _unseen,
         session: Sequence[RunConfig] = (),
+        *,
+        strict: bool = False,
     ) -> JudgedRun:
         """The run of `config`, judged beside those of its references that are in `session` or in `references`.
 
@@ -94,7 +97,7 @@ class Runs:
                 continue
             if not other.variant or name in references:
                 found[name] = self._record(other, functools.partial(_reference, progress, name))
-        return JudgedRun(record, judge(record, invariants, found, waived), found)
+        return JudgedRun(record, judge(record, invariants, found, waived, strict=strict), found)
 
     def _record(self, config: RunConfig, progress: Callable[[str], None]) -> RunRecord:
         def step_done(step: int) -> None:

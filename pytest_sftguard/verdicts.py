@@ -50,7 +50,7 @@ class General(Reason):
     OUT_OF_REACH = "the run broke off, and its trainable tensors were out of reach afterwards"
     NOT_ASKED = "not asked for: the look or reference `{name}`"
     INAPPLICABLE = "{why}"
-    LOOK_BROKE = "the look `{name}` ended in {error}"
+    LOOK_BROKE = "the guard's own look `{name}` ended in {error}"
     LOOK_EMPTY = "the look `{name}` left nothing to judge by"
     REFERENCE_NOT_RUN = "the {name} reference was not run: {why}"
     REFERENCE_BROKE = "the {name} reference {cell} ended in {error}"
@@ -109,6 +109,11 @@ class Finding:
     def doubts(self) -> bool:
         """Whether this keeps the cell from passing: it failed, or had to be evaluated and could not be."""
         return self.outcome is Outcome.FAILED or (self.outcome is Outcome.NOT_EVALUATED and self.required)
+
+    @property
+    def guards_own(self) -> bool:
+        """Whether an exception in the guard's own look or reference run kept it from being evaluated."""
+        return self.because(General.LOOK_BROKE, General.REFERENCE_BROKE, General.BROKEN)
 
 
 def _read(value: Any) -> Any:
@@ -183,8 +188,15 @@ class Invariant:
         if look.inapplicable:
             return self.not_evaluated(General.INAPPLICABLE, why=look.inapplicable, required=False)
         if look.error:
-            return self.failed(General.LOOK_BROKE, name=name, error=look.error)
+            return self.not_evaluated(General.LOOK_BROKE, name=name, error=look.error, required=False)
         return self.not_evaluated(General.LOOK_EMPTY, name=name, required=True)
+
+    def not_reloaded(self, record: RunRecord) -> Finding | None:
+        """The finding where an exception ended the comparison of the reloaded model with the trained one; else None."""
+        error = record.round_trip.not_asked if record.round_trip else ""
+        if not error:
+            return None
+        return self.not_evaluated(General.LOOK_BROKE, name="round_trip", error=error, required=False)
 
     def not_compared(self, reference: RunRecord | None) -> Finding | None:
         """The finding where there is no other run to compare with, or where it did not come to its end; else None."""
@@ -194,7 +206,10 @@ class Invariant:
         if reference.not_run is not None:
             return self.not_evaluated(General.REFERENCE_NOT_RUN, name=name, why=reference.not_run, required=False)
         if reference.error is not None:
-            return self.failed(General.REFERENCE_BROKE, name=name, cell=reference.cell, error=str(reference.error))
+            error = str(reference.error)
+            return self.not_evaluated(
+                General.REFERENCE_BROKE, name=name, cell=reference.cell, error=error, required=False
+            )
         return None
 
 
@@ -244,13 +259,15 @@ def judge(
     invariants: Sequence[Checks],
     references: Mapping[str, RunRecord] | None = None,
     waived: Iterable[str] = (),
+    *,
+    strict: bool = False,
 ) -> Verdict:
     """Hold `record` against `invariants`, and against the one of `references` that an invariant compares with.
 
     A finding of an invariant named in `waived` that would have failed is *not evaluated* instead, and marked as waived.
 
-    An invariant that raises, or yields something that is no finding, fails under its own name. The others are judged
-    all the same.
+    An invariant that raises, or yields something that is no finding, is *not evaluated* under its own name. The others
+    are judged all the same. If `strict`, what the guard itself failed to look at keeps the cell from passing.
     """
     if record.not_run is not None:
         return Verdict(
@@ -258,6 +275,8 @@ def judge(
         )
     found = [f for invariant in invariants for f in _findings(invariant, record, references or {})]
     names = set(waived)
+    if strict:
+        found = [dataclasses.replace(f, required=f.required or f.guards_own) for f in found]
     return Verdict(tuple(_waived(f) if f.invariant in names and f.outcome is Outcome.FAILED else f for f in found))
 
 
@@ -282,7 +301,8 @@ def _findings(invariant: Checks, record: RunRecord, references: Mapping[str, Run
         raise
     # an outsider's invariant may raise anything, pytest's Skipped too; the others are judged all the same
     except BaseException as error:
-        return [*found, general_finding(name, Outcome.FAILED, General.BROKEN, error=f"{type(error).__name__}: {error}")]
+        text = f"{type(error).__name__}: {error}"
+        return [*found, general_finding(name, Outcome.NOT_EVALUATED, General.BROKEN, error=text)]
     left_out = record.observed and any(getattr(record, field) is None for field in getattr(invariant, "asks_for", ()))
     if left_out:
         found = [f if f.outcome is Outcome.FAILED else dataclasses.replace(f, required=False) for f in found]

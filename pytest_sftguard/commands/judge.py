@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     runs = []
     for name, record in found:
         references = bundles.references(record, [r for _, r in found])
-        verdict = judge(record, invariants, references, options.waive)
+        verdict = judge(record, invariants, references, options.waive, strict=options.strict)
         runs.append((name, JudgedRun(record, verdict, references), ""))
     for lines in reports.call("section", runs, Screen()):
         print(*lines, sep="\n")

@@ -202,7 +202,7 @@ class _Cell:
         trained.trainer.save_model(str(saved))
         rebuilt, compared, other_seed = _rebuilt(trained)
         self.looks.rebuilt(rebuilt)
-        probe = finiteness.probe_batch(trained.trainer)
+        probe = finiteness.probe_of(trained.given, model)
         record, reloaded = round_trip(model, saved, rebuilt.fresh_trainer.model, probe, trained.recorder.unused)
         digest, drawn = compared.without(model, saved)
         parts = "parts of the base are drawn under each seed, and come with the adapter's file" if compared.rows else ""

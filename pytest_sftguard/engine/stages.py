@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from torch import nn
 
 from pytest_sftguard.engine.adapter.foundation import Loads
+from pytest_sftguard.engine.after import forwards
 from pytest_sftguard.engine.building.bases import Bases
 from pytest_sftguard.engine.building.targets import Target
 from pytest_sftguard.engine.building.trainers import build
@@ -84,6 +85,19 @@ class Started(Built):
     def batches(self) -> list[dict[str, Any]]:
         """The first micro-batches, as the model was given them."""
         return self.watch.batches
+
+    @functools.cached_property
+    def given(self) -> dict[str, Any]:
+        """What the model was given first, by name, without the arguments of the loss.
+
+        Where the training passes the model by, and calls a part of it, what the model takes of the first micro-batch.
+        """
+        model, first = self.recorder.model, self.watch.first_step.given
+        if first is not None:
+            return first
+        accepted = forwards.accepts(model)
+        seen = self.batches[0] if self.batches else {}
+        return forwards.given(model, (), {k: v for k, v in seen.items() if k in accepted})
 
     @functools.cached_property
     def examples(self) -> Examples | None:

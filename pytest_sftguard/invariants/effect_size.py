@@ -42,6 +42,9 @@ class EffectSize(Invariant):
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Look at the logits with the adapter, without it, and of the base that never had one."""
         trip = record.round_trip
+        if broken := self.not_reloaded(record):
+            yield broken
+            return
         if trip is None or trip.max_abs_logit is None or trip.max_logit_effect is None:
             yield self.not_evaluated(Reason.NO_LOGITS)
             return

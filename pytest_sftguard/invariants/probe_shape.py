@@ -38,10 +38,13 @@ class ProbeShape(Invariant):
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Look at the batch, and at what came of it."""
         seen = record.round_trip.finiteness if record.round_trip else None
+        if broken := self.not_reloaded(record):
+            yield broken
+            return
         if seen is None or not (seen.rows >= 1 and seen.logits >= 1):
             yield self.not_evaluated(Reason.NOT_SEEN)
             return
-        if not seen.tokens >= self.min_tokens:
+        if seen.tokens is not None and not seen.tokens >= self.min_tokens:
             yield self.failed(Reason.SHORT, observed=seen.tokens, limit=self.min_tokens)
         if not seen.padded_rows >= 1:
             yield self.not_evaluated(Reason.UNPADDED, required=not seen.unpadded, why=seen.unpadded)

@@ -97,6 +97,9 @@ class RoundTrip(Invariant):
             yield self.failed(Reason.BASE_CHANGES)
 
     def _logits(self, record: RunRecord, trip: RoundTripRecord) -> Iterator[Finding]:
+        if broken := self.not_reloaded(record):
+            yield broken
+            return
         if trip.max_abs_logit is None or trip.max_logit_change is None or trip.max_logit_effect is None:
             yield self.not_evaluated(Reason.NO_LOGITS)
             return

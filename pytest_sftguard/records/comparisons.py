@@ -127,8 +127,8 @@ class FinitenessRecord:
 
     rows: int
     """Number of rows."""
-    tokens: int
-    """Number of tokens in each."""
+    tokens: int | None
+    """Number of tokens in each; None where the rows are not of tokens alone, so that none can be lengthened."""
     padded_rows: int
     """Number of rows with padding in front, under an attention mask."""
     attention: str
@@ -184,6 +184,8 @@ class RoundTripRecord:
     """Base tensors that differ under the other seed, with the first such row: nobody else has them."""
     finiteness: FinitenessRecord | None = None
     """The batch of the logits."""
+    not_asked: str = ""
+    """The exception that ended the comparison of logits, as `Type: message`; empty if none did."""
     max_base_change: float | None = None
     """Largest absolute difference between the logits of the trained model with its adapter disabled and of the fresh
     base."""

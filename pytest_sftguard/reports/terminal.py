@@ -107,7 +107,7 @@ def _open_questions(runs: Sequence[Run], screen: Screen) -> Iterator[str]:
         for finding in entry[1].verdict.not_evaluated if entry[1].record.error is None else ():
             if finding.because(General.NOT_ASKED):
                 higher[finding.invariant] = None
-            elif screen.details or finding.required or finding.waived:
+            elif screen.details or finding.required or finding.waived or finding.guards_own:
                 reason = f"{finding.invariant} not evaluated: {told(finding)}"
                 reasons.setdefault(reason, {})[number] = entry
             else:

@@ -232,10 +232,10 @@ def backward_by_hand(**arguments: Any) -> Trainer:
     return trainer
 
 
-def without_adapter(**arguments: Any) -> Trainer:
-    """A Trainer of a model that peft never saw."""
+def dropped_wrapper(**arguments: Any) -> Trainer:
+    """A Trainer of the model that get_peft_model was given, not of what it returned."""
     trainer = tiny.build_trainer(**arguments)
-    trainer.model = trainer.model.unload()
+    trainer.model = trainer.model.get_base_model()
     return trainer
 
 

@@ -1,11 +1,11 @@
-"""Adapter and base: which tensors belong to which, and the adapter's file."""
+"""Adapter and base: which module carries the adapter, and which tensors belong to which."""
 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from pytest_sftguard.engine.after import forwards
 from pytest_sftguard.engine.tensors.reductions import digests, dtype_name
 
-WEIGHTS = "adapter_model.safetensors"
 _OUTSIDE_LAYERS = ("modules_to_save", "trainable_tokens_")
 _TAKEN_FROM_THE_BASE = ("pissa", "olora", "corda", "lora_ga")
 
@@ -23,31 +22,66 @@ def trainables(model: nn.Module) -> dict[str, Tensor]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
+def holder(model: nn.Module) -> tuple[str, Any]:
+    """The module that carries the adapter, and its path in `model`; `model` itself and "" where nothing does.
+
+    That is a PeftModel, or a transformers model after `add_adapter`; either may stand inside another module.
+    """
+    from peft import PeftModel
+
+    if hasattr(model, "peft_config"):
+        return "", model
+    for name, module in model.named_modules():
+        if isinstance(module, PeftModel) or getattr(module, "_hf_peft_config_loaded", False):
+            return name, module
+    return "", model
+
+
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer that is not part of the adapter, by name; they must not change."""
     # rotary layers share a buffer until a forward pass replaces it
     buffers = model.named_buffers(remove_duplicate=False)
     everything = {**dict(model.named_parameters()), **dict(buffers)}
-    return {n: t for n, t in everything.items() if not is_adapter(model, n)}
+    ours = of_adapter(model)
+    return {n: t for n, t in everything.items() if not ours(n)}
 
 
-def is_adapter(model: nn.Module, name: str) -> bool:
-    """Whether the tensor `name` is part of the active adapter, and saved with it.
+def of_adapter(model: nn.Module) -> Callable[[str], bool]:
+    """Whether the tensor with a given name is part of the active adapter, and saved with it.
 
-    An inactive adapter is part of the base, because it must not change either. In a model without peft, every trainable
-    tensor is part of the adapter.
+    An inactive adapter is part of the base, because it must not change either. Outside the module that carries the
+    adapter, and in a model without one, every trainable tensor counts.
     """
-    tuner: Any = getattr(model, "base_model", None)
-    configs: Any = getattr(model, "peft_config", None)
-    prefix = getattr(tuner, "prefix", None)
+    learning = trainables(model)
+    path, held = holder(model)
+    configs, within = getattr(held, "peft_config", None), f"{path}." if path else ""
+    prefix = _prefix(held)
     if prefix is None or configs is None:
-        return name in trainables(model)
-    parts = name.split(".")
-    for part, following in zip(parts, (*parts[1:], ""), strict=True):
-        if part.startswith((prefix, *_OUTSIDE_LAYERS)):
-            return following not in configs or following in active_adapters(model)
+        return learning.__contains__
+    active = active_adapters(model)
     biases = any(getattr(c, "bias", "none") not in ("none", None) for c in configs.values())
-    return biases and parts[-1] == "bias" and name in trainables(model)
+
+    def ours(name: str) -> bool:
+        if not name.startswith(within):
+            return name in learning
+        parts = name.split(".")
+        for part, following in zip(parts, (*parts[1:], ""), strict=True):
+            if part.startswith((prefix, *_OUTSIDE_LAYERS)):
+                return following not in configs or following in active
+        return biases and parts[-1] == "bias" and name in learning
+
+    return ours
+
+
+def _prefix(held: Any) -> str | None:
+    """How peft begins the names of the adapter's tensors; None where they have no common prefix, or there is none."""
+    from peft import PeftModel
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    if isinstance(held, PeftModel):
+        return getattr(held.base_model, "prefix", None)
+    config = config_of(held)
+    return None if config is None else PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type)
 
 
 def base_digests(model: nn.Module) -> dict[str, str]:
@@ -93,20 +127,6 @@ def weights_dtypes(model: nn.Module) -> dict[str, int]:
     return dict(Counter(dtype_name(w.dtype) for w in weights if isinstance(w, Tensor)))
 
 
-def saved_tensors(trained: nn.Module, folder: Path) -> dict[str, Tensor]:
-    """Tensors in the file of the active adapter, by their names from `in_file`; none if there is no file."""
-    from safetensors.torch import load_file
-
-    path = folder_of(trained, folder) / WEIGHTS
-    return {in_file(n): t for n, t in load_file(path).items()} if path.exists() else {}
-
-
-def folder_of(trained: nn.Module, folder: Path) -> Path:
-    """Folder in which peft saves the active adapter: a subfolder, unless its name is `default`."""
-    name = active_adapters(trained)[0]
-    return folder if name == "default" or folder.name == name else folder / name
-
-
 def base_differs(config: Any) -> str:
     """Why a model with the adapter of `config` disabled rightly differs from the base; empty if it must not."""
     if str(getattr(config, "init_lora_weights", "")).lower().startswith(_TAKEN_FROM_THE_BASE):
@@ -124,14 +144,40 @@ def takes_from_the_base(fresh: nn.Module) -> bool:
 
 def config_of(model: nn.Module) -> Any:
     """Configuration of the active adapter; None without one."""
-    configs: Any = getattr(model, "peft_config", None) or {}
+    configs: Any = getattr(holder(model)[1], "peft_config", None) or {}
     return next((configs[a] for a in active_adapters(model) if a in configs), None)
 
 
 def active_adapters(model: nn.Module) -> list[str]:
     """Names of the active adapters, the first of which is the one that is saved."""
-    active: Any = getattr(model, "active_adapters", None)
+    held = holder(model)[1]
+    active: Any = getattr(held, "active_adapters", None) if hasattr(held, "peft_config") else None
+    # a property of a PeftModel, a method of a transformers model
+    if callable(active):
+        active = active()
     return list(active) if isinstance(active, (list, tuple)) and active else ["default"]
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Run without the adapter. Raises ValueError where there is none.
+
+    Peft warns of trained biases, which `base_differs` reports.
+    """
+    held = holder(model)[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if hasattr(held, "disable_adapter"):
+            with held.disable_adapter():
+                yield
+        elif hasattr(held, "peft_config"):
+            held.disable_adapters()
+            try:
+                yield
+            finally:
+                held.enable_adapters()
+        else:
+            raise ValueError("the model has no adapter")
 
 
 def in_file(name: str, adapter: str = "default") -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from pytest_sftguard.engine.adapter.adapters import active_adapters, config_of, is_adapter, trainables
+from pytest_sftguard.engine.adapter.adapters import active_adapters, config_of, of_adapter, trainables
 from pytest_sftguard.records import Names, WiringRecord
 
 _HEADS = ("classifier", "score", "qa_outputs")
@@ -16,13 +16,13 @@ _HEADS = ("classifier", "score", "qa_outputs")
 
 def wiring(model: nn.Module, optimizer: Any = None) -> WiringRecord:
     """The trainable tensors of `model`, a PeftModel; `optimizer` is the one that the target built, if any."""
-    takes = trainables(model)
+    takes, ours = trainables(model), of_adapter(model)
     attached = set(_attached(model))
     return WiringRecord(
         trainable=len(takes),
         modules=len(attached),
         frozen=Names.of(_frozen(model, type(optimizer).__name__ == "LoraFAOptimizer")),
-        strays=Names.of(n for n in takes if not is_adapter(model, n)),
+        strays=Names.of(n for n in takes if not ours(n)),
         unmatched=Names.of(_unmatched(model)),
         incomplete=Names.of(n for n in _asked_for(model) if n not in attached),
         disabled=any(getattr(m, "disable_adapters", False) is True for m in tuner_layers(model).values()),
@@ -42,8 +42,8 @@ def _frozen(model: nn.Module, without_a: bool) -> Iterator[str]:
     Some variants freeze a factor (MiCA), LoRA-FA's optimizer freezes every lora_A (`without_a`), and one of several
     active adapters may be used without being trained.
     """
-    active = active_adapters(model)
-    parameters = {n: p for n, p in model.named_parameters() if is_adapter(model, n)}
+    active, ours = active_adapters(model), of_adapter(model)
+    parameters = {n: p for n, p in model.named_parameters() if ours(n)}
     untrained = {a for a in active if not any(p.requires_grad for n, p in parameters.items() if a in n.split("."))}
     if len(untrained) == len(active):
         untrained = set()

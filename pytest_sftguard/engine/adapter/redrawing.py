@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_sftguard.engine.adapter.adapters import active_adapters, base_digests, base_tensors, in_file, saved_tensors
+from pytest_sftguard.engine.adapter.adapters import active_adapters, base_digests, base_tensors, holder, in_file
+from pytest_sftguard.engine.adapter.reloading import saved_tensors
 from pytest_sftguard.engine.tensors.reductions import combined
 
 
@@ -61,7 +62,7 @@ def redrawn(before: dict[str, str], trained: nn.Module, fresh: nn.Module) -> Red
 def _of_another_adapter(model: nn.Module, name: str) -> bool:
     """Whether a tensor belongs to an inactive adapter, which is random and has a file of its own."""
     parts = name.split(".")
-    names = set(getattr(model, "peft_config", {})) - set(active_adapters(model))
+    names = set(getattr(holder(model)[1], "peft_config", {})) - set(active_adapters(model))
     return any(a in names and b.startswith(("lora_", "modules_to_save")) for b, a in itertools.pairwise(parts))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,76 +14,53 @@ import torch
 from torch import Tensor, nn
 
 from pytest_sftguard.engine.adapter.adapters import (
-    WEIGHTS,
     active_adapters,
     base_differs,
     base_tensors,
     config_of,
+    disabled,
     eager,
-    folder_of,
+    holder,
     in_file,
-    is_adapter,
-    saved_tensors,
-    takes_from_the_base,
+    of_adapter,
 )
+from pytest_sftguard.engine.adapter.reloading import reloading
 from pytest_sftguard.engine.after import finiteness, forwards
+from pytest_sftguard.engine.surroundings.errors import first_line
 from pytest_sftguard.records import Names, RoundTripRecord
 
 
 def round_trip(
     trained: nn.Module, folder: Path, fresh: Any, probe: finiteness.ProbeBatch, unused: Collection[str] = ()
 ) -> tuple[RoundTripRecord, nn.Module]:
-    """Compare the saved adapter in `folder` with `trained`, and load it onto the base of `fresh`.
+    """Compare what was saved in `folder` with `trained`, and load it onto the base of `fresh`.
 
-    `trained` and `fresh` are PeftModels, `fresh` as the target builds it. `unused` names tensors that no token reached,
-    and that may be zero. Returns the record, and the reloaded model in evaluation mode. Raises what peft raises if the
-    load fails.
+    `fresh` is the model as the target builds it. `unused` names tensors that no token reached, and that may be zero.
+    Returns the record, and the reloaded model in evaluation mode. Seeds torch's generators. Raises what peft or
+    transformers raises if the load fails. An exception of the comparison of logits becomes `not_asked`.
     """
-    from peft import PeftModel
-
-    name = active_adapters(trained)[0]
-    folder = folder_of(trained, folder)
-    path = folder / WEIGHTS
-    saved = saved_tensors(trained, folder)
+    form, device = reloading(trained), next(trained.parameters()).device
+    files, saved = form.files(folder), form.tensors(trained, folder)
     # with the frozen ones: an adapter that was loaded without is_trainable is saved all the same
-    own = {in_file(n, name): p for n, p in trained.named_parameters() if is_adapter(trained, n)}
+    name, ours = active_adapters(trained)[0], of_adapter(trained)
+    own = {in_file(n, name): p for n, p in trained.named_parameters() if ours(n)}
     expected: dict[str, Tensor] = {n: t for n, t in own.items() if "original_module" not in n}
-    # with the tied ones
-    every_name = {in_file(n, name) for n, _ in trained.named_parameters(remove_duplicate=False)}
-    base_names = {in_file(n) for n in base_tensors(trained)}
-
-    restored, fresh_config = takes_from_the_base(fresh), config_of(fresh)
-    base = fresh.merge_and_unload() if restored else fresh.unload() if hasattr(fresh, "unload") else fresh
-    if hasattr(base, "peft_config"):
-        # `unload` leaves it behind, and peft warns of it
-        del base.peft_config
-    device = next(trained.parameters()).device
+    fresh_config = config_of(fresh)
+    base, restored = form.base(fresh)
     base = base.to(device).eval()
-    with torch.no_grad(), eager(base):
-        inputs, raw, unpadded = probe.answers(base)
-        # logits are large, so that none is kept longer than needed
-        base_logits = finiteness.attended(raw.pop(), inputs)
+    logits = _Logits(probe, partial=form.partial)
+    logits.before(base)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        reloaded = PeftModel.from_pretrained(base, str(folder)).to(device).eval()
+        reloaded = form.loaded(base, folder).to(device).eval()
     loaded: dict[str, Tensor] = {in_file(n, active_adapters(reloaded)[0]): p for n, p in reloaded.named_parameters()}
     never = {in_file(n, name) for n in unused}
-
-    with torch.no_grad(), eager(trained) as one, eager(reloaded) as other:
-        trained.eval()
-        with _disabled(trained):
-            base_change = _difference(finiteness.attended(trained(**inputs).logits, inputs), base_logits)
-        after = finiteness.attended(reloaded(**inputs).logits, inputs)
-        effect = _difference(after, base_logits)
-        del base_logits
-        before = finiteness.attended(trained(**inputs).logits, inputs)
-    seen = finiteness.seen(inputs, [before, after], unpadded, one and other)
-    wrong_shape = {n for n in expected if n in saved and saved[n].shape != expected[n].shape}
+    missing, unexpected = _unlike(trained, expected, saved) if form.partial else ([], [])
     return RoundTripRecord(
-        file_bytes=path.stat().st_size if path.exists() else 0,
+        file_bytes=sum(p.stat().st_size for p in files),
         tensors=len(saved),
-        missing=Names.of(sorted((expected.keys() - saved.keys()) | wrong_shape)),
-        unexpected=Names.of(sorted(saved.keys() - every_name - base_names)),
+        missing=Names.of(missing),
+        unexpected=Names.of(unexpected),
         nonfinite=Names.of(n for n, t in saved.items() if t.is_floating_point() and not t.isfinite().all()),
         zero=Names.of(n for n, t in saved.items() if ".lora_" in n and n not in never and not t.count_nonzero()),
         differing=Names.of(_differing(expected, loaded)),
@@ -91,13 +68,102 @@ def round_trip(
         rescaled=Names.of(_rescaled(trained, reloaded)),
         computed_otherwise=Names.of(_computed_otherwise(trained, reloaded)),
         restored=restored,
-        max_abs_logit=before.float().abs().max().item(),
-        max_logit_change=_difference(before, after),
-        max_logit_effect=effect,
-        finiteness=seen,
-        max_base_change=base_change,
-        base_differs=base_differs(fresh_config),
+        base_differs=base_differs(fresh_config) if form.partial else "the model has no adapter that could be disabled",
+        **logits.compared(trained, reloaded),
     ), reloaded
+
+
+def _unlike(trained: nn.Module, expected: dict[str, Tensor], saved: dict[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Tensors that the adapter's file lacks, and those that it has and the adapter does not."""
+    name = active_adapters(trained)[0]
+    # with the tied ones
+    every_name = {in_file(n, name) for n, _ in trained.named_parameters(remove_duplicate=False)}
+    base_names = {in_file(n) for n in base_tensors(trained)}
+    wrong_shape = {n for n in expected if n in saved and saved[n].shape != expected[n].shape}
+    return sorted((expected.keys() - saved.keys()) | wrong_shape), sorted(saved.keys() - every_name - base_names)
+
+
+class _Logits:
+    """The outputs of the base, of the trained and of the reloaded model for one batch.
+
+    The models run the training's own code on a batch of ours: an exception here says nothing about the training.
+    """
+
+    def __init__(self, probe: finiteness.ProbeBatch, *, partial: bool) -> None:
+        self._probe, self._partial = probe, partial
+        self._asked: tuple[dict[str, Any], str] | None = None
+        self._base: Tensor | None = None
+        self._error = ""
+
+    def before(self, base: nn.Module) -> None:
+        """Ask the base, before anything is loaded onto it.
+
+        A quantised base is asked afterwards, with the adapter disabled: its first forward pass packs its weights, which
+        bitsandbytes does not undo when the adapter is loaded.
+        """
+        if not _quantised(base):
+            self._base = self._guarded(self._ask_base, base)
+
+    def compared(self, trained: nn.Module, reloaded: nn.Module) -> dict[str, Any]:
+        """Fields of a RoundTripRecord: outputs of the trained and of the reloaded model."""
+        return self._guarded(self._compared, trained, reloaded) or {"not_asked": self._error}
+
+    def _guarded(self, ask: Callable[..., Any], *models: nn.Module) -> Any:
+        if self._error:
+            return None
+        try:
+            with torch.no_grad():
+                return ask(*models)
+        except Exception as error:
+            self._error = f"{type(error).__name__}: {first_line(error)[:300]}"
+            return None
+
+    def _ask_base(self, base: nn.Module) -> Tensor:
+        with eager(base), _without_adapter_of(base):
+            inputs, [output], unpadded = self._probe.answers(base)
+        self._asked = inputs, unpadded
+        return finiteness.attended(output, inputs)
+
+    def _compared(self, trained: nn.Module, reloaded: nn.Module) -> dict[str, Any]:
+        if self._base is None:
+            self._base = self._ask_base(reloaded)
+        base_change = None
+        # `_ask_base` sets it
+        assert self._asked is not None
+        inputs, unpadded = self._asked
+        with eager(trained) as one, eager(reloaded) as other:
+            trained.eval()
+            if self._partial:
+                with disabled(trained):
+                    base_change = _difference(self._ask(trained), self._base)
+            after = self._ask(reloaded)
+            effect = _difference(after, self._base)
+            # logits are large, so that none is kept longer than needed
+            self._base = None
+            before = self._ask(trained)
+        return {
+            "max_abs_logit": before.float().abs().max().item(),
+            "max_logit_change": _difference(before, after),
+            "max_logit_effect": effect,
+            "finiteness": finiteness.seen(inputs, [before, after], unpadded, one and other),
+            "max_base_change": base_change,
+        }
+
+    def _ask(self, model: nn.Module) -> Tensor:
+        assert self._asked is not None
+        inputs, _ = self._asked
+        return finiteness.attended(forwards.asked(model, inputs), inputs)
+
+
+def _quantised(model: nn.Module) -> bool:
+    return getattr(forwards.inner(model), "hf_quantizer", None) is not None
+
+
+@contextlib.contextmanager
+def _without_adapter_of(model: nn.Module) -> Iterator[None]:
+    """Run without an adapter, if the model has one."""
+    with disabled(model) if hasattr(holder(model)[1], "peft_config") else contextlib.nullcontext():
+        yield
 
 
 def _difference(one: Tensor, other: Tensor) -> float:
@@ -162,15 +228,6 @@ def _without_adapter(name: str, adapter: str) -> tuple[str, ...]:
 def _same_numbers(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors contain the same numbers, or NaN at the same place; peft may load into a wider type."""
     return torch.allclose(one.double(), other.double(), rtol=0, atol=0, equal_nan=True)
-
-
-@contextlib.contextmanager
-def _disabled(model: Any) -> Iterator[None]:
-    """Run without the adapter. Peft warns of trained biases, which `base_differs` reports."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with model.disable_adapter():
-            yield
 
 
 def _is_about_tensors(message: str) -> bool:

@@ -1,11 +1,11 @@
-"""Forward passes outside the training: a model's arguments, attention and types, and distances between logits."""
+"""Forward passes outside the training: a model's arguments and outputs, attention and types, distances of logits."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,59 @@ def inner(model: Any) -> Any:
 def accepts(model: Any) -> set[str]:
     """Names of the explicit arguments of the transformers model's forward pass."""
     return set(inspect.signature(inner(model).forward).parameters)
+
+
+_OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict", "fused_lm_head")
+"""Arguments that choose which logits are computed, or their form. The last one is TRL's, for a loss without logits."""
+
+
+def given(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward pass of `model` by name, without those of the loss.
+
+    The labels of an encoder-decoder are kept, because it makes the inputs of its decoder from them.
+    """
+    named = dict(zip(_positional(model), args, strict=False)) | dict(kwargs)
+    decodes = getattr(getattr(inner(model), "config", None), "is_encoder_decoder", False)
+    left_out = [name for name in _OF_THE_LOSS if not (decodes and name == "labels")]
+    return {k: v for k, v in named.items() if k not in left_out}
+
+
+def _positional(model: Any) -> list[str]:
+    """Names of the arguments that a forward pass takes by position."""
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    for held in (model, inner(model)):
+        names = [n for n, p in inspect.signature(held.forward).parameters.items() if p.kind in by_position]
+        if names:
+            return names
+    return []
+
+
+def asked(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """The main output of `model` for `inputs`; equal inputs see equal random numbers.
+
+    Seeds torch's generators, so that the caller must isolate them. Raises ValueError where the model returns no tensor.
+    """
+    torch.manual_seed(0)
+    return main_output(model(**inputs))
+
+
+def main_output(output: Any) -> Tensor:
+    """The logits in what a model returned, or else its first tensor of floating-point numbers that is not the loss.
+
+    Raises ValueError where there is none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        named = dict(output)
+    else:
+        plain = output if isinstance(output, (list, tuple)) else list(vars(output).values())
+        named = {str(i): value for i, value in enumerate(plain)}
+    named.setdefault("logits", getattr(output, "logits", None))
+    for value in (named.pop("logits"), *(v for k, v in named.items() if k != "loss")):
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
+            return value
+    raise ValueError(f"a {type(output).__name__} without a tensor of numbers")
 
 
 def attention_of(model: Any) -> str:

@@ -37,7 +37,6 @@ class Target:
 
     def trainer(self, **arguments: Any) -> Trainer:
         """Call the function. Raises TargetError if it refuses the keywords or does not return a complete Trainer."""
-        from peft import PeftModel
         from transformers import Trainer
 
         must = "It must take model, dtype and any **training_arguments by keyword"
@@ -46,9 +45,10 @@ class Target:
             raise TargetError(f"target {self.path} returned {_described(trainer)}, not a transformers.Trainer")
         if trainer.train_dataset is None:
             raise TargetError(f"target {self.path} returned a Trainer without a train_dataset")
-        if not isinstance(trainer.model, PeftModel):
+        if _wrapped_and_dropped(trainer.model):
             raise TargetError(
-                f"target {self.path} returned a Trainer whose model has no adapter: wrap it with peft.get_peft_model"
+                f"target {self.path} trains the base model that get_peft_model put an adapter into, and not the"
+                " PeftModel that it returned: no adapter would be saved. Give the Trainer what get_peft_model returned"
             )
         return trainer
 
@@ -103,6 +103,15 @@ def resolve(path: str) -> Target:
         answer_prefix=getattr(module, "answer_prefix", ""),
         generate=getattr(module, "generate", None),
     )
+
+
+def _wrapped_and_dropped(model: Any) -> bool:
+    """Whether a model carries layers of an adapter, and nothing in it or around it knows how to save them."""
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    saves = any(isinstance(m, PeftModel) or getattr(m, "_hf_peft_config_loaded", False) for m in model.modules())
+    return not saves and any(isinstance(m, BaseTunerLayer) for m in model.modules())
 
 
 def _call(function: Callable[..., Any], name: str, must: str, arguments: dict[str, Any]) -> Any:

@@ -31,13 +31,14 @@ class BaseAnswers(Look[Reloaded]):
         labelled = generation.labelled(batches)
         rows = [row for ids, labels in labelled for row in zip(ids.tolist(), labels.tolist(), strict=True)]
         budget = generation.budget(batches)
-        if adapters.base_differs(model.peft_config[model.active_adapters[0]]):
-            # without its adapter, the reloaded model is not its base
+        config = adapters.config_of(model)
+        if config is None or adapters.base_differs(config):
+            # without its adapter, if it has one, the reloaded model is not its base
             other: Any = reached.build("base").model
-            base = other.merge_and_unload().to(next(model.parameters()).device).eval()
+            base = (other if config is None else other.merge_and_unload()).to(next(model.parameters()).device).eval()
             (answers, _), loss = generation.ask(base, tokenizer, target, pairs, budget), _loss(base, batches)
         else:
-            with model.disable_adapter():
+            with adapters.disabled(model):
                 (answers, _), loss = generation.ask(model, tokenizer, target, pairs, budget), _loss(model, batches)
         # the last token of a prompt may merge with the text after it
         prompts = [_spelled(tokenizer(prompt + target.answer_prefix)["input_ids"][:-1]) for prompt, _ in pairs]

@@ -39,6 +39,8 @@ class FirstStep:
         self._labels: list[Tensor] = []
         self._complete = True
         self._begun = False
+        self.given: dict[str, Any] | None = None
+        """Arguments of the first forward pass of the training, by name; None where the model itself was not called."""
 
     @contextlib.contextmanager
     def watching(self, inputs: Any) -> Iterator[None]:
@@ -46,7 +48,8 @@ class FirstStep:
         labels = inputs.get("labels") if hasattr(inputs, "get") and "shift_labels" not in inputs else None
         outputs: list[Any] = []
         hooks = [self._model.register_forward_hook(lambda module, args, output: outputs.append(output))]
-        hooks += self._watch_random() if not self._begun else []
+        if not self._begun:
+            hooks += [self._model.register_forward_pre_hook(self._keep, with_kwargs=True), *self._watch_random()]
         try:
             yield
         finally:
@@ -57,6 +60,10 @@ class FirstStep:
         self._begun = True
         logits = _logits(outputs[0]) if len(outputs) == 1 else None
         self._average(logits, labels)
+
+    def _keep(self, module: Any, args: Any, kwargs: Any) -> None:
+        if self.given is None:
+            self.given = forwards.given(self._model, args, kwargs)
 
     def record(self) -> FirstStepRecord | None:
         """Record of the first step; None if there was none."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pytest_sftguard.engine.adapter import adapters, redrawing
 from pytest_sftguard.engine.adapter.round_trip import round_trip
-from pytest_sftguard.engine.after import finiteness
+from pytest_sftguard.engine.after import finiteness, forwards
 from pytest_sftguard.engine.machine.profiles import device_profile, versions
 from pytest_sftguard.engine.recording import scales
 from pytest_sftguard.engine.recording.layers import LayerWatch
@@ -234,7 +234,7 @@ class Observer:
                 (self._save or trained.save_pretrained)(str(saved))  # type: ignore[operator]
                 fresh = self._fresh()
                 compared = redrawing.redrawn(recorder.base_before, trained, fresh)
-                asked = finiteness.probe_of(self._first_inputs, trained)
+                asked = finiteness.probe_of(forwards.given(trained, (), self._first_inputs), trained)
                 found, _ = round_trip(trained, saved, fresh, asked, recorder.unused)
                 digest, drawn = compared.without(trained, saved)
         # whatever saving, building and loading raise is evidence

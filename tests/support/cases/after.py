@@ -130,10 +130,6 @@ FAILURES = {
             rf"bfloat16 leaves 46.6% .* keeps 93% .*least of it in {LAYER}",
         ),
         "swallowed-nan": (merged(swallowed=NAN), "leaves nan%"),
-        "look-broke": (
-            healthy(merge=None, looks=(LookRecord(name="merging", error="RuntimeError: no"),)),
-            "`merging` ended in RuntimeError: no",
-        ),
     },
     "answers_beat_base": {
         "promise-broken": (learned(*[False] * 8), "say that the answers are learned .* 0 of 8 answers right"),
@@ -150,10 +146,6 @@ FAILURES = {
         "diverged": (
             learned(*[False] * 8, losses=(4.0, *[30.0] * 15)),
             "blew up and collapsed: the loss rose to 30 from 4, ended at 30",
-        ),
-        "look-broke": (
-            healthy(base_answers=None, looks=(LookRecord(name="base_answers", error="RuntimeError: no"),)),
-            "`base_answers` ended in RuntimeError: no",
         ),
     },
     "stops": {

@@ -1,0 +1,159 @@
+"""Loading what a training saved, as its user will: with peft, with `load_adapter`, or as a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pytest_sftguard.engine.adapter.adapters import active_adapters, holder, in_file, takes_from_the_base
+
+_CONFIG = "adapter_config.json"
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+class NotLoadableError(Exception):
+    """A saved model that nobody but its own code can load; the message says why."""
+
+
+class Reloading(Protocol):
+    """How one type of model is saved and loaded."""
+
+    partial: bool
+    """Whether the file holds an adapter, which needs its base."""
+
+    def files(self, folder: Path) -> list[Path]:
+        """The weight files that saving the model into `folder` made."""
+
+    def tensors(self, trained: nn.Module, folder: Path) -> dict[str, Tensor]:
+        """Tensors in the files of `trained`, by their names from `in_file`."""
+
+    def base(self, fresh: nn.Module) -> tuple[nn.Module, bool]:
+        """The base of a model that was built again, and whether it had to be put together by merging."""
+
+    def loaded(self, base: nn.Module, folder: Path) -> nn.Module:
+        """The model from `folder`, on that base. Raises what peft or transformers raises, or NotLoadableError."""
+
+
+def reloading(trained: nn.Module) -> Reloading:
+    """How `trained` is saved and loaded."""
+    path, held = holder(trained)
+    if not hasattr(held, "peft_config"):
+        return _Whole()
+    return _OfPeft(trained) if held is trained and hasattr(held, "get_base_model") else _Inside(trained, path)
+
+
+def saved_tensors(trained: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """Tensors in the files that saving `trained` made, by their names from `in_file`; none if there is no file."""
+    return reloading(trained).tensors(trained, folder)
+
+
+class _OfPeft:
+    """A PeftModel: `PeftModel.from_pretrained` puts its file onto a base."""
+
+    partial = True
+
+    def __init__(self, trained: nn.Module) -> None:
+        self._name = active_adapters(trained)[0]
+
+    def _folder(self, folder: Path) -> Path:
+        """Where peft saves the active adapter: in a subfolder, unless its name is `default`."""
+        return folder if self._name == "default" or folder.name == self._name else folder / self._name
+
+    def files(self, folder: Path) -> list[Path]:
+        return [p for n in _ADAPTER_FILES if (p := self._folder(folder) / n).exists()]
+
+    def tensors(self, trained: nn.Module, folder: Path) -> dict[str, Tensor]:
+        return {in_file(n): t for n, t in _read(self.files(folder))}
+
+    def base(self, fresh: Any) -> tuple[nn.Module, bool]:
+        restored = takes_from_the_base(fresh)
+        if restored:
+            base = fresh.merge_and_unload()
+        elif getattr(fresh.active_peft_config, "is_prompt_learning", False):
+            base = fresh.get_base_model()
+        else:
+            base = fresh.unload()
+        if hasattr(base, "peft_config"):
+            # `unload` leaves it behind, and peft warns of it
+            del base.peft_config
+        return base, restored
+
+    def loaded(self, base: Any, folder: Path) -> nn.Module:
+        from peft import PeftModel
+
+        loaded: nn.Module = PeftModel.from_pretrained(base, str(self._folder(folder)))
+        return loaded
+
+
+class _Inside:
+    """A transformers model after `add_adapter`, or a model that holds one, or a PeftModel, inside."""
+
+    partial = True
+
+    def __init__(self, trained: nn.Module, path: str) -> None:
+        self._path, self._name = path, active_adapters(trained)[0]
+
+    def files(self, folder: Path) -> list[Path]:
+        homes = sorted(c.parent for c in folder.rglob(_CONFIG))
+        return [p for home in homes[:1] for n in _ADAPTER_FILES if (p := home / n).exists()]
+
+    def tensors(self, trained: nn.Module, folder: Path) -> dict[str, Tensor]:
+        before, within = "base_model.model.", f"{self._path}." if self._path else ""
+        own = hasattr(holder(trained)[1], "get_base_model")
+        return {in_file(within + (n if own else n.removeprefix(before))): t for n, t in _read(self.files(folder))}
+
+    def base(self, fresh: nn.Module) -> tuple[nn.Module, bool]:
+        return fresh, False
+
+    def loaded(self, base: nn.Module, folder: Path) -> nn.Module:
+        files, held = self.files(folder), holder(base)[1]
+        if not files:
+            raise FileNotFoundError(f"saving the model wrote no {_ADAPTER_FILES[0]} beside a {_CONFIG}")
+        name = active_adapters(base)[0]
+        if hasattr(held, "load_adapter") and hasattr(held, "get_base_model"):
+            held.load_adapter(str(files[0].parent), "reloaded")
+            held.set_adapter("reloaded")
+        else:
+            held.delete_adapter(name)
+            held.load_adapter(str(files[0].parent), adapter_name=name)
+        return base
+
+
+class _Whole:
+    """A model without an adapter: all of it is in the file."""
+
+    partial = False
+
+    def files(self, folder: Path) -> list[Path]:
+        return sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+
+    def tensors(self, trained: nn.Module, folder: Path) -> dict[str, Tensor]:
+        return {in_file(n): t for n, t in _read(self.files(folder))}
+
+    def base(self, fresh: nn.Module) -> tuple[nn.Module, bool]:
+        return fresh, False
+
+    def loaded(self, base: nn.Module, folder: Path) -> nn.Module:
+        model_class: Any = type(base)
+        if hasattr(model_class, "from_pretrained"):
+            loaded: nn.Module = model_class.from_pretrained(str(folder), dtype=next(base.parameters()).dtype)
+            return loaded
+        files = self.files(folder)
+        if not files:
+            raise NotLoadableError(f"a {type(base).__name__} has no from_pretrained, and no weight file was found")
+        found = base.load_state_dict(dict(_read(files)), strict=False)
+        if found.unexpected_keys:
+            raise NotLoadableError(f"a {type(base).__name__} has no from_pretrained, and its file has other names")
+        return base
+
+
+def _read(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    from safetensors.torch import load_file
+
+    for path in files:
+        loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        yield from loaded.items()
