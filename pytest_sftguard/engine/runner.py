@@ -181,6 +181,7 @@ class _Cell:
         trainer, recorder, watch = started.trainer, started.recorder, started.watch
         self.seen.update(
             compute_dtypes=watch.layers.compute_dtypes,
+            adapter_type=adapters.adapter_type(recorder.model),
             weights_dtypes=adapters.weights_dtypes(recorder.model),
             autocast_dtype=watch.layers.autocast_dtype,
             loss_scaling=watch.scaler is not None,

@@ -15,6 +15,7 @@ class Reason(verdicts.Reason):
     """How the base is not frozen."""
 
     NOT_SEEN = "no base tensor was digested"
+    NO_BASE = "every tensor of the model trains, and none is frozen"
     TRAINABLE = "{observed:# tensor} of the base, which no adapter file holds, had requires_grad=True: {names}"
     CHANGED = "{observed} of {total:# base tensor} changed in training: {names}"
     OTHER_DIGEST = "the digest of the {total:# base tensor} changed in training"
@@ -29,6 +30,9 @@ class BaseBitFrozen(Invariant):
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Compare the digests."""
         base = record.base
+        if base is not None and not base.tensors and record.without_adapter:
+            yield self.not_evaluated(Reason.NO_BASE, required=False)
+            return
         if base is None or not base.tensors or not base.digest_before or not base.digest_after:
             yield self.not_evaluated(Reason.NOT_SEEN)
             return

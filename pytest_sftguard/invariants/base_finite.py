@@ -15,6 +15,7 @@ class Reason(verdicts.Reason):
     """What the base lacks before the first step."""
 
     NOT_SEEN = "no tensor of the base was seen"
+    NO_BASE = "every tensor of the model trains, and none is frozen"
     NONFINITE = "{observed:# tensor} of the base held NaN or infinity before the first step: {names}"
     NOT_LOADED = "the checkpoint lacks {observed:# tensor} of the base, drawn at random instead: {names}"
     ZERO_MAGNITUDES = "{observed:# DoRA magnitude} held a zero, of which the direction is 0/0: {names}"
@@ -32,7 +33,9 @@ class BaseFinite(Invariant):
         if (base := record.foundation) is None:
             yield self.not_looked(record, "wiring")
             return
-        if not base.tensors >= 1:
+        if not base.tensors >= 1 and record.without_adapter:
+            yield self.not_evaluated(Reason.NO_BASE, required=False)
+        elif not base.tensors >= 1:
             yield self.not_evaluated(Reason.NOT_SEEN)
         yield from self.forbid(Reason.NONFINITE, base.nonfinite)
         yield from self.forbid(Reason.NOT_LOADED, base.not_loaded)

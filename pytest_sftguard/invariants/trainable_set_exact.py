@@ -35,7 +35,7 @@ class TrainableSetExact(Invariant):
             return
         if not wiring.trainable >= 1:
             yield self.failed(General.NO_TRAINABLE, observed=wiring.trainable, limit="at least 1")
-        if not wiring.modules >= 1:
+        if not wiring.modules >= 1 and not record.without_adapter:
             yield self.failed(Reason.NOT_ATTACHED, observed=wiring.modules, limit="at least 1")
         yield from self.forbid(Reason.FROZEN, wiring.frozen)
         yield from self.forbid(Reason.STRAYS, wiring.strays)

@@ -124,6 +124,9 @@ class RunRecord:
     """The Trainer's own count of steps at the end."""
     micro_batches_per_epoch: int | None = None
     """Length of the training data loader; None for a stream."""
+    adapter_type: str | None = None
+    """Type of the adapter as peft names it, such as `LORA`; empty for a model that trains without an adapter, None if
+    that is not known."""
     adapter: tuple[TensorRecord, ...] = ()
     """Every trainable tensor."""
     base: BaseRecord | None = None
@@ -176,6 +179,11 @@ class RunRecord:
     """Wall time of the whole cell, from building to the last answer."""
     variant: str = ""
     """Type of reference that this run is for its cell, such as `rerun` or `resumed`; empty for the cell's own run."""
+
+    @property
+    def without_adapter(self) -> bool:
+        """Whether the model's own tensors train, all or some of them."""
+        return self.adapter_type == ""
 
     @property
     def adapter_out_of_reach(self) -> bool:

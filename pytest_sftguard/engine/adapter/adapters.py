@@ -148,6 +148,12 @@ def config_of(model: nn.Module) -> Any:
     return next((configs[a] for a in active_adapters(model) if a in configs), None)
 
 
+def adapter_type(model: nn.Module) -> str:
+    """Type of the active adapter as peft names it, such as `LORA`; empty without one."""
+    named = getattr(config_of(model), "peft_type", None)
+    return "" if named is None else str(getattr(named, "value", named))
+
+
 def active_adapters(model: nn.Module) -> list[str]:
     """Names of the active adapters, the first of which is the one that is saved."""
     held = holder(model)[1]

@@ -193,6 +193,7 @@ class Observer:
             observed=True,
             error=self._error,
             compute_dtypes=self._layers.compute_dtypes,
+            adapter_type=adapters.adapter_type(recorder.model),
             weights_dtypes=weights,
             autocast_dtype=self._layers.autocast_dtype,
             loss_scaling=self._loss_scaling,
