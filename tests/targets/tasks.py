@@ -1,6 +1,6 @@
 """Healthy trainings of every task, on tiny models that are made locally: one target each.
 
-A model has 2 layers of 32 numbers, and its rows are drawn from a fixed seed. The precision's `dtype` is that of the base.
+A model has 2 layers of 32 numbers, and its rows are drawn from a fixed seed. `dtype` is the type of the base.
 """
 
 from __future__ import annotations
