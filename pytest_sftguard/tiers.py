@@ -20,7 +20,7 @@ class Tier:
     """Other runs that it is compared with, trained for the purpose where no cell of the session will do."""
 
 
-_QUICK = ("wiring", "supervision", "prompts")
+_QUICK = ("wiring", "supervision", "prompts", "batches", "randomness", "base_during", "reach")
 _STANDARD = (*_QUICK, "replay", "context", "paths", "evaluation", "base_answers", "decoding", "merging")
 
 TIERS: dict[str, Tier] = {

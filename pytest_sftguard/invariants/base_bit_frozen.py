@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pytest_sftguard import verdicts
-from pytest_sftguard.records import RunRecord
+from pytest_sftguard.records import Names, RunRecord
 from pytest_sftguard.verdicts import Finding, Invariant
 
 
@@ -18,12 +18,19 @@ class Reason(verdicts.Reason):
     NO_BASE = "every tensor of the model trains, and none is frozen"
     TRAINABLE = "{observed:# tensor} of the base, which no adapter file holds, had requires_grad=True: {names}"
     CHANGED = "{observed} of {total:# base tensor} changed in training: {names}"
+    CHANGED_DURING = (
+        "{observed} of {total:# base tensor} differed inside train(), before step {step}, and were restored by its end:"
+        " {names}"
+    )
     OTHER_DIGEST = "the digest of the {total:# base tensor} changed in training"
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseBitFrozen(Invariant):
-    """Every parameter and buffer outside the adapter has the same digest before and after, and takes no gradient."""
+    """Every parameter and buffer outside the adapter has the same digest before and after, and takes no gradient.
+
+    It has that digest inside `train()` too, where it is looked at before the first step and before the last one.
+    """
 
     code: ClassVar[str] = "B8"
 
@@ -38,5 +45,8 @@ class BaseBitFrozen(Invariant):
             return
         yield from self.forbid(Reason.TRAINABLE, base.trainable)
         yield from self.forbid(Reason.CHANGED, base.changed, total=base.tensors)
+        if (during := record.base_during) is not None:
+            only = Names.of(n for n in during.changed.first if n not in base.changed.first)
+            yield from self.forbid(Reason.CHANGED_DURING, only, step=during.step, total=base.tensors)
         if base.digest_before != base.digest_after and not base.changed:
             yield self.failed(Reason.OTHER_DIGEST, limit=0, total=base.tensors)

@@ -22,7 +22,7 @@ from pytest_sftguard.records.comparisons import (
 )
 from pytest_sftguard.records.encoding import RecordError, numbers, write_text
 from pytest_sftguard.records.learning import Learning
-from pytest_sftguard.records.rows import DefectRecord, EvaluationRecord, PromptsRecord, SupervisionRecord
+from pytest_sftguard.records.rows import BatchesRecord, DefectRecord, EvaluationRecord, PromptsRecord, SupervisionRecord
 from pytest_sftguard.records.run import SCHEMA, ErrorRecord, LookRecord, RunRecord
 from pytest_sftguard.records.steps import (
     FirstStepRecord,
@@ -43,3 +43,4 @@ from pytest_sftguard.records.tensors import (
     TensorRecord,
     WiringRecord,
 )
+from pytest_sftguard.records.watching import BaseDuringRecord, RandomnessRecord, ReachRecord

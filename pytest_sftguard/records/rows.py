@@ -42,6 +42,32 @@ class SupervisionRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BatchesRecord:
+    """The micro-batches of the training: how many rows each had, and rows that came more often than they should."""
+
+    rows: tuple[int, ...] = ()
+    """Number of rows of each micro-batch, of the first 4,096; empty where the inputs of one do not tell it."""
+    packed: bool = False
+    """Whether a row may have held several sequences."""
+    loader_rows: int | None = None
+    """Number of rows that the data loader puts into a micro-batch; None if it does not tell."""
+    dataset_rows: int | None = None
+    """Number of rows of the data set; None for a stream."""
+    compared_rows: int = 0
+    """Number of rows that were told apart, and counted within each epoch."""
+    repeated_rows: int = 0
+    """Number of distinct rows among them that came more often than the data set has them."""
+    times: int = 0
+    """How often the first of these came within an epoch."""
+    allowed: int = 0
+    """How often the data set has that row."""
+    step: int | None = None
+    """Optimizer step at which it came once too often."""
+    uncounted: str = ""
+    """Why rows could not be counted; empty if they were."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptsRecord:
     """The prompts of generation, compared with the rows of the training."""
 

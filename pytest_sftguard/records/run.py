@@ -19,7 +19,7 @@ from pytest_sftguard.records.answers import (
 from pytest_sftguard.records.comparisons import ContextRecord, MergeRecord, PathsRecord, RoundTripRecord
 from pytest_sftguard.records.encoding import RecordError, decode, encode, read_json, write_text
 from pytest_sftguard.records.migration import from_schema_1
-from pytest_sftguard.records.rows import EvaluationRecord, PromptsRecord, SupervisionRecord
+from pytest_sftguard.records.rows import BatchesRecord, EvaluationRecord, PromptsRecord, SupervisionRecord
 from pytest_sftguard.records.steps import FirstStepRecord, LogRecord, ReplayRecord, ScheduleRecord, StepRecord
 from pytest_sftguard.records.tensors import (
     BaseRecord,
@@ -29,6 +29,7 @@ from pytest_sftguard.records.tensors import (
     TensorRecord,
     WiringRecord,
 )
+from pytest_sftguard.records.watching import BaseDuringRecord, RandomnessRecord, ReachRecord
 
 SCHEMA = 2
 """Number of the file format; it changes whenever a field does."""
@@ -147,6 +148,14 @@ class RunRecord:
     """The base before the first step; None without the look `wiring`."""
     supervision: SupervisionRecord | None = None
     """The labels of the rows; None without the look `supervision`."""
+    batches: BatchesRecord | None = None
+    """The rows of the micro-batches; None without the look `batches`."""
+    randomness: RandomnessRecord | None = None
+    """The random numbers of the training's forward passes; None without the look `randomness`."""
+    base_during: BaseDuringRecord | None = None
+    """The base inside `train()`; None without the look `base_during`."""
+    reach: ReachRecord | None = None
+    """The adapted layers that a token passed through; None without the look `reach`."""
     prompts: PromptsRecord | None = None
     """The prompts of generation; None without the look `prompts`."""
     schedule: ScheduleRecord | None = None

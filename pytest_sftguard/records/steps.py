@@ -55,6 +55,15 @@ class StepRecord:
     rounding; None for an optimizer outside the Adam family."""
     max_update_tensor: str = ""
     """Name of the tensor with that change; empty if nothing changed."""
+    update_cosine: float | None = None
+    """Cosine of the change of all weights with the gradient that the backward pass left, in the first step that moved:
+    below 0 is downhill. None in all other steps."""
+    uphill_cosine: float | None = None
+    """The same for the tensor with the largest one; where earlier steps left momentum, that of all tensors."""
+    uphill_tensor: str = ""
+    """Name of that tensor."""
+    update_uncompared: str = ""
+    """Why there is no cosine, such as momentum of an earlier training; empty if nothing prevents it."""
     received_grad_norm: float | None = None
     """Global L2 norm of the unscaled gradients that the optimizer received, after clipping and anything else."""
     supervised_tokens: int | None = None
@@ -127,6 +136,10 @@ class FirstStepRecord:
     """Number of labels, with those at the first position of a row, which nothing predicts; None without logits."""
     token_loss: float | None = None
     """Mean loss over all labels of the step; None without logits, or if the labels are not token ids."""
+    loss_dtype: str = ""
+    """Type of the first loss that `compute_loss` returned, a torch dtype name; empty if it was not seen."""
+    loss_class: str = ""
+    """Class of transformers whose own, unchanged forward pass returned that loss; empty where other code did."""
     label_entropy: float | None = None
     """Entropy of the distribution of the step's labels, in nats: the loss of a model that knows only that."""
 

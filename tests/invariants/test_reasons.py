@@ -18,7 +18,7 @@ from pytest_sftguard.rendering import message
 from pytest_sftguard.verdicts import Finding, General
 from tests.invariants import test_invariants as tables
 from tests.invariants.test_across import INVARIANTS, OPEN
-from tests.support.cases.after import MAY_BE_MISSING
+from tests.support.cases import gathered
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "pytest_sftguard" / "invariants").glob("*.py"))
@@ -34,7 +34,7 @@ def cases(name: str) -> Iterator[tuple[Any, ...]]:
     """The records of the tables for the invariant `name`, with a reference where there is one."""
     for table in (tables.FAILURES, tables.NOT_EVALUATED):
         yield from ((record, *reference) for record, _, *reference in table.get(name, {}).values())
-    missing = (*tables.MAY_BE_MISSING.values(), *MAY_BE_MISSING.values())
+    missing = (*tables.MAY_BE_MISSING.values(), *gathered("MAY_BE_MISSING").values())
     yield from ((record,) for invariant, record, *_ in missing if invariant == name)
     yield from (
         (record, reference) for compared, record, reference, _ in OPEN.values() if INVARIANTS[compared].name == name

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from pytest_sftguard.engine.after import forwards
+from pytest_sftguard.engine.data import padding
 from pytest_sftguard.engine.data.examples import Examples
 from pytest_sftguard.engine.data.rows import IGNORED, Row, micro_batches, sample
 from pytest_sftguard.engine.looks import InapplicableError, Look
@@ -36,16 +37,20 @@ class Supervision(Look[Started]):
         """Audit the rows that were trained on, and those of the data set."""
         trainer = reached.trainer
         self._hook.remove()
-        require_causal_model(trainer.model)
         facts = _Facts.of(trainer)
+        if (alone := self._of_encoder(reached, facts)) is not None:
+            return {"supervision": alone}
+        require_causal_model(trainer.model)
         rows = _labelled(sample(trainer.train_dataset, facts.pad))
         trained = [(step, _labelled(batch)) for step, batch in micro_batches(reached.batches, facts.pad)]
         trained = [(step, batch) for step, batch in trained if batch]
         if not trained and not rows:
             raise InapplicableError("the rows have no labels of their own, one per token")
         examples = reached.examples
-        audit = _Audit(facts, examples, own_shift=self._model_saw_labels is False and _own_loss(trainer))
-        found = audit.of(trained)
+        own_shift = self._model_saw_labels is False and _own_loss(trainer)
+        audit = _Audit(facts, examples, own_shift)
+        padded = padding.defect(reached.batches, facts.separate_pad, padding.OWN_SHIFT if own_shift else padding.SHIFT)
+        found = (*audit.of(trained), *([padded] if padded else []))
         rest = audit.of([(None, rows)])
         return {
             "supervision": SupervisionRecord(
@@ -59,14 +64,41 @@ class Supervision(Look[Started]):
             )
         }
 
+    def _of_encoder(self, reached: Started, facts: _Facts) -> SupervisionRecord | None:
+        """What can be told of a model that predicts each token in its own place; None for any other model.
 
-def require_causal_model(model: Any) -> None:
-    """Raise InapplicableError unless `model` predicts each token from those before it."""
+        A decoder has a mask of its own, which is none of the inputs that are compared with the labels here.
+        """
+        model = reached.trainer.model
+        config = getattr(forwards.inner(model), "config", None)
+        if is_causal_model(model) or getattr(config, "is_encoder_decoder", False):
+            return None
+        seen = [b for b in reached.batches if padding.comparable(b)]
+        if not seen:
+            return None
+        defect = padding.defect(seen, facts.separate_pad, padding.IN_PLACE)
+        return SupervisionRecord(
+            trained_rows=sum(len(b["labels"]) for b in seen),
+            dataset_rows=0,
+            micro_batches=len(seen),
+            asks=False,
+            trained_defects=() if defect is None else (defect,),
+        )
+
+
+def is_causal_model(model: Any) -> bool:
+    """Whether `model` predicts each token from those before it."""
     inner = forwards.inner(model)
     config, name = getattr(inner, "config", None), type(inner).__name__
     tasks = {getattr(c, "task_type", None) for c in getattr(model, "peft_config", {}).values()}
     causal = "CAUSAL_LM" in tasks or "CausalLM" in name or "LMHead" in name or "ConditionalGeneration" in name
-    if not causal or getattr(config, "is_encoder_decoder", False):
+    return causal and not getattr(config, "is_encoder_decoder", False)
+
+
+def require_causal_model(model: Any) -> None:
+    """Raise InapplicableError unless `model` predicts each token from those before it."""
+    if not is_causal_model(model):
+        name = type(forwards.inner(model)).__name__
         raise InapplicableError(f"{name} does not predict each token from those before it")
 
 
@@ -84,6 +116,11 @@ class _Facts:
     """How many ids have an embedding."""
     vocabulary: int | None
     """How many ids the model gives a logit to."""
+
+    @property
+    def separate_pad(self) -> int | None:
+        """The padding id where no sequence ends in it; None if that is not known."""
+        return None if self.pad in self.eos or not self.eos else self.pad
 
     @classmethod
     def of(cls, trainer: Any) -> _Facts:

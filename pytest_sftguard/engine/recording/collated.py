@@ -1,4 +1,4 @@
-"""Contents of the micro-batches: a fingerprint of the rows of each step, and the number of tokens in its loss.
+"""Contents of the micro-batches: how many rows they have, a fingerprint of each, and the number of tokens in the loss.
 
 Nobody reads them before the training is over, so that they are computed for dozens of micro-batches together;
 `gathering` says why that is faster.
@@ -7,7 +7,8 @@ Nobody reads them before the training is over, so that they are computed for doz
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,27 +20,58 @@ from pytest_sftguard.engine.tensors.reductions import to_host
 _BATCHED = 64
 """Micro-batches that are computed together; copies of their integers take a few hundred kilobytes."""
 _COPIED = ("input_ids", "attention_mask", "labels")
+_CONTENTS = "contents"
+"""Key for the fingerprints of pictures and sounds, which are not copied."""
 _ABSENT = -1.0
 """Stands for what a micro-batch lacks; fingerprints and counts are never negative."""
+_KEPT_ROWS = 1 << 16
+"""Rows whose fingerprints are kept: two megabytes."""
+_ROWS_IN = ("input_ids", "labels", "pixel_values", "input_features", "input_values")
+"""Inputs whose first dimension counts the rows, the surest first."""
+_PACKED_BY = ("position_ids", "cu_seq_lens_q", "cu_seqlens", "seq_idx", "sequence_ids", "packed_seq_lens")
+"""Inputs that tell apart several sequences in one row."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch, as far as it can be told from the shapes of its inputs."""
+
+    step: int
+    """Number of its optimizer step, from 1."""
+    rows: int | None
+    """Number of its rows; None if no input tells."""
+    packed: bool
+    """Whether a row may hold several sequences."""
 
 
 class Collated:
     """Collects the inputs of micro-batches, each with the number of its step."""
 
     def __init__(self, padding: int | None = None) -> None:
-        self._padding = padding
+        self.padding = padding
+        """The id of padding tokens; None if it is not known."""
+        self.micro_batches: list[MicroBatch] = []
+        """Every micro-batch, in order."""
+        self.fingerprints: list[tuple[int, ...] | None] = []
+        """Those of the rows of each settled micro-batch, in order, of at most 65,536 rows; None if it has none."""
+        self._kept_rows = 0
         self._waiting: list[tuple[int, dict[str, Tensor]]] = []
-        self._steps: list[int] = []
+        self._shapes: list[tuple[int, int, bool]] = []
         self._rows: dict[int, list[float]] = defaultdict(list)
         self._tokens: dict[int, list[float]] = defaultdict(list)
 
-    def add(self, step: int, inputs: Mapping[str, Any]) -> None:
+    def add(self, step: int, inputs: Any) -> None:
         """Copy the relevant inputs of a micro-batch, because a loop may write the next one into the same memory."""
+        self.micro_batches.append(MicroBatch(step, rows_of(inputs), is_packed(inputs)))
+        inputs = inputs if hasattr(inputs, "items") else {}
         copies = {key: t.detach().clone() for key in _COPIED if isinstance(t := inputs.get(key), Tensor)}
+        contents = None if "input_ids" in copies else fingerprints.content_fingerprints(inputs)
+        if contents is not None:
+            copies[_CONTENTS] = contents
         self._waiting.append((step, copies))
 
     def due(self) -> Tensor:
-        """Two numbers for each waiting micro-batch if there are enough of these, shape (2 n,), or else shape (0,).
+        """Numbers for each waiting micro-batch if there are enough of these, or else shape (0,).
 
         The caller transfers them to the host together with other numbers, and passes them to `take`.
         """
@@ -47,10 +79,15 @@ class Collated:
 
     def take(self, numbers: Sequence[float]) -> None:
         """Store the numbers from `due`, now on the host."""
-        pairs = zip(self._steps, numbers[::2], numbers[1::2], strict=True) if numbers else ()
-        for step, rows, tokens in pairs:
-            self._rows[step].append(rows)
-            self._tokens[step].append(tokens)
+        start = 0
+        for step, count, tokens in self._shapes if numbers else ():
+            rows, counted = tuple(map(int, numbers[start : start + count])), numbers[start + count]
+            start += count + 1
+            self._rows[step].append(fingerprints.added(rows) if tokens else _ABSENT)
+            self._tokens[step].append(counted)
+            if self._kept_rows <= _KEPT_ROWS:
+                self._kept_rows += count
+                self.fingerprints.append(rows or None)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -59,7 +96,7 @@ class Collated:
             self.take(to_host([self._computed()])[0])
 
     def rows(self, step: int) -> str | None:
-        """Fingerprint of a settled step's rows; None if one of its micro-batches has none."""
+        """Fingerprint of a settled step's rows of token ids; None if one of its micro-batches has none."""
         seen = self._rows.get(step)
         return None if not seen or _ABSENT in seen else fingerprints.joined(seen)
 
@@ -70,14 +107,46 @@ class Collated:
 
     def _computed(self) -> Tensor:
         numbers: list[Tensor] = []
+        self._shapes = []
         batches = [inputs for _, inputs in self._waiting]
-        for inputs, rows in zip(batches, fingerprints.fingerprints(batches, self._padding), strict=True):
-            numbers += [_number(rows), _number(fingerprints.supervised(inputs))]
+        every = fingerprints.fingerprints(batches, self.padding)
+        for (step, inputs), of_tokens in zip(self._waiting, every, strict=True):
+            rows = inputs.get(_CONTENTS) if of_tokens is None else of_tokens
+            self._shapes.append((step, 0 if rows is None else len(rows), of_tokens is not None))
+            numbers += [] if rows is None else [rows.double()]
+            numbers.append(_number(fingerprints.supervised(inputs)))
         device = next((n.device for n in numbers if n.device.type != "cpu"), torch.device("cpu"))
-        self._steps = [step for step, _ in self._waiting]
         self._waiting = []
-        return torch.stack([n.to(device) for n in numbers])
+        return torch.cat([n.to(device) for n in numbers])
+
+
+def rows_of(inputs: Any) -> int | None:
+    """Number of rows of a micro-batch, the first dimension of its inputs; None if none of them tells.
+
+    A list has a row in each element, unless these are tensors, such as the columns of a pair.
+    """
+    if isinstance(inputs, (list, tuple)) and not any(isinstance(x, Tensor) for x in inputs):
+        return len(inputs)
+    columns = dict(enumerate(inputs)) if isinstance(inputs, (list, tuple)) else inputs
+    if not hasattr(columns, "items"):
+        return None
+    tensors = {str(k): v for k, v in columns.items() if isinstance(v, Tensor) and v.dim()}
+    ids = [k for k in tensors if k.endswith("_ids")]
+    named = next((k for k in (*_ROWS_IN, *ids) if k in tensors), None)
+    if named is not None:
+        return len(tensors[named])
+    # nothing that has a usual name: what all of them have
+    lengths = {len(t) for t in tensors.values()}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def is_packed(inputs: Any) -> bool:
+    """Whether a row of a micro-batch may hold several sequences: something tells them apart."""
+    if not hasattr(inputs, "get"):
+        return False
+    mask = inputs.get("attention_mask")
+    return any(name in inputs for name in _PACKED_BY) or (isinstance(mask, Tensor) and mask.dim() > 2)
 
 
 def _number(counted: Tensor | None) -> Tensor:
-    return torch.tensor(_ABSENT, dtype=torch.float64) if counted is None else counted.double()
+    return torch.full((1,), _ABSENT, dtype=torch.float64) if counted is None else counted.double().reshape(1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pytest_sftguard.engine.adapter.adapters import lora_layers
 from pytest_sftguard.engine.after import forwards
+from pytest_sftguard.engine.tensors.reductions import dtype_name
 from pytest_sftguard.records import FirstStepRecord
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ class FirstStep:
         self.given: dict[str, Any] | None = None
         """Arguments of the first forward pass of the training, by name; None where the model itself was not called."""
 
+        self._own_loss: Any = None
+        self._loss_dtype, self._loss_class = "", ""
+
     @contextlib.contextmanager
     def watching(self, inputs: Any) -> Iterator[None]:
         """Observe the computation of the loss of `inputs`, which may pop the labels."""
@@ -59,11 +63,21 @@ class FirstStep:
             self._note("model")
         self._begun = True
         logits = _logits(outputs[0]) if len(outputs) == 1 else None
+        self._own_loss = _member(outputs[0], "loss") if len(outputs) == 1 else None
         self._average(logits, labels)
 
     def _keep(self, module: Any, args: Any, kwargs: Any) -> None:
         if self.given is None:
             self.given = forwards.given(self._model, args, kwargs)
+
+    def returned(self, loss: Tensor) -> None:
+        """Note the type of the loss that the Trainer computed, and whose it is."""
+        own, self._own_loss = self._own_loss, None
+        if self._loss_dtype:
+            return
+        self._loss_dtype = dtype_name(loss.dtype)
+        if isinstance(own, Tensor) and torch.equal(own.detach(), loss.detach()):
+            self._loss_class = _class_in_transformers(self._model)
 
     def record(self) -> FirstStepRecord | None:
         """Record of the first step; None if there was none."""
@@ -75,6 +89,8 @@ class FirstStep:
         sums = [float(s) for s, _ in self._sums] if known else []
         return FirstStepRecord(
             random=self._random,
+            loss_dtype=self._loss_dtype,
+            loss_class=self._loss_class,
             micro_tokens=tokens,
             labels=sum(int(n) for _, n in self._sums) if known else None,
             micro_token_losses=tuple(s / n if n else 0.0 for s, n in zip(sums, tokens, strict=True)),
@@ -149,8 +165,20 @@ def _shifts(model: Any) -> bool:
 
 
 def _logits(output: Any) -> Tensor | None:
-    logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
+    logits = _member(output, "logits")
     return logits if isinstance(logits, Tensor) and logits.dim() == 3 else None
+
+
+def _member(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, dict) else getattr(output, name, None)
+
+
+def _class_in_transformers(model: nn.Module) -> str:
+    """Class of the model if it computes its loss by code of transformers that nobody has replaced; empty otherwise."""
+    inner = forwards.inner(model)
+    code = [type(inner), type(inner).forward, getattr(inner, "loss_function", type(inner))]
+    own = all(str(getattr(c, "__module__", "")).startswith("transformers.") for c in code)
+    return type(inner).__name__ if own and "forward" not in vars(inner) else ""
 
 
 def _random_state(model: nn.Module) -> tuple[Any, ...]:

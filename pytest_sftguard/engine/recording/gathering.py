@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pytest_sftguard.engine.recording import updates
+from pytest_sftguard.engine.recording.descent import Direction
 from pytest_sftguard.engine.tensors.layouts import ordered
 from pytest_sftguard.records import NONE, Names, StepRecord
 
@@ -64,6 +65,10 @@ class Numbers:
     """Tensors of layers that no token of the step passed through."""
     nonfinite_moments: Names
     """Optimizer states that are not finite."""
+    direction: Direction | None = None
+    """The direction of the first update; None in all other steps."""
+    not_directed: str = ""
+    """Why there is none; empty if there is, or if nothing has moved yet."""
     learning_rate: float | None
     """Learning rate of the first group."""
     seconds: float | None
@@ -134,6 +139,10 @@ class Gathered:
             max_update=_largest(update),
             max_update_ratio=ratio,
             max_update_tensor=furthest,
+            update_cosine=seen.direction.cosine if seen.direction else None,
+            uphill_cosine=seen.direction.tensor_cosine if seen.direction else None,
+            uphill_tensor=seen.direction.tensor if seen.direction else "",
+            update_uncompared=seen.not_directed,
             received_grad_norm=None if seen.received is None else _hypot(seen.received),
             seconds=seen.seconds,
             peak_memory_bytes=seen.memory,

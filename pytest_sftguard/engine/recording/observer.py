@@ -260,7 +260,7 @@ class Observer:
         if not self.recorder.gradients_seen:
             self.recorder.before_step(scales.current(self.scaler), scaled=scaled)
             self._rate = _rate(optimizer)
-        self.recorder.at_optimizer(scales.current(self.scaler) if scaled else None)
+        self.recorder.at_optimizer(scales.current(self.scaler) if scaled else None, optimizer)
 
     def _backward_begins(self, gradient: Tensor) -> None:
         self.recorder.look_for_stale_gradients()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_sftguard.engine.adapter.adapters import base_digests, base_tensors, lora_layers, partial_factors, trainables
-from pytest_sftguard.engine.recording import updates
+from pytest_sftguard.engine.recording import descent, updates
 from pytest_sftguard.engine.recording.collated import Collated
 from pytest_sftguard.engine.recording.gathering import Gathered, Numbers, finite
 from pytest_sftguard.engine.recording.moments import Moments
@@ -33,7 +33,8 @@ class Recorder:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         padding = getattr(getattr(model, "config", None), "pad_token_id", None)
-        self._collated = Collated(padding if isinstance(padding, int) else None)
+        self.seen_batches = Collated(padding if isinstance(padding, int) else None)
+        """The contents of the micro-batches."""
         self.parameters = trainables(model)
         self._tensors = now = list(self.parameters.values())
         self._types = _types(now)
@@ -55,6 +56,7 @@ class Recorder:
         self.used_layers: set[str] = set()
         self.ever_used: set[str] = set()
         self.rewritten: set[str] = set()
+        self._descending = _Descending()
         self._open()
 
     def _open(self) -> None:
@@ -89,9 +91,9 @@ class Recorder:
         stale = [(n, p.grad) for n, p in self.parameters.items() if p.grad is not None]
         self._stale = ([n for n, _ in stale], norms([g.to_dense() if g.is_sparse else g for _, g in stale], math.inf))
 
-    def collated(self, inputs: Mapping[str, Any]) -> None:
+    def collated(self, inputs: Any) -> None:
         """Record the inputs of a micro-batch of the present step."""
-        self._collated.add(self.taken + 1, inputs)
+        self.seen_batches.add(self.taken + 1, inputs)
 
     def micro_batch(self, loss: Tensor) -> None:
         """Record the raw loss of a micro-batch, of any shape; its mean counts."""
@@ -122,6 +124,7 @@ class Recorder:
             "most": _unscaled(joined(most), scale),
             "moved": self._moved() if self.taken else _NOTHING,
         }
+        self._descending.keep(dense, self._places)
 
     def _moved(self) -> Tensor:
         """Changes of the weights since the previous step, of which the largest counts."""
@@ -129,8 +132,10 @@ class Recorder:
         return joined([largest(rows.sub_(before)) for rows, before in pairs])
 
     @torch.no_grad()
-    def at_optimizer(self, loss_scale: Tensor | None = None) -> None:
-        """Record the gradients that the optimizer receives, which are still multiplied by `loss_scale`, if any."""
+    def at_optimizer(self, loss_scale: Tensor | None = None, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Record the gradients that `optimizer` receives, which are still multiplied by `loss_scale`, if any."""
+        if not self.taken and optimizer is not None and descent.momentum_carried(optimizer):
+            self._descending.give_up("the optimizer brought the momentum of an earlier training")
         _, layout, dense, where = self._dense_gradients()
         norm = joined([l2(rows) for rows in layout.blocks(dense, where)])
         self._received = _unscaled(norm, loss_scale)
@@ -141,6 +146,7 @@ class Recorder:
     ) -> None:
         """Record the step of the optimizer, also if the scaler skipped it; `loss_scale` is the scale after it."""
         self._follow()
+        products = self._descending.products(optimizer, self._layout.tensors_of(self._previous), self._tensors)
         weights_seen, update_seen, least_move = [], [], []
         for i, (rows, kept) in enumerate(zip(self._layout.blocks(self._tensors), self._previous, strict=True)):
             update_seen.append(largest(kept.sub_(rows)))
@@ -159,10 +165,16 @@ class Recorder:
             "weights": joined(weights_seen),
         }
         received = _NOTHING if self._received is None else self._received
-        others = [self._collated.due(), joined(least_move), self._moments.finite(optimizer, stepped=stepped), received]
-        *lists, collated, least, moments, given = to_host([*tensors.values(), *others])
+        others = [
+            self.seen_batches.due(),
+            joined(least_move),
+            self._moments.finite(optimizer, stepped=stepped),
+            received,
+        ]
+        *lists, collated, least, moments, given, directed = to_host([*tensors.values(), *others, products])
         numbers = dict(zip(tensors, lists, strict=True))
-        self._collated.take(collated)
+        direction = self._descending.direction(self._names, directed, skipped=_fell(numbers))
+        self.seen_batches.take(collated)
         self._all_moved = self._all_moved or (bool(least) and all(v > 0 for v in least))
         self.ever_used |= self.used_layers
         sound = all(map(finite, (numbers["weights"], moments, numbers["norm"], given)))
@@ -177,6 +189,8 @@ class Recorder:
                 rates=self._groups.rates(optimizer),
                 dtypes=self._types[0],
                 idle=self._idle(self.used_layers),
+                direction=direction,
+                not_directed=self._descending.why,
                 nonfinite_moments=NONE if sound else self._moments.nonfinite(optimizer),
                 learning_rate=learning_rate,
                 seconds=time.perf_counter() - self._started if self._started is not None else None,
@@ -197,9 +211,11 @@ class Recorder:
 
     def finished(self) -> tuple[StepRecord, ...]:
         """Complete records of the steps so far."""
-        self._collated.settle()
+        self.seen_batches.settle()
         return tuple(
-            dataclasses.replace(s, supervised_tokens=self._collated.tokens(s.step), rows=self._collated.rows(s.step))
+            dataclasses.replace(
+                s, supervised_tokens=self.seen_batches.tokens(s.step), rows=self.seen_batches.rows(s.step)
+            )
             for s in self.steps
         )
 
@@ -351,6 +367,45 @@ class Recorder:
         return [] if used >= self._layers else [n for n, layer in self._layer_of.items() if layer not in used]
 
 
+class _Descending:
+    """Waits for the first step that moves a tensor, and compares that update with its gradient."""
+
+    def __init__(self) -> None:
+        self.why = ""
+        """Why the update is not compared; empty if it is, or if nothing has moved yet."""
+        self._waiting, self._first = True, True
+        self._places: list[int] = []
+        self._gradients: list[Tensor] = []
+
+    def give_up(self, why: str) -> None:
+        """Compare nothing, because of `why`."""
+        self._waiting, self._gradients, self.why = False, [], why
+
+    def keep(self, gradients: list[Tensor], places: list[int]) -> None:
+        """Keep copies of the gradients as the backward pass left them: whatever comes after it may change them."""
+        if self._waiting:
+            self._places, self._gradients = places, [g.detach().clone() for g in gradients]
+
+    def products(self, optimizer: torch.optim.Optimizer, before: list[Tensor], after: list[Tensor]) -> Tensor:
+        """Numbers for `direction`, to be transferred with those of the step; none once the first move was seen."""
+        if not self._gradients:
+            return _NOTHING
+        old, new = ([tensors[i] for i in self._places] for tensors in (before, after))
+        found = descent.products(old, new, self._gradients, descent.decays(optimizer, new))
+        self._gradients = []
+        return found
+
+    def direction(self, names: list[str], numbers: list[float], *, skipped: bool) -> descent.Direction | None:
+        """The direction of the step's update; None if nothing moved, or an earlier step did."""
+        found = descent.direction([names[i] for i in self._places], numbers) if numbers else None
+        if found is None:
+            # a step that moved nothing may have left momentum: each tensor by itself need not go downhill then
+            self._first = self._first and (skipped or not self._waiting or not numbers)
+            return None
+        self._waiting = False
+        return found if self._first else dataclasses.replace(found, tensor="", tensor_cosine=found.cosine)
+
+
 _NOTHING = torch.empty(0)
 """Stands for absent numbers; nobody writes to it."""
 
@@ -358,6 +413,11 @@ _NOTHING = torch.empty(0)
 def _types(parameters: list[Tensor]) -> tuple[list[torch.dtype], list[torch.device]]:
     """Types of all parameters, and the device of the first: a model moves as a whole."""
     return [p.dtype for p in parameters], [p.device for p in parameters[:1]]
+
+
+def _fell(numbers: Mapping[str, list[float]]) -> bool:
+    """Whether the loss scale fell after the step, which was skipped then."""
+    return bool(numbers["scale"] and numbers["scale_after"]) and numbers["scale_after"][0] < numbers["scale"][0]
 
 
 def _one(scalar: Tensor | None) -> Tensor:

@@ -53,13 +53,16 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         trainer.accelerator.backward = _wrapped(trainer.accelerator.backward, self._backward)
         trainer.accelerator.clip_grad_norm_ = _wrapped(trainer.accelerator.clip_grad_norm_, self._before)
         trainer.add_callback(self)
+        self.loader: Any = None
+        """The data loader of the training, as accelerate has prepared it; None before the training begins."""
         self.micro_batches_per_epoch: int | None = None
         self.layers = LayerWatch(recorder)
         self.layers.looking = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Wrap the optimizer, which accelerate has prepared by now."""
-        self.micro_batches_per_epoch = _length(kwargs.get("train_dataloader"))
+        self.loader = kwargs.get("train_dataloader")
+        self.micro_batches_per_epoch = _length(self.loader)
         prepared = self.trainer.optimizer
         self.optimizer = getattr(prepared, "optimizer", prepared)
         # a retry after out-of-memory begins the training again
@@ -99,7 +102,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
                 result = original(model, inputs, *args, **kwargs)
         finally:
             self.layers.looking = False
-        self.recorder.micro_batch(result[0] if isinstance(result, tuple) else result)
+        loss = result[0] if isinstance(result, tuple) else result
+        if not self.recorder.taken:
+            self.first_step.returned(loss)
+        self.recorder.micro_batch(loss)
         return result
 
     def _keep(self, inputs: Any) -> None:
@@ -107,7 +113,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
         CUDA tensors also have copies on the host, in case one of their indices loses the device.
         """
-        self.recorder.collated(inputs if hasattr(inputs, "get") else {})
+        self.recorder.collated(inputs)
         if len(self.batches) < _BATCHES_KEPT and hasattr(inputs, "items"):
             self.batches.append({**inputs, STEP: self.recorder.taken + 1})
             self._copies.append(devices.copied(self.batches[-1]))
@@ -141,7 +147,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         groups = optimizer.param_groups
         rate = float(groups[0]["lr"]) if groups else None
         still_scaled = scales.still_on(self.scaler, optimizer)
-        self.recorder.at_optimizer(scales.current(self.scaler) if still_scaled else None)
+        self.recorder.at_optimizer(scales.current(self.scaler) if still_scaled else None, optimizer)
         result = original(*args, **kwargs)
         self.recorder.after_step(optimizer, rate, scales.current(self.scaler))
         if self.progress is not None:

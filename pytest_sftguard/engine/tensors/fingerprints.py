@@ -16,6 +16,9 @@ _BITS = 48
 _MASK = (1 << _BITS) - 1
 _BATCHED_TOKENS = 1 << 18
 """Tokens, with their padding, that are computed together: about twenty megabytes."""
+_CONTENTS = ("pixel_values", "input_features", "input_values")
+_PLACES = 4096
+"""Places of a picture whose position counts in its fingerprint."""
 _FILLS = {"input_ids": 0, "attention_mask": 0, "labels": -100}
 """Values of padding, which do not change a fingerprint."""
 
@@ -26,20 +29,46 @@ def fingerprint(inputs: Any, padding: int | None = None) -> Tensor | None:
     It depends on the ids and labels of each row and on their positions among the tokens that are not padding. Those are
     the tokens of the `attention_mask`, or without one all tokens except `padding`.
     """
+    rows = row_fingerprints(inputs, padding)
+    return None if rows is None else rows.sum() & _MASK
+
+
+def row_fingerprints(inputs: Any, padding: int | None = None) -> Tensor | None:
+    """Fingerprint of each row of a batch, 48 bits, shape (rows,), on its device; None if the batch has no token ids."""
     rows = _row_numbers(inputs, padding)
-    return None if rows is None else torch.as_tensor(rows.sum() & _MASK)
+    return None if rows is None else torch.as_tensor(rows)
 
 
 def fingerprints(batches: Sequence[Any], padding: int | None = None) -> list[Tensor | None]:
-    """Fingerprint of each of `batches`; plain batches are computed together."""
+    """The row fingerprints of each of `batches`; plain batches are computed together."""
     found: dict[int, Tensor | None] = {}
     for group in _groups(batches):
         rows, start = _row_numbers(_concatenated([batches[i] for i in group], padding), padding), 0
         for i in group:
             end = start + len(batches[i]["input_ids"])
-            found[i] = torch.as_tensor(rows[start:end].sum() & _MASK)
+            found[i] = torch.as_tensor(rows[start:end])
             start = end
-    return [found[i] if i in found else fingerprint(inputs, padding) for i, inputs in enumerate(batches)]
+    return [found[i] if i in found else row_fingerprints(inputs, padding) for i, inputs in enumerate(batches)]
+
+
+def content_fingerprints(inputs: Any) -> Tensor | None:
+    """Fingerprint of each row of a batch of pictures or sounds, shape (rows,), on its device; None if it has none.
+
+    It is of all bits of the row, whose sum is computed at the speed of the memory, and of a few thousand places.
+    """
+    values = next((t for name in _CONTENTS if (t := _tensor(inputs, name)) is not None), None)
+    if values is None or values.dim() < 2 or not values.numel() or not values.is_floating_point():
+        return None
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    bits = values.detach().reshape(len(values), -1).view(integers)
+    spread = bits[:, :: -(-bits.shape[1] // _PLACES)].to(torch.int64)
+    weights = torch.as_tensor(_weights(spread.shape[1], bits.device))
+    return torch.as_tensor(_scrambled((spread * weights).sum(1) + bits.sum(1, dtype=torch.int64)) & _MASK)
+
+
+def added(fingerprints: Iterable[int]) -> int:
+    """The fingerprint of a batch from those of its rows."""
+    return sum(fingerprints) & _MASK
 
 
 def _groups(batches: Sequence[Any]) -> Iterator[list[int]]:

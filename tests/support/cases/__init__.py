@@ -4,6 +4,7 @@ A file may hold any of the tables below; they are added up.
 
     FAILURES       {invariant: {id: (record, pattern of the message) or (record, pattern, reference)}}
     NOT_EVALUATED  {invariant: {id: (record, part of the message) or (record, part, reference)}}
+    MAY_BE_MISSING {id: (invariant, record, part of the message)}: not evaluated, and no gap in the evidence
     THRESHOLDS     {(invariant, field): (record on the edge, tightest value, step towards looser)
                     or (record, tightest, step, reference)}
     OPTIONAL       {place in a record: why a healthy record may lack it}
