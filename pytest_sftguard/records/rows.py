@@ -19,6 +19,9 @@ class DefectRecord:
     """Optimizer step of the first micro-batch with such a row; None in the data set."""
     example: str = ""
     """One such row, shortened."""
+    offset: int | None = None
+    """Number of places by which the labels of every such row are shifted from its tokens, positive for later tokens;
+    None if no shift explains them all."""
 
 
 @dataclass(frozen=True, kw_only=True)

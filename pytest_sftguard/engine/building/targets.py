@@ -46,6 +46,18 @@ class Target:
             raise TargetError(f"target {self.path} returned {_described(trainer)}, not a transformers.Trainer")
         if trainer.train_dataset is None:
             raise TargetError(f"target {self.path} returned a Trainer without a train_dataset")
+        if any(isinstance(m, PeftModel) for m in trainer.model.modules() if m is not trainer.model):
+            raise TargetError(
+                f"target {self.path} wrapped its model twice: get_peft_model was called on a model that it had wrapped"
+                " already, so that the inner adapter is in no file; call it once, or add the second adapter with"
+                " model.add_adapter"
+            )
+        if not isinstance(trainer.model, PeftModel) and _has_discarded_adapter(trainer.model):
+            raise TargetError(
+                f"target {self.path} put LoRA layers into its model and gave the Trainer the model without its adapter:"
+                " get_peft_model changes the model in place, and its result is what has to be trained and saved; write"
+                " model = get_peft_model(model, config)"
+            )
         if not isinstance(trainer.model, PeftModel):
             raise TargetError(
                 f"target {self.path} returned a Trainer whose model has no adapter: wrap it with peft.get_peft_model"
@@ -84,6 +96,14 @@ class Target:
                     f"questions() of target {self.path} must return (prompt, number) pairs, not {_described(item)}"
                 ) from None
         return pairs
+
+
+def _has_discarded_adapter(model: Any) -> bool:
+    """Whether peft put layers into `model` for a wrapper that is gone; transformers' `add_adapter` needs none."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    own = getattr(model, "_hf_peft_config_loaded", False)
+    return not own and any(isinstance(m, BaseTunerLayer) for m in model.modules())
 
 
 def resolve(path: str) -> Target:

@@ -183,7 +183,8 @@ class _Audit:
         if not hit:
             return None
         step, row = hit[0]
-        return DefectRecord(name=name, rows=len(hit), step=step, example=self._shown(row))
+        offset = _offset([r for _, r in hit]) if name == "mismatched" else None
+        return DefectRecord(name=name, rows=len(hit), step=step, example=self._shown(row), offset=offset)
 
     def _shown(self, row: Row) -> str:
         labels = row.labels or ()
@@ -227,6 +228,20 @@ class _Audit:
         if not self.facts.eos or ended * 2 <= len(learned):
             return lambda row: False
         return lambda row: len(row.ids) == longest and len(row.starts) == 1 and _supervised(row) and not self._ends(row)
+
+
+def _offset(rows: Sequence[Row]) -> int | None:
+    """The one shift, in places, that makes the labels of all `rows` their tokens; None where there is none."""
+    for offset in (1, -1, 2, -2):
+        pairs = [
+            (label, row.ids[place + offset])
+            for row in rows
+            for place, label in enumerate(row.labels or ())
+            if label != IGNORED and 0 <= place + offset < len(row.ids)
+        ]
+        if pairs and all(label == own for label, own in pairs):
+            return offset
+    return None
 
 
 def _labelled(rows: list[Row]) -> list[Row]:
