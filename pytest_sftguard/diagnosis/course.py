@@ -135,6 +135,13 @@ def _no_learning_rate(case: Case) -> list[Clue]:
     ]
 
 
+def _rate_not_finite(case: Case) -> list[Clue]:
+    bad = case.first(lambda s: s.learning_rate is not None and not math.isfinite(s.learning_rate))
+    if bad is None or any(s.effect == "poisoned" and s.step < bad.step for s in case.record.steps):
+        return []
+    return [decisive(f"the learning rate of step {bad.step} is {bad.learning_rate}, where every weight was finite")]
+
+
 def _group_without_rate(case: Case) -> list[Clue]:
     optimizer = case.record.optimizer
     if optimizer is None or not optimizer.without_rate:
@@ -220,6 +227,9 @@ def _poisoned_state(case: Case) -> list[Clue]:
     bad = case.first(lambda s: bool(s.nonfinite_moments))
     if bad is None or (not bad.gradients_finite and bad.effect != "poisoned"):
         return []
+    # the optimizer was given what is not finite, which backward had not made
+    if bad.gradients_finite and bad.received_grad_norm is not None and not math.isfinite(bad.received_grad_norm):
+        return []
     if case.lost is not None and case.lost.step <= bad.step:
         return []
     earlier = [s for s in case.record.steps if s.step <= bad.step and not s.scale_fell]
@@ -241,6 +251,9 @@ def _update_not_finite(case: Case) -> list[Clue]:
     bad = case.poisoned
     found = case.failed(weights_and_moments_finite.Reason.WEIGHTS)
     if bad is None or not found or not bad.gradients_finite or not bad.nonfinite_weights:
+        return []
+    given = bad.received_grad_norm
+    if _rate_not_finite(case) or (given is not None and not math.isfinite(given)):
         return []
     earlier = [s for s in case.record.taken_steps if s.step <= bad.step]
     if not all(s.gradients_finite and all(map(math.isfinite, s.micro_losses)) for s in earlier):
@@ -294,6 +307,10 @@ def _clipped_elsewhere(case: Case) -> list[Clue]:
     if len(reduced) < 3:
         return []
     own = statistics.median(reduced)
+    # gradients that something scales after the clipping have one norm, too; only a clip leaves small ones alone
+    small = [g for s, g in zip(steps, given, strict=True) if (s.grad_norm or 0.0) < own * (1 - _RTOL)]
+    if not small or (limit and math.isclose(own, limit, rel_tol=0.05)):
+        return []
     if not all(math.isclose(g, min(s.grad_norm or 0.0, own), rel_tol=0.01) for s, g in zip(steps, given, strict=True)):
         return []
     scale = next((s.loss_scale for s in steps if s.loss_scale), None)
@@ -321,12 +338,24 @@ def _altered(case: Case) -> list[Clue]:
     if _clipping_left_out(case) or _clipped_elsewhere(case) or _clipped_before_unscaling(case):
         return []
     zeroed = case.failed(log_honest.Reason.ZEROED_GRADIENTS)
-    given = case.failed(norm_honest.Reason.GIVEN) if _given(case) else []
-    return [decisive(f) for f in [*zeroed, *given][:1]]
+    given = case.failed(norm_honest.Reason.GIVEN)
+    # where one step gives NaN, what the next ones do follows from it
+    lost = case.lost is not None and bool(given) and (given[0].step or 0) >= case.lost.step
+    return [] if lost else [decisive(f) for f in [*zeroed, *given][:1]]
 
 
 def _logged(case: Case) -> list[Clue]:
-    if case.failed(norm_honest.Reason.GIVEN):
+    """A norm that is wrong in the log, where nothing was clipped and the optimizer was given the right gradients."""
+    found = case.failed(norm_honest.Reason.LOGGED)
+    step, limit = case.step(found[0].step) if found else None, case.record.max_grad_norm
+    if step is None or step.grad_norm is None or case.failed(norm_honest.Reason.GIVEN):
+        return []
+    return [decisive(found[0])] if not limit or step.grad_norm <= limit else []
+
+
+def _norm_before_clipping(case: Case) -> list[Clue]:
+    """The same where clipping hides which it is: the log alone, or the gradients before they were clipped."""
+    if _logged(case) or case.failed(norm_honest.Reason.GIVEN):
         return []
     return shown_by(norm_honest.Reason.LOGGED)(case)
 
@@ -381,6 +410,14 @@ def _part_not_stepped(case: Case) -> list[Clue]:
     return [decisive(found[0]), hint(f"{left[0]} had a gradient there, and there was a learning rate")]
 
 
+def _elements_left_out(case: Case) -> list[Clue]:
+    """Elements of a float32 tensor that never move, though their neighbours do."""
+    found = case.failed(every_factor_moves.Reason.PARTLY)
+    if not found or case.half_trainables or not case.finite or not (found[0].observed or 0.0) > 0:
+        return []
+    return [decisive(found[0]), hint("the tensors are float32, in which no such update rounds away")]
+
+
 def _gradient_stops(case: Case) -> list[Clue]:
     """Tensors that backward gives no gradient, while it gives others one."""
     reason = gradient_present.Reason
@@ -427,6 +464,12 @@ COURSE: tuple[Mechanism, ...] = (
         "the schedule gives no learning rate, as a warm-up longer than the run does",
         "shorten the warm-up, or train more steps",
         _no_learning_rate,
+    ),
+    Mechanism(
+        "learning_rate_not_finite",
+        "the learning rate is NaN or infinite, and its step writes that into every weight",
+        "look at the schedule's function, for 0/0 at the first or the last step, and at what writes to param_groups",
+        _rate_not_finite,
     ),
     Mechanism(
         "parameter_group_without_rate",
@@ -544,6 +587,14 @@ COURSE: tuple[Mechanism, ...] = (
         locates=True,
     ),
     Mechanism(
+        "norm_is_not_the_gradients",
+        "the norm that is logged is not that of the gradients that backward made: they were changed before clipping",
+        "look for what changes gradients between backward and clip_grad_norm_, unscaling included, and at overrides of"
+        " log",
+        _norm_before_clipping,
+        locates=True,
+    ),
+    Mechanism(
         "logged_loss_altered",
         "the loss in the log is not the one that the training steps returned",
         "look at overrides of log and at what adds losses up; trust the raw loss, not the log",
@@ -584,6 +635,13 @@ COURSE: tuple[Mechanism, ...] = (
         "the optimizer's step leaves a part of the adapter as it was, though it has a gradient and there is a rate",
         "look at the optimizer's parameter groups and at what wraps its step, for the tensors that the finding names",
         _part_not_stepped,
+        locates=True,
+    ),
+    Mechanism(
+        "elements_never_move",
+        "a part of a tensor's elements never moves: their gradients are erased on the way, or their updates are",
+        "look for masks and hooks on the gradients, the update or the weights of the tensor that the finding names",
+        _elements_left_out,
         locates=True,
     ),
     Mechanism(

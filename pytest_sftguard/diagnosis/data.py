@@ -6,17 +6,20 @@ import math
 
 from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, hint, shown_by, sign
 from pytest_sftguard.diagnosis.mechanism import Mechanism
-from pytest_sftguard.invariants import context_independence, prompt_is_prefix, supervision_audit
+from pytest_sftguard.invariants import base_finite, context_independence, prompt_is_prefix, supervision_audit
 from pytest_sftguard.records import ContextRecord
+from pytest_sftguard.verdicts import Finding
 
 _Defect = supervision_audit.Reason
+_FEW = 3
+"""Fewest rows that a limit on the length truncates: in one or two something else may have taken the end."""
 
 
 def _wrong_labels(case: Case) -> list[Clue]:
     clues = shown_by(_Defect.WRONG_ANSWER)(case)
     if clues and any(a.parsed is not None and not a.is_number for a in case.record.answers):
         clues.append(against("the parser gives NaN for the answers, so that no label could be right"))
-    return clues
+    return [*clues, *_of_strange_rows(case)] if clues else []
 
 
 def _labels_masked(case: Case) -> list[Clue]:
@@ -36,17 +39,86 @@ def _rows_masked(case: Case) -> list[Clue]:
     clues = [] if whole_batches else shown_by(_Defect.UNSUPERVISED)(case)
     if clues and case.failed(_Defect.MISMATCHED):
         clues.append(against("labels that other rows have are not their own tokens either"))
+    return [*clues, *_of_strange_rows(case)] if clues else []
+
+
+def _of_strange_rows(case: Case) -> list[Clue]:
+    """Doubts in what the labels say where tokens were changed, or hidden by the mask, on the way to the model."""
+    seen = case.record.supervision
+    if seen is None or not seen.strange_inputs:
+        return []
+    return [against(f"{seen.strange_inputs} of {seen.trained_rows} rows have other tokens than the data set's")]
+
+
+def _share(finding: Finding) -> float:
+    """Share of the rows that a finding of the audit counts."""
+    total = finding.evidence.get("total")
+    return (finding.observed or 0.0) / total if isinstance(total, int) and total else 0.0
+
+
+def _doubled_bos(case: Case) -> list[Clue]:
+    """What a template does to one row, it does to all."""
+    found = [f for f in case.failed(_Defect.DOUBLED_BOS) if _share(f) > 0.9]
+    if not found or case.failed(_Defect.MISMATCHED):
+        return []
+    return [decisive(found[0]), sign("every row has it, and its labels are its own tokens")]
+
+
+def _truncated(case: Case) -> list[Clue]:
+    found = [f for f in case.failed(_Defect.TRUNCATED) if (f.observed or 0.0) >= _FEW]
+    if not found or case.failed(_Defect.MISMATCHED):
+        return []
+    endless = max((f.observed or 0.0 for f in case.failed(_Defect.ENDLESS)), default=0.0)
+    clues = [decisive(found[0])]
+    if endless > max(f.observed or 0.0 for f in found):
+        clues.append(against("shorter rows lack their end as well"))
     return clues
+
+
+def _endless(case: Case) -> list[Clue]:
+    found = [f for f in case.failed(_Defect.ENDLESS) if _share(f) >= 0.5]
+    return [decisive(found[0]), *_of_strange_rows(case)] if found and not case.failed(_Defect.MISMATCHED) else []
+
+
+def _defective_rows(case: Case) -> list[Clue]:
+    """Defects that the data set has, in a part of its rows; what is everywhere is the form of the rows."""
+    seen = case.record.supervision
+    if seen is None or seen.strange_inputs or seen.strange_labels or not seen.dataset_rows:
+        return []
+    mine = {d.name for d in seen.dataset_defects if d.rows < seen.dataset_rows}
+    found = [f for f in case.failed("supervision_audit") if f.evidence.get("defect") in mine]
+    return [decisive(found[0]), hint("the rows have it in the data set, too")] if found else []
+
+
+def _rows_changed(case: Case) -> list[Clue]:
+    seen = case.record.supervision
+    invariants = ("supervision_audit", "prompt_is_prefix", "context_independence")
+    found = [*case.failed(*invariants), *case.failed(base_finite.Reason.ZERO_EMBEDDINGS)]
+    if seen is None or not seen.strange_inputs or not found:
+        return []
+    strange = (
+        f"{seen.strange_inputs} of {seen.trained_rows} rows as trained on have the tokens of no row of the data set"
+    )
+    return [decisive(strange), hint(found[0])]
+
+
+def _labels_changed(case: Case) -> list[Clue]:
+    seen, found = case.record.supervision, case.failed("supervision_audit", "prompt_is_prefix")
+    if seen is None or seen.strange_inputs or not seen.strange_labels or not found:
+        return []
+    strange = f"{seen.strange_labels} of {seen.trained_rows} rows as trained on have other labels than in the data set"
+    return [decisive(strange), hint(found[0])]
 
 
 def _shifted(case: Case) -> list[Clue]:
     """Labels that are their rows' tokens, one place early."""
-    return shown_by(_Defect.MISMATCHED)(case) if _offset(case) == 1 else []
+    return [*shown_by(_Defect.MISMATCHED)(case), *_of_strange_rows(case)] if _offset(case) == 1 else []
 
 
 def _misplaced(case: Case) -> list[Clue]:
     offset = _offset(case)
     clues = shown_by(_Defect.MISMATCHED)(case) if offset not in (None, 1) else []
+    clues += _of_strange_rows(case) if clues else []
     return [*clues, hint(f"every label is the token {offset:+d} places from its own")] if clues else []
 
 
@@ -58,11 +130,16 @@ def _offset(case: Case) -> int | None:
 
 
 def _other_labels(case: Case) -> list[Clue]:
-    return shown_by(_Defect.MISMATCHED)(case) if _offset(case) is None else []
+    return [*shown_by(_Defect.MISMATCHED)(case), *_of_strange_rows(case)] if _offset(case) is None else []
 
 
 def _prompt_form(case: Case) -> list[Clue]:
-    return [] if case.failed(_Defect.DOUBLED_BOS) else shown_by(*prompt_is_prefix.Reason)(case)
+    seen, found = case.record.prompts, case.failed(*prompt_is_prefix.Reason)
+    if seen is None or not found or _doubled_bos(case):
+        return []
+    # what a template or a tokenizer does to one row, it does to all
+    whole = max(seen.deviating, seen.short) > 0.9 * seen.matched if seen.matched else bool(seen.strange_forms)
+    return [decisive(found[0])] if whole else [sign(found[0])]
 
 
 def _evaluation(case: Case) -> list[Clue]:
@@ -92,8 +169,11 @@ def _as_batched(case: Case) -> ContextRecord | None:
 def _packs(case: Case) -> list[Clue]:
     """Evidence that sequences in one row see each other; none where rows are not packed."""
     seen = _as_batched(case)
-    packs = [c for c in seen.comparisons if c.packed and c.setting == "as trained on"] if seen is not None else []
-    if not packs:
+    if seen is None:
+        return []
+    packs = [c for c in seen.comparisons if c.packed and c.setting == "as trained on"]
+    # a stray BOS in some rows does not make packs of them
+    if not packs or not ("position_ids" in seen.inputs or all(c.packed == c.rows for c in packs)):
         return []
     worst = max(c.max_change for c in packs)
     return [decisive(f"{packs[0].packed} sequences are packed, and their logits are {worst:.2g} off those alone")]
@@ -119,7 +199,9 @@ def _padding_attended(case: Case) -> list[Clue]:
         return []
     found = case.failed(context_independence.Reason.DEPENDENT)
     given = "a mask that lets it through" if "attention_mask" in seen.inputs else "no attention_mask"
-    return [decisive(found[0]), sign(f"{seen.padding_seen} tokens of padding stand in front of rows, with {given}")]
+    text = f"{seen.padding_seen} tokens of padding stand in front of rows, with {given}"
+    # tokens that were shifted away leave padding behind, too
+    return [decisive(found[0]), hint(text), *_of_strange_rows(case)]
 
 
 def _padding_counted(case: Case) -> list[Clue]:
@@ -197,7 +279,7 @@ DATA: tuple[Mechanism, ...] = (
         "duplicate_bos",
         "the template renders a BOS and the tokenizer adds another",
         "tokenise a rendered template with add_special_tokens=False",
-        shown_by(_Defect.DOUBLED_BOS),
+        _doubled_bos,
     ),
     Mechanism(
         "token_id_out_of_range",
@@ -209,7 +291,7 @@ DATA: tuple[Mechanism, ...] = (
         "rows_truncated",
         "rows are truncated at the maximal length, and their answers or ends with them",
         "raise the maximal length, or leave such rows out",
-        shown_by(_Defect.TRUNCATED),
+        _truncated,
     ),
     Mechanism(
         "wrong_labels",
@@ -221,7 +303,7 @@ DATA: tuple[Mechanism, ...] = (
         "end_token_not_supervised",
         "no end token is among the labels of an answer, so that the model does not learn to stop",
         "append the end token to each answer, and do not mask it, as happens where it is the pad token too",
-        shown_by(_Defect.ENDLESS),
+        _endless,
     ),
     Mechanism(
         "prompt_tokens_differ",
@@ -267,8 +349,8 @@ DATA: tuple[Mechanism, ...] = (
     ),
     Mechanism(
         "nonfinite_batch",
-        "the loss of one batch is not finite, and the step that it gives writes NaN into weights and moments",
-        "look at the rows of that batch; stop at the first loss that is not finite",
+        "the loss of one step is not finite while every weight is, and that step writes NaN into weights and moments",
+        "look at the rows of that batch, then at what forward pass and loss make of them; stop at the first such loss",
         _nonfinite_batch,
     ),
     Mechanism(
@@ -277,6 +359,27 @@ DATA: tuple[Mechanism, ...] = (
         "compare input_ids and labels of one row behind the collator; where the target means it so, waive"
         " supervision_audit",
         _other_labels,
+        locates=True,
+    ),
+    Mechanism(
+        "rows_changed_on_the_way",
+        "rows reach the model with other tokens than the data set has: the collator changes them, or a mask hides",
+        "compare a row of the data set with the same row behind the collator: input_ids, attention_mask, padding",
+        _rows_changed,
+        locates=True,
+    ),
+    Mechanism(
+        "labels_changed_on_the_way",
+        "rows reach the model with other labels than the data set has",
+        "compare a row of the data set with the same row behind the collator",
+        _labels_changed,
+        locates=True,
+    ),
+    Mechanism(
+        "defective_rows_in_the_data_set",
+        "a part of the data set's own rows is defective",
+        "look at the rows that the finding shows, and at what made them: tokenisation, templates, truncation",
+        _defective_rows,
         locates=True,
     ),
     Mechanism(

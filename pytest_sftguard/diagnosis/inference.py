@@ -8,6 +8,7 @@ from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, hint, 
 from pytest_sftguard.diagnosis.mechanism import Mechanism
 from pytest_sftguard.invariants import (
     answers_beat_base,
+    base_finite,
     context_independence,
     decode_batch_invariance,
     effect_size,
@@ -107,6 +108,30 @@ def _no_graph(case: Case) -> list[Clue]:
 
 def _other_path(case: Case) -> list[Clue]:
     return [decisive(f) for f in _path_failures(case) if f.because(_Path.OTHER_LOSS)][:1]
+
+
+def _forward_not_finite(case: Case) -> list[Clue]:
+    """A model whose logits are not finite from the first step on, on every path, though its weights are."""
+    lost, first, seen = case.lost, case.record.first_step, case.record.paths
+    if lost is None or not case.sound_until_lost or lost.supervised_tokens == 0 or _kernel(case) is not None:
+        return []
+    if case.failed(base_finite.Reason.NONFINITE):
+        return []
+    text = f"the loss of step {lost.step} is not finite while every weight is"
+    logits = first.token_loss if first is not None and lost.step == 1 else None
+    if logits is not None and not math.isfinite(logits):
+        return [decisive(f"{text}, and the logits are not finite either")]
+    everywhere = seen is not None and bool(seen.paths) and not any(math.isfinite(p.loss) for p in seen.paths)
+    return [decisive(f"{text}, and so it is on a new model with plain kernels")] if everywhere else []
+
+
+def _loss_not_finite(case: Case) -> list[Clue]:
+    lost, first = case.lost, case.record.first_step
+    if lost is None or lost.step != 1 or first is None or first.token_loss is None or not lost.supervised_tokens:
+        return []
+    if not math.isfinite(first.token_loss):
+        return []
+    return [decisive(f"the loss of step 1 is {lost.loss}, and its logits give {first.token_loss:.4g}")]
 
 
 def _kernel(case: Case) -> PathsRecord | None:
@@ -251,6 +276,20 @@ INFERENCE: tuple[Mechanism, ...] = (
         "what the model says of a row depends on what else is in the batch, whatever the masks and positions",
         "look for layers that mix rows or ignore the attention mask: statistics over the batch, hooks, own kernels",
         _context,
+    ),
+    Mechanism(
+        "forward_not_finite",
+        "the forward pass makes NaN or infinity of finite weights",
+        "look at the first module whose output is not finite, with forward hooks: norms, divisions, casts, own kernels",
+        _forward_not_finite,
+        locates=True,
+    ),
+    Mechanism(
+        "loss_not_finite",
+        "the loss is not finite though the logits are",
+        "look at compute_loss: what it divides by, weighs with, and takes the logarithm of",
+        _loss_not_finite,
+        locates=True,
     ),
     Mechanism(
         "attention_kernels_disagree",

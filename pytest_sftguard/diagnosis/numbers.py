@@ -6,7 +6,7 @@ import math
 
 from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, hint, sign
 from pytest_sftguard.diagnosis.mechanism import Mechanism
-from pytest_sftguard.invariants import base_finite, update_lower_bound
+from pytest_sftguard.invariants import base_finite, fp32_master, update_lower_bound
 from pytest_sftguard.records import StepRecord
 
 _FLOAT16_SMALLEST = 2.0**-24
@@ -186,7 +186,9 @@ def _loss_scale_collapse(case: Case) -> list[Clue]:
 
 def _half_master(case: Case) -> list[Clue]:
     others = {f.invariant for f in case.verdict.failures} - _FOLLOWS_FROM_HALF_STATES
-    return [(hint if others else decisive)(f) for f in case.failed("fp32_master")[:1]]
+    narrow = fp32_master.Reason
+    found = case.failed(narrow.NARROW_AT_FIRST, narrow.NARROW_AT_LAST, narrow.NARROW_STATES)
+    return [(hint if others else decisive)(f) for f in found[:1]]
 
 
 def _unscaled_half(case: Case) -> list[Clue]:

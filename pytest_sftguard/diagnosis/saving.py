@@ -77,7 +77,10 @@ def _other_base(case: Case) -> list[Clue]:
 
 def _file_differs(case: Case) -> list[Clue]:
     trip = case.record.round_trip
-    if trip is None or not trip.differing or trip.missing or trip.unexpected or trip.nonfinite:
+    if trip is None or not trip.differing or trip.missing or trip.unexpected:
+        return []
+    # NaN that was trained is in the file as well
+    if trip.nonfinite and not case.finite:
         return []
     # a record of an earlier version does not tell the file from the load
     if trip.file_differing is None:
@@ -127,7 +130,10 @@ def _reload_computes_otherwise(case: Case) -> list[Clue]:
 
 
 def _merged(case: Case) -> list[Clue]:
-    return shown_by(merge_equivalence.Reason.LOGITS)(case) if case.finite and case.repeats else []
+    trip = case.record.round_trip
+    if not case.finite or not case.repeats or (trip is not None and trip.nonfinite):
+        return []
+    return shown_by(merge_equivalence.Reason.LOGITS)(case)
 
 
 def _merged_and_saved(case: Case) -> list[Clue]:

@@ -9,6 +9,7 @@ from pytest_sftguard.invariants import (
     base_finite,
     identity_at_init,
     optimizer_owns_trainables,
+    precision_is_real,
     trainable_set_exact,
 )
 from pytest_sftguard.precision import MODES
@@ -106,7 +107,9 @@ def _checkpoint_type(case: Case) -> list[Clue]:
 
 
 def _precision(case: Case) -> list[Clue]:
-    found = case.doubted("precision_is_real")
+    seen = precision_is_real.Reason
+    happened = (seen.COMPUTED, seen.WEIGHTS, seen.NO_SCALER, seen.AUTOCAST, seen.TF32)
+    found = [f for f in case.doubted("precision_is_real") if f.because(*happened)]
     return [decisive(found[0])] if found and case.record.error is None else []
 
 

@@ -42,6 +42,12 @@ class SupervisionRecord:
     """Defects in the micro-batches."""
     dataset_defects: tuple[DefectRecord, ...] = ()
     """Defects in the data set."""
+    strange_inputs: int | None = None
+    """Number of rows in the micro-batches whose tokens are those of no row of the data set; None if not all of its rows
+    were read, or if they have no labels."""
+    strange_labels: int | None = None
+    """Number of rows in the micro-batches whose tokens are a row's of the data set, and whose labels are not; None as
+    above."""
 
 
 @dataclass(frozen=True, kw_only=True)
