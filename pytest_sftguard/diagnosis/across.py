@@ -203,9 +203,14 @@ def _resume_elsewhere(case: Case) -> list[Clue]:
     return [decisive(f) for f in found if f.evidence.get("name") in ("loss", "grad_norm")][:1]
 
 
+def _broke_off(case: Case) -> bool:
+    """Whether the training raised: a Trainer counts a step after the optimizer has taken it."""
+    return case.record.error is not None and case.record.error.stage == "train"
+
+
 def _retried(case: Case) -> list[Clue]:
     record = case.record
-    if record.global_step is None or not len(record.steps) > record.global_step:
+    if _broke_off(case) or record.global_step is None or not len(record.steps) > record.global_step:
         return []
     clues = [sign(f"the Trainer counted {record.global_step} optimizer steps, and took {len(record.steps)}")]
     # a loop that steps twice for a batch has steps without one
@@ -216,9 +221,12 @@ def _retried(case: Case) -> list[Clue]:
 
 def _stepped_more(case: Case) -> list[Clue]:
     record, bare = case.record, [s.step for s in case.record.steps if not s.micro_losses]
-    if record.global_step is None or not bare or not len(record.steps) > record.global_step:
+    if _broke_off(case) or record.global_step is None or not bare or not len(record.steps) > record.global_step:
         return []
-    return [decisive(f"the optimizer took {len(record.steps)} steps, and had no micro-batch in {len(bare)} of them")]
+    return [
+        decisive(f"the optimizer took {len(record.steps)} steps, and had no micro-batch in {len(bare)} of them"),
+        sign(f"the Trainer counted {record.global_step} (the first of the others: step {bare[0]})"),
+    ]
 
 
 def _not_repeated(case: Case) -> list[Clue]:

@@ -7,7 +7,7 @@ import math
 from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, hint, sign
 from pytest_sftguard.diagnosis.mechanism import Mechanism
 from pytest_sftguard.invariants import base_finite, fp32_master, update_lower_bound
-from pytest_sftguard.records import StepRecord
+from pytest_sftguard.records import StepRecord, TensorRecord
 
 _FLOAT16_SMALLEST = 2.0**-24
 _FLOAT16_LARGEST = 65504.0
@@ -67,7 +67,17 @@ def _swallowed(case: Case) -> list[Clue]:
         return []
     clues = [hint(f"{len(half)} trainable tensors are bfloat16, with 8 significant bits and no float32 copy")]
     still = [t for t in half if t.changed_fraction is not None and t.changed_fraction < 0.9]
-    if still:
+    rates = [s.learning_rate for s in case.record.steps if s.learning_rate]
+    # Adam moves an element by about one rate, and half a unit in its last place is the least that counts
+    lost = [t for t in still if not t.changed_fraction and _rms(t) * 2.0**-9 > max(rates, default=math.inf)]
+    if lost:
+        clues.append(
+            decisive(
+                f"no element of {lost[0].name} ever changed: they are {_rms(lost[0]):.2g} in the mean square, and an"
+                f" update of the learning rate {max(rates):.2g} rounds back"
+            )
+        )
+    elif still:
         least = min(still, key=lambda t: t.changed_fraction or 0.0)
         clues.append(
             (decisive if least.changed_fraction else sign)(
@@ -82,6 +92,11 @@ def _swallowed(case: Case) -> list[Clue]:
     if case.poisoned is None:
         clues.append(hint("everything stayed finite: range was not the matter, resolution was"))
     return clues
+
+
+def _rms(tensor: TensorRecord) -> float:
+    """Root mean square of a tensor before the first step."""
+    return (tensor.initial_norm or 0.0) / math.sqrt(max(tensor.elements, 1))
 
 
 def _decay_lost(case: Case) -> str:

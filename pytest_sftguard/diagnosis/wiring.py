@@ -46,7 +46,7 @@ def _partly_frozen(case: Case) -> list[Clue]:
 
 def _base_trains(case: Case) -> list[Clue]:
     found, changed = (case.failed(r) for r in (base_bit_frozen.Reason.TRAINABLE, base_bit_frozen.Reason.CHANGED))
-    return [*map(decisive, found), *map(hint, changed)] if found else []
+    return [*map(decisive, found), *map(hint, changed)] if found and not _other_adapter(case) else []
 
 
 def _base_changes(case: Case) -> list[Clue]:

@@ -9,7 +9,7 @@ import pytest
 
 from pytest_sftguard.diagnosis import diagnose
 from pytest_sftguard.invariants import load_invariants
-from pytest_sftguard.records import ComparisonRecord, DecodingRecord, DifferenceRecord, PathRecord
+from pytest_sftguard.records import ComparisonRecord, DecodingRecord, DifferenceRecord, ErrorRecord, PathRecord
 from pytest_sftguard.verdicts import JudgedRun, judge
 from tests.support.canned import healthy, with_step, with_steps, within
 from tests.support.cases.across import first, run
@@ -48,7 +48,11 @@ SPLITS = {
         summed(2.0, (4, 2), model_loss="LlamaForSequenceClassification", **UNKNOWN_TOKENS),
         "library_leaves_loss_undivided",
     ),
-    "divided-twice": (summed(0.25), summed(0.5, (4, 2)), "loss_divided_twice"),
+    "divided-twice": (
+        summed(0.25, **UNKNOWN_TOKENS),
+        summed(0.5, (4, 2), **UNKNOWN_TOKENS),
+        "loss_divided_twice",
+    ),
     "cleared": (with_step(norm_of(plain((2, 4)), 0.5), 1, gradients_cleared=True), plain((4, 2)), "gradients_cleared_"),
     "gradient-alone": (norm_of(plain((2, 4)), 0.5), plain((4, 2)), "accumulated_gradient_wrong"),
     "forward": (
@@ -147,3 +151,10 @@ def test_an_overflow_goes_before_what_it_does_to_the_schedule():
     steps = tuple(dataclasses.replace(s, loss=NAN, micro_losses=(NAN,), learning_rate=9.0 - s.step) for s in lost.steps)
     record = within(dataclasses.replace(lost, steps=steps), "schedule", rates=tuple(float(n) for n in range(8, 0, -1)))
     assert named(within(record, "optimizer", fused=True), fp32=healthy(steps=8))[0] == "forward_overflow_in_float16"
+
+
+def test_a_step_that_raised_is_no_retry():
+    """A Trainer counts a step only after the optimizer took it, so that an exception leaves one more."""
+    broken = healthy(error=ErrorRecord(stage="train", type="RuntimeError", message="no"), global_step=3)
+    assert named(broken) == []
+    assert named(dataclasses.replace(broken, error=None, max_steps=4))[0] == "retry_keeps_trained_weights"

@@ -92,6 +92,14 @@ def clipped(norm, record=None):
     return dataclasses.replace(record, steps=steps)
 
 
+def hidden_by_clipping():
+    """A record whose logged norms are not the gradients' at the steps that were clipped."""
+    record = clipped(lambda norm: min(norm, 1.0))
+    norms = [0.1, 9.0, 9.0, 9.0]
+    log = tuple(dataclasses.replace(line, grad_norm=n) for line, n in zip(record.log, norms, strict=True))
+    return dataclasses.replace(record, log=log)
+
+
 def paced(rates):
     """A record of steps at `rates`, with a schedule that falls from 5 to 1."""
     record = within(healthy(steps=5), "schedule", rates=(5.0, 4.0, 3.0, 2.0, 1.0))
@@ -163,7 +171,7 @@ COURSE = {
     "clipped_at_another_norm": clipped(lambda norm: min(norm, 0.125)),
     "clipped_before_unscaling": clipped(lambda norm: 1 / 65536, healthy(SCALED, max_grad_norm=1.0)),
     "logged_norm_altered": dataclasses.replace(logged(grad_norm=9e9), max_grad_norm=0.0),
-    "norm_is_not_the_gradients": clipped(lambda norm: min(norm, 1.0)),
+    "norm_is_not_the_gradients": hidden_by_clipping(),
     "learning_rate_not_finite": with_step(
         healthy(), 3, learning_rate=NAN, changed=0, nonfinite_weights=Names.of([A, B])
     ),
@@ -334,7 +342,7 @@ def test_mechanism_is_named_first(mechanism):
     """A mechanism that the record shows is the first that is named."""
     record = EVIDENCE[mechanism]
     # elsewhere the canned log and rates are not the matter
-    if not mechanism.startswith("log"):
+    if not mechanism.startswith(("log", "norm")):
         record = dataclasses.replace(record, log=())
     if "schedule" not in mechanism:
         record = dataclasses.replace(record, schedule=None)
@@ -405,7 +413,7 @@ def test_only_a_schedule_at_a_multiple_of_its_pace_is_too_fast(rates):
 def test_diagnosis_is_whole(mechanism):
     """What is named says what happens, why that is thought, and what to change."""
     record = dataclasses.replace(
-        EVIDENCE[mechanism], log=EVIDENCE[mechanism].log if mechanism.startswith("log") else ()
+        EVIDENCE[mechanism], log=EVIDENCE[mechanism].log if mechanism.startswith(("log", "norm")) else ()
     )
     first = diagnose(JudgedRun(record, judge(record, ALL)))[0]
     assert first.summary and first.cure and all(first.evidence)  # noqa: PT018 - one statement: nothing is empty
