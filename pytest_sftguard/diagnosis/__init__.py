@@ -4,10 +4,11 @@ from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, hint, 
 from pytest_sftguard.diagnosis.mechanism import Mechanism
 from pytest_sftguard.diagnosis.mechanisms import MECHANISMS
 from pytest_sftguard.diagnosis.naming import Diagnosis, diagnose
-from pytest_sftguard.diagnosis.stations import Certain, Station, certain
+from pytest_sftguard.diagnosis.stations import NEVER_MEANT, Certain, Station, certain
 
 __all__ = [
     "MECHANISMS",
+    "NEVER_MEANT",
     "Case",
     "Certain",
     "Clue",

@@ -300,7 +300,7 @@ def _clipping_left_out(case: Case) -> list[Clue]:
 
 
 def _clipped_elsewhere(case: Case) -> list[Clue]:
-    """Every norm is cut at one number, which is not the one that was asked for."""
+    """Every norm is clipped at one number, which is not the one that was asked for."""
     steps, limit = _given(case), case.record.max_grad_norm
     given = [s.received_grad_norm or 0.0 for s in steps]
     reduced = [g for s, g in zip(steps, given, strict=True) if g < (s.grad_norm or 0.0) * (1 - _RTOL)]
@@ -317,7 +317,7 @@ def _clipped_elsewhere(case: Case) -> list[Clue]:
     if limit and scale and math.isclose(own * scale, limit, rel_tol=0.05):
         return []
     found = case.failed(norm_honest.Reason.GIVEN)
-    return [decisive(found[0]), hint(f"every norm above {own:.4g} is cut to it, and max_grad_norm is {limit}")]
+    return [decisive(found[0]), hint(f"every norm above {own:.4g} is clipped to it, and max_grad_norm is {limit}")]
 
 
 def _clipped_before_unscaling(case: Case) -> list[Clue]:

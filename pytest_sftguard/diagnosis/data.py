@@ -68,6 +68,11 @@ def _truncated(case: Case) -> list[Clue]:
     found = [f for f in case.failed(_Defect.TRUNCATED) if (f.observed or 0.0) >= _FEW]
     if not found or case.failed(_Defect.MISMATCHED):
         return []
+    # epochs count a row again
+    seen = case.record.supervision
+    in_data = [d.rows for d in seen.dataset_defects if d.name == "truncated"] if seen is not None else []
+    if in_data and in_data[0] < _FEW:
+        return []
     endless = max((f.observed or 0.0 for f in case.failed(_Defect.ENDLESS)), default=0.0)
     clues = [decisive(found[0])]
     if endless > max(f.observed or 0.0 for f in found):

@@ -68,6 +68,18 @@ _OF_INVARIANTS: Mapping[str, Station] = {
 }
 """The station that each invariant looks at; one that is not here, such as a user's own, says nothing of a place."""
 
+NEVER_MEANT = frozenset(
+    {
+        "raw_loss_finite",
+        "gradients_finite",
+        "weights_and_moments_finite",
+        "evidence_complete",
+        "eval_and_decode_finite",
+        "probe_shape",
+    }
+)
+"""Invariants that nobody violates on purpose: something is not finite, or was not there."""
+
 _GRADIENTS = (
     batch_split_equivalence.Reason.DIFFERS,
     precision_agreement.Reason.DIFFERS,

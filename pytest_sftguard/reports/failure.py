@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from pytest_sftguard.diagnosis import certain, diagnose
+from pytest_sftguard.diagnosis import NEVER_MEANT, certain, diagnose
 from pytest_sftguard.rendering import told
 from pytest_sftguard.reports._headline import by_step, headline
 from pytest_sftguard.reports._screen import Screen
@@ -89,20 +89,9 @@ def _listed(names: list[str]) -> str:
     return f"{', '.join(others)}, and {last}" if others else last
 
 
-_NEVER_MEANT = {
-    "raw_loss_finite",
-    "gradients_finite",
-    "weights_and_moments_finite",
-    "evidence_complete",
-    "eval_and_decode_finite",
-    "probe_shape",
-}
-"""Invariants that nobody violates on purpose: what is not finite, or was not there."""
-
-
 def _accepting(failures: list[Finding], how: str) -> list[tuple[str, str]]:
     """How to accept findings that may be meant, or that only a library can mend: `how`, with the invariant's name."""
-    names = list(dict.fromkeys(f.invariant for f in failures if f.invariant not in _NEVER_MEANT))
+    names = list(dict.fromkeys(f.invariant for f in failures if f.invariant not in NEVER_MEANT))
     if not names:
         return []
     if len(names) == 1:
