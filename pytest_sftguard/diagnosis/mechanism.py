@@ -19,4 +19,6 @@ class Mechanism:
     cure: str
     """The change that removes it."""
     look: Callable[[Case], list[Clue]]
-    """Gives the clues for and against it; without a clue for it the mechanism is not named."""
+    """Gives the clues for and against it; without enough evidence the mechanism is not named."""
+    locates: bool = False
+    """Whether it names the station of the training at fault and no more, so that any other mechanism goes first."""

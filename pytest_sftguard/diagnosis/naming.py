@@ -1,4 +1,4 @@
-"""Naming: the mechanisms that a case has clues for, the most probable first."""
+"""Naming: the mechanisms that a case has evidence for, the best first; none where the evidence is too little."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from pytest_sftguard.diagnosis.case import Case, Clue
 from pytest_sftguard.diagnosis.mechanism import Mechanism
 from pytest_sftguard.diagnosis.mechanisms import MECHANISMS
 from pytest_sftguard.verdicts import Finding, JudgedRun, Outcome
+
+THRESHOLD = 8
+"""Least evidence for a name, the sum of the clues that discriminate: one that is decisive, or two signs that do not
+follow from each other. Each clue against takes a sign away. People act on a name, so that a wrong one is worse than
+none."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +32,26 @@ class Diagnosis:
 
 
 def diagnose(run: JudgedRun) -> list[Diagnosis]:
-    """The mechanisms that `run` has clues for, the most probable first; empty for a run that is not in doubt.
+    """The mechanisms that `run` has evidence for, the best first; empty for a run that is not in doubt.
 
     A mechanism is worth the sum of its clues; where two are worth the same, the earlier one of the table goes first.
+    Those that only locate the fault are named where no other one is.
     """
-    case = Case(run.record, run.verdict, run.references)
     if run.record.not_run is not None or run.verdict.outcome is Outcome.PASSED:
         return []
-    found = [(m, m.look(case)) for m in MECHANISMS]
-    worth = [(sum(c.weight for c in clues), m, clues) for m, clues in found if any(c.weight > 0 for c in clues)]
-    worth = [item for item in worth if item[0] > 0]
-    return [_named(m, clues) for _, m, clues in sorted(worth, key=lambda item: -item[0])]
+    case = Case(run.record, run.verdict, run.references)
+    found = [(m, clues) for m in MECHANISMS if is_enough(clues := m.look(case))]
+    specific = [(m, clues) for m, clues in found if not m.locates]
+    return [_named(m, clues) for m, clues in sorted(specific or found, key=lambda item: -_worth(item[1]))]
+
+
+def is_enough(clues: list[Clue]) -> bool:
+    """Whether these clues are evidence enough to name a mechanism."""
+    return sum(c.weight for c in clues if c.discriminates) >= THRESHOLD
+
+
+def _worth(clues: list[Clue]) -> int:
+    return sum(c.weight for c in clues)
 
 
 def _named(mechanism: Mechanism, clues: list[Clue]) -> Diagnosis:

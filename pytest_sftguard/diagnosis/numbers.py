@@ -6,10 +6,13 @@ import math
 
 from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, hint, sign
 from pytest_sftguard.diagnosis.mechanism import Mechanism
-from pytest_sftguard.invariants import base_finite, update_lower_bound
+from pytest_sftguard.invariants import base_finite, fp32_master, update_lower_bound
+from pytest_sftguard.records import StepRecord, TensorRecord
 
 _FLOAT16_SMALLEST = 2.0**-24
 _FLOAT16_LARGEST = 65504.0
+_FOLLOWS_FROM_HALF_STATES = {"fp32_master", "update_lower_bound", "every_factor_moves", "precision_agreement"}
+"""Invariants that fail where half-precision trainables round their updates away, and not for another reason as well."""
 
 
 def _eps_underflow(case: Case) -> list[Clue]:
@@ -64,10 +67,20 @@ def _swallowed(case: Case) -> list[Clue]:
         return []
     clues = [hint(f"{len(half)} trainable tensors are bfloat16, with 8 significant bits and no float32 copy")]
     still = [t for t in half if t.changed_fraction is not None and t.changed_fraction < 0.9]
-    if still:
+    rates = [s.learning_rate for s in case.record.steps if s.learning_rate]
+    # Adam moves an element by about one rate, and half a unit in its last place is the least that counts
+    lost = [t for t in still if not t.changed_fraction and _rms(t) * 2.0**-9 > max(rates, default=math.inf)]
+    if lost:
+        clues.append(
+            decisive(
+                f"no element of {lost[0].name} ever changed: they are {_rms(lost[0]):.2g} in the mean square, and an"
+                f" update of the learning rate {max(rates):.2g} rounds back"
+            )
+        )
+    elif still:
         least = min(still, key=lambda t: t.changed_fraction or 0.0)
         clues.append(
-            sign(
+            (decisive if least.changed_fraction else sign)(
                 f"{least.changed_fraction:.1%} of the elements of {least.name} ever changed: the others are larger than"
                 " 256 updates, and rounded back"
             )
@@ -75,12 +88,15 @@ def _swallowed(case: Case) -> list[Clue]:
     clues += map(sign, case.failed(update_lower_bound.Reason.APART))
     decayed = _decay_lost(case)
     if decayed:
-        clues.append(sign(decayed))
-    if len(clues) == 1:
-        return []
+        clues.append(decisive(decayed))
     if case.poisoned is None:
         clues.append(hint("everything stayed finite: range was not the matter, resolution was"))
     return clues
+
+
+def _rms(tensor: TensorRecord) -> float:
+    """Root mean square of a tensor before the first step."""
+    return (tensor.initial_norm or 0.0) / math.sqrt(max(tensor.elements, 1))
 
 
 def _decay_lost(case: Case) -> str:
@@ -99,12 +115,17 @@ def _forward_overflow(case: Case) -> list[Clue]:
     if any(s.step < first.step and s.effect == "poisoned" for s in case.record.steps):
         return []
     clues = [
-        sign(f"the raw loss of step {first.step} is {first.loss} while every weight was still finite"),
+        hint(f"the raw loss of step {first.step} is {first.loss} while every weight was still finite"),
         sign(f"the adapted layers computed in float16, whose largest number is {_FLOAT16_LARGEST:.0f}"),
     ]
-    reference = case.references.get("fp32")
-    if reference is not None and reference.losses and math.isfinite(reference.losses[0]):
-        clues.append(sign(f"the same cell in float32 has a finite loss there ({reference.losses[0]:.4g})"))
+    reference = _float32_step(case, first.step)
+    if reference is not None and all(map(math.isfinite, reference.micro_losses)):
+        clues.append(sign(f"the same cell in float32 has a finite loss there ({reference.loss:.4g})"))
+    elif reference is not None:
+        clues += [against("the same cell in float32 loses its loss there, too")] * 2
+    after = [s for s in case.record.steps if s.step >= first.step]
+    if len(after) > 1 and case.poisoned is None and not any(math.isfinite(s.loss or math.nan) for s in after):
+        clues.append(sign(f"no step from there on has a finite loss, though no weight was lost ({len(after)} steps)"))
     if case.failed(base_finite.Reason.NONFINITE):
         clues.append(against("the base's weights were not finite to begin with"))
     return clues
@@ -116,11 +137,26 @@ def _backward_overflow(case: Case) -> list[Clue]:
         return []
     if any(s.step < bad.step and s.effect == "poisoned" for s in case.record.steps):
         return []
+    # a scaler that skips such a step does what it is for
+    if bad.skipped:
+        return []
     clues = [sign(f"the loss of step {bad.step} is finite and its gradients are not, in float16")]
-    if case.record.loss_scaling:
-        skipped = sum(s.skipped for s in case.record.steps)
-        clues.append(hint(f"{skipped} of {len(case.record.steps)} steps were skipped by the loss scaler"))
+    reference = _float32_step(case, bad.step)
+    if reference is not None and reference.gradients_finite:
+        clues.append(sign(f"the same cell in float32 has gradients of norm {reference.grad_norm:.4g} there"))
+    elif reference is not None:
+        clues.append(against("the same cell in float32 has gradients there that are not finite, too"))
+    largest = max((s.max_abs_gradient or 0.0 for s in case.record.steps if s.gradients_finite), default=0.0)
+    if largest > _FLOAT16_LARGEST / 100:
+        clues.append(sign(f"other steps have gradients up to {largest:.3g}, near float16's largest number"))
     return clues
+
+
+def _float32_step(case: Case, number: int) -> StepRecord | None:
+    """The step of the float32 reference with this number; None where there is none."""
+    reference = case.references.get("fp32")
+    steps = () if reference is None or case.record.precision == "fp32" else reference.steps
+    return next((s for s in steps if s.step == number and s.loss is not None), None)
 
 
 def _gradient_underflow(case: Case) -> list[Clue]:
@@ -130,8 +166,16 @@ def _gradient_underflow(case: Case) -> list[Clue]:
     tiny = [s for s in record.steps if s.max_abs_gradient is not None and s.max_abs_gradient < 16 * _FLOAT16_SMALLEST]
     if not tiny:
         return []
+    reference = _float32_step(case, tiny[0].step)
+    # what is nothing in float32 did not get lost in float16
+    if reference is not None and not reference.grad_norm:
+        return []
+    if not tiny[0].max_abs_gradient and reference is None:
+        return []
     return [
-        sign(f"the largest gradient of step {tiny[0].step} is {tiny[0].max_abs_gradient:.3g}, at the edge of float16"),
+        decisive(
+            f"the largest gradient of step {tiny[0].step} is {tiny[0].max_abs_gradient:.3g}, at the edge of float16"
+        ),
         hint("nothing scales the loss up"),
     ]
 
@@ -156,7 +200,10 @@ def _loss_scale_collapse(case: Case) -> list[Clue]:
 
 
 def _half_master(case: Case) -> list[Clue]:
-    return [hint(f) for f in case.failed("fp32_master")[:1]]
+    others = {f.invariant for f in case.verdict.failures} - _FOLLOWS_FROM_HALF_STATES
+    narrow = fp32_master.Reason
+    found = case.failed(narrow.NARROW_AT_FIRST, narrow.NARROW_AT_LAST, narrow.NARROW_STATES)
+    return [(hint if others else decisive)(f) for f in found[:1]]
 
 
 def _unscaled_half(case: Case) -> list[Clue]:
@@ -222,6 +269,7 @@ NUMBERS: tuple[Mechanism, ...] = (
         "trainable tensors or optimizer states are half precision: small updates and weight decay round away",
         "keep the adapter in float32 (autocast_adapter_dtype=True); where half precision is meant, waive fp32_master",
         _half_master,
+        locates=True,
     ),
 )
 """Causes in the number formats; of two that are worth the same, the earlier goes first."""

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from pytest_sftguard.diagnosis.case import Case, Clue, decisive, hint, shown_by, sign
 from pytest_sftguard.diagnosis.mechanism import Mechanism
-from pytest_sftguard.invariants import base_bit_frozen, base_finite, identity_at_init, trainable_set_exact
+from pytest_sftguard.invariants import (
+    base_bit_frozen,
+    base_finite,
+    identity_at_init,
+    optimizer_owns_trainables,
+    precision_is_real,
+    trainable_set_exact,
+)
 from pytest_sftguard.precision import MODES
 
 
@@ -13,12 +20,13 @@ def _not_in_optimizer(case: Case) -> list[Clue]:
     clues = []
     if optimizer is not None and optimizer.owns_trainables is False and case.record.adapter:
         clues.append(sign("the parameters of the optimizer are not the trainable parameters of the model"))
-    found = case.failed("optimizer_owns_trainables")
+    found = case.failed(optimizer_owns_trainables.Reason.LACKING, optimizer_owns_trainables.Reason.OTHERS)
     if found and case.record.adapter:
         clues.append(decisive(found[0]))
     rates = [s for s in case.record.steps if s.learning_rate]
-    if case.no_effect and rates and all(s.gradients_finite and s.grad_norm for s in case.record.steps):
-        clues.append(sign("gradients and learning rate are there, and no step changed a parameter"))
+    received = all(s.gradients_finite and s.grad_norm and s.received_grad_norm != 0 for s in case.record.steps)
+    if case.no_effect and rates and received and not case.half_trainables:
+        clues.append(decisive("gradients and learning rate are there, and no step changed a parameter"))
     return clues
 
 
@@ -38,19 +46,50 @@ def _partly_frozen(case: Case) -> list[Clue]:
 
 def _base_trains(case: Case) -> list[Clue]:
     found, changed = (case.failed(r) for r in (base_bit_frozen.Reason.TRAINABLE, base_bit_frozen.Reason.CHANGED))
-    return [*map(decisive, found), *map(hint, changed)] if found else []
+    return [*map(decisive, found), *map(hint, changed)] if found and not _other_adapter(case) else []
 
 
 def _base_changes(case: Case) -> list[Clue]:
     found, trainable = (case.failed(r) for r in (base_bit_frozen.Reason.CHANGED, base_bit_frozen.Reason.TRAINABLE))
-    return [] if trainable else [decisive(f) for f in found]
+    return [] if trainable or _other_adapter(case) else [decisive(f) for f in found]
+
+
+def _other_adapter(case: Case) -> list[Clue]:
+    base = case.record.base
+    factors = [n for n in base.changed.first if any(p.startswith("lora_") for p in n.split("."))] if base else []
+    if base is None or not factors or len(factors) < len(base.changed.first):
+        return []
+    found = case.failed(base_bit_frozen.Reason.CHANGED)
+    return [decisive(found[0]), hint(f"{factors[0]} belongs to an adapter that is not the active one")] if found else []
+
+
+def _both_zero(case: Case) -> list[Clue]:
+    start = case.record.initial
+    return shown_by(identity_at_init.Reason.ZERO_A)(case) if start is not None and not start.nonzero_b else []
+
+
+def _fresh_head(case: Case) -> list[Clue]:
+    """A head that no checkpoint holds, and that the adapter's file does not hold either."""
+    base, trip = case.record.foundation, case.record.round_trip
+    if base is None or trip is None or not base.not_loaded or base.not_loaded.count > _HEAD or not trip.drawn:
+        return []
+    if trip.other_seed is None or not trip.drawn.count <= base.not_loaded.count:
+        return []
+    return [
+        decisive(f"the checkpoint lacks {base.not_loaded} alone, which was drawn at random"),
+        decisive(f"no adapter file holds {trip.drawn}"),
+    ]
 
 
 def _random_rows(case: Case) -> list[Clue]:
     trip = case.record.round_trip
-    if trip is None or not trip.drawn or trip.other_seed is None:
+    if trip is None or not trip.drawn or trip.other_seed is None or _fresh_head(case):
         return []
     return [decisive(f"{trip.drawn} comes out otherwise under another seed, and no adapter file holds it")]
+
+
+def _not_loaded(case: Case) -> list[Clue]:
+    return [] if _fresh_head(case) else shown_by(base_finite.Reason.NOT_LOADED)(case)
 
 
 def _checkpoint_type(case: Case) -> list[Clue]:
@@ -68,9 +107,14 @@ def _checkpoint_type(case: Case) -> list[Clue]:
 
 
 def _precision(case: Case) -> list[Clue]:
-    found = case.doubted("precision_is_real")
-    return [sign(found[0])] if found and case.record.error is None else []
+    seen = precision_is_real.Reason
+    happened = (seen.COMPUTED, seen.WEIGHTS, seen.NO_SCALER, seen.AUTOCAST, seen.TF32)
+    found = [f for f in case.doubted("precision_is_real") if f.because(*happened)]
+    return [decisive(found[0])] if found and case.record.error is None else []
 
+
+_HEAD = 4
+"""Most tensors of a head: two layers with a weight and a bias each."""
 
 WIRING: tuple[Mechanism, ...] = (
     Mechanism(
@@ -104,6 +148,12 @@ WIRING: tuple[Mechanism, ...] = (
         _base_trains,
     ),
     Mechanism(
+        "other_adapter_trained",
+        "another adapter trains than the one that is active at the end, and saved",
+        "call set_adapter once, before the Trainer is made, with the adapter that trains and is saved",
+        _other_adapter,
+    ),
+    Mechanism(
         "base_changed",
         "something writes to the base's weights while the adapter trains",
         "look for callbacks and forward passes that write to weights or buffers",
@@ -113,7 +163,13 @@ WIRING: tuple[Mechanism, ...] = (
         "adapter_perturbs_the_base",
         "the adapter changes the base's answers before the first step",
         "leave init_lora_weights=True, and do not draw lora_B at random",
-        shown_by(identity_at_init.Reason.NONZERO_B, identity_at_init.Reason.ZERO_A),
+        shown_by(identity_at_init.Reason.NONZERO_B),
+    ),
+    Mechanism(
+        "both_factors_zero",
+        "both factors of a pair begin at zero, so that neither has an effect or gets a gradient",
+        "leave lora_A as it is drawn (init_lora_weights=True), and look at what fills weights after the wrap",
+        _both_zero,
     ),
     Mechanism(
         "nan_in_base_weights",
@@ -122,10 +178,16 @@ WIRING: tuple[Mechanism, ...] = (
         shown_by(base_finite.Reason.NONFINITE),
     ),
     Mechanism(
+        "fresh_head_not_saved",
+        "the head is new, drawn at random, and the adapter's file does not hold it",
+        "name it in modules_to_save, or give the task_type of the configuration, which does so for heads",
+        _fresh_head,
+    ),
+    Mechanism(
         "base_not_loaded",
         "tensors that the checkpoint lacks are drawn at random",
         "load a checkpoint of the same architecture, and read transformers' load report",
-        shown_by(base_finite.Reason.NOT_LOADED),
+        _not_loaded,
     ),
     Mechanism(
         "base_not_reproducible",

@@ -19,6 +19,10 @@ class Reason(verdicts.Reason):
     NOT_LOW_RANK = "the adapter has no low-rank factors"
     NOT_SEEN = "no pair of factors was seen"
     OTHER_SCALING = "the alpha and rank of the configuration do not give the scaling of {observed:# module}: {names}"
+    ZERO_SCALING = (
+        "the adapter of {observed:# module} is multiplied by lora_alpha / r = 0, so that it has no effect and gets no"
+        " gradient: {names}"
+    )
     ZERO_A = "{observed:# factor} must not start at zero and did, so that nothing passes: {names}"
     NONZERO_B = (
         "{observed:# factor} did not start at zero and changed with the seed, which a loaded adapter does not"
@@ -59,6 +63,7 @@ class IdentityAtInit(Invariant):
             yield self.not_evaluated(Reason.NOT_SEEN)
             return
         yield from self.forbid(Reason.OTHER_SCALING, initial.wrong_scaling)
+        yield from self.forbid(Reason.ZERO_SCALING, initial.zero_scaling)
         yield from self.forbid(Reason.ZERO_A, initial.zero_a)
         if initial.loaded is False:
             yield from self.forbid(Reason.NONZERO_B, initial.nonzero_b, init=initial.init)

@@ -118,3 +118,7 @@ class DecodingRecord:
     the target's own `generate` answered, because it returns texts only."""
     repeated: bool = False
     """Whether two forward passes in evaluation mode gave the same bits."""
+    right_padded: int | None = None
+    """Number of prompts of the batch with padding behind them; None if the model's inputs were not seen."""
+    unmasked: int | None = None
+    """Number of the batch's padding tokens that its attention mask, or a missing one, lets others attend to."""

@@ -51,6 +51,14 @@ class ContextRecord:
     """Number of four-dimensional attention masks that the model was given."""
     blind_queries: int = 0
     """Number of rows of such masks that let a token attend to nothing, not even to itself."""
+    inputs: tuple[str, ...] = ()
+    """Names of the tensors that the model was given in training."""
+    padding_seen: int = 0
+    """Number of padding tokens in front of a row's first token that the row's two-dimensional mask, or a missing one,
+    lets the tokens behind them attend to."""
+    recurrent: str = ""
+    """Type of the first layer that carries a state from token to token, such as `linear_attention`; empty if the
+    configuration names none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +169,8 @@ class RoundTripRecord:
     """Low-rank factors in the file that are all zeros, so that their layer is the base's."""
     differing: Names = NONE
     """Tensors whose bits in the reloaded model are not those in the trained one."""
+    file_differing: Names | None = None
+    """Tensors whose numbers in the file are not those in the trained model; None if that was not compared."""
     load_warnings: tuple[str, ...] = ()
     """Warnings of the load about missing, unexpected or mismatched tensors."""
     fresh_base_digest: str = ""

@@ -19,6 +19,9 @@ class DefectRecord:
     """Optimizer step of the first micro-batch with such a row; None in the data set."""
     example: str = ""
     """One such row, shortened."""
+    offset: int | None = None
+    """Number of places by which the labels of every such row are shifted from its tokens, positive for later tokens;
+    None if no shift explains them all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,12 @@ class SupervisionRecord:
     """Defects in the micro-batches."""
     dataset_defects: tuple[DefectRecord, ...] = ()
     """Defects in the data set."""
+    strange_inputs: int | None = None
+    """Number of rows in the micro-batches whose tokens are those of no row of the data set; None if not all of its rows
+    were read, or if they have no labels."""
+    strange_labels: int | None = None
+    """Number of rows in the micro-batches whose tokens are a row's of the data set, and whose labels are not; None as
+    above."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,8 @@ class StepRecord:
     """Trainable tensors of layers that no token passed through in the step, such as an expert that was not chosen."""
     stale_gradients: Names = NONE
     """Trainable tensors that had a non-zero gradient when the step began, because no zero_grad cleared it."""
+    gradients_cleared: bool = False
+    """Whether an earlier micro-batch of the step gave gradients, and none was left when a later one began."""
     max_change_before: float | None = None
     """Largest absolute change of a trainable element between the end of the previous step and this step's gradients."""
     nonfinite_weights: Names = NONE
@@ -142,6 +144,9 @@ class FirstStepRecord:
     """Class of transformers whose own, unchanged forward pass returned that loss; empty where other code did."""
     label_entropy: float | None = None
     """Entropy of the distribution of the step's labels, in nats: the loss of a model that knows only that."""
+    model_loss: str = ""
+    """Class of the model whose own forward pass computes the loss, called by the Trainer's own `compute_loss`; empty if
+    other code computes it, or if that was not seen."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,6 +98,8 @@ class OptimizerRecord:
     """Tensors that it does not own, though they were trainable when the training began, or are at its end."""
     foreign: Names = NONE
     """Tensors of the model that it owns and that became trainable only after the training had begun."""
+    without_rate: Names = NONE
+    """Trainable tensors in groups with the learning rate 0, while another group has a positive one."""
     twice: Names = NONE
     """Tensors that it owns in more than one place."""
     idle: int = 0
@@ -162,6 +164,8 @@ class InitialRecord:
     """Factors that are not zero and must be, unless they were loaded."""
     wrong_scaling: Names = NONE
     """Modules whose scaling does not follow from the configuration's rank and alpha, with both numbers."""
+    zero_scaling: Names = NONE
+    """Modules whose factors are multiplied by zero, as with `lora_alpha=0`."""
     logits: int | None = None
     """Number of logits compared with the base's, in evaluation mode; None if none could be compared."""
     changed_logits: int | None = None

@@ -17,7 +17,7 @@ def by_step(run: JudgedRun) -> list[Finding]:
 
 
 def headline(run: JudgedRun) -> str:
-    """Why a run did not pass, as one sentence: its most likely cause, or else the first finding."""
+    """Why a run did not pass, as one sentence: its cause where there is evidence for one, or else the first finding."""
     if not run.verdict.failures:
         reasons = [told(f) for f in run.verdict.not_evaluated if f.required] or ["nothing in it could be judged"]
         return f"{run.record.cell} not evaluated: {'; '.join(reasons)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from pytest_sftguard.diagnosis import diagnose
+from pytest_sftguard.diagnosis import NEVER_MEANT, certain, diagnose
 from pytest_sftguard.rendering import told
 from pytest_sftguard.reports._headline import by_step, headline
 from pytest_sftguard.reports._screen import Screen
@@ -28,6 +28,7 @@ def message(run: JudgedRun, rerun: str, screen: Screen) -> str:
         ("target", record.target + (f" with model {record.model}" if record.model else "")),
         *(("" if f.step is None else f"step {f.step}", _described(f)) for f in failures),
         *_cause(run),
+        *_accepting(failures, "--sftguard-waive=NAME, or waive= in the marker" if rerun else "--waive NAME"),
     ]
     invariants = ", ".join(dict.fromkeys(f.invariant for f in failures))
     lines = screen.wrap(f"{record.cell} FAILED: {invariants}", _INDENT)
@@ -52,7 +53,7 @@ def _described(finding: Finding) -> str:
 def _cause(run: JudgedRun) -> list[tuple[str, str]]:
     found = diagnose(run)
     if not found:
-        return []
+        return [("cause", "no known mechanism fits"), *_certain(run)]
     first, *others = found
     return [
         ("cause", f"{first.mechanism}: {first.summary}"),
@@ -61,6 +62,41 @@ def _cause(run: JudgedRun) -> list[tuple[str, str]]:
         ("cure", first.cure),
         *([("or else", ", ".join(d.mechanism for d in others))] if others else []),
     ]
+
+
+def _certain(run: JudgedRun) -> list[tuple[str, str]]:
+    """What is certain where no mechanism is named: where it begins, and what that rules out."""
+    error, known = run.record.error, certain(run)
+    if error is not None and error.stage in ("build", "train"):
+        return [("certain", f"the code under test raised {error}" + (f" in {error.where}" if error.where else ""))]
+    if known is None or known.station is None:
+        return []
+    at = "" if known.first.step is None else f" at step {known.first.step}"
+    rows = [("certain", f"the first that deviates is {known.station.value}{at}: {told(known.first)}")]
+    if known.sound and not known.unseen and not known.failed:
+        rows.append(
+            ("ruled out", f"all that comes before it, up to {known.sound[-1].value}, as far as it was looked at")
+        )
+    elif known.sound:
+        rows.append(("ruled out", f"{_listed([s.value for s in known.sound])}, as far as they were looked at"))
+    if known.unseen:
+        rows.append(("open", f"nothing looked at {_listed([s.value for s in known.unseen])}"))
+    return rows
+
+
+def _listed(names: list[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)}, and {last}" if others else last
+
+
+def _accepting(failures: list[Finding], how: str) -> list[tuple[str, str]]:
+    """How to accept findings that may be meant, or that only a library can mend: `how`, with the invariant's name."""
+    names = list(dict.fromkeys(f.invariant for f in failures if f.invariant not in NEVER_MEANT))
+    if not names:
+        return []
+    if len(names) == 1:
+        return [("if meant", f"accept it with {how.replace('NAME', names[0])}")]
+    return [("if meant", f"accept an invariant with {how}")]
 
 
 def _command(command: str, width: int) -> list[str]:

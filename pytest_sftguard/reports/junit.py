@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from pytest_sftguard.diagnosis import diagnose
 from pytest_sftguard.verdicts import JudgedRun
 
 
@@ -18,6 +19,8 @@ def properties(run: JudgedRun) -> list[tuple[str, str]]:
         "steps": len(record.steps),
         "seconds": record.seconds,
     }
+    if verdict.failures:
+        values["cause"] = next((d.mechanism for d in diagnose(run)), "unknown")
     if record.steps:
         finite = [g for g in record.grad_norms if math.isfinite(g)]
         values |= {

@@ -145,7 +145,7 @@ def test_a_run_leaves_no_trace(run_cell: Callable[..., JudgedRun]) -> None:
     [
         ("no_trainer", "not a transformers.Trainer"),
         ("narrow", "must take model, dtype and any \\*\\*training_arguments"),
-        ("dropped_wrapper", "Give the Trainer what get_peft_model returned"),
+        ("dropped_wrapper", "its result is what has to be trained"),
         ("ignores_batch", "was asked for per_device_train_batch_size=8, and its Trainer has 4"),
         ("missing", "module tests.targets.tiny has no missing"),
         ("no.such.module:build", "cannot be imported: ModuleNotFoundError"),

@@ -52,6 +52,32 @@ SEEN: dict[str, tuple[str, int | None]] = {
     "nan_at_the_end": ("weights_and_moments_finite", None),
 }
 """The invariant that ought to see each fault, and the step that it ought to name."""
+CAUSES = {
+    "nan_in_one_gradient_kept": "nonfinite_gradient_clipped",
+    "infinite_moment": "optimizer_state_poisoned",
+    "factor_frozen_midway": "gradient_does_not_reach_a_part",
+    "layer_missing_from_the_optimizer": "adapter_not_in_optimizer",
+    "update_undone": "weights_changed_from_outside",
+    "average_written_back": "weights_changed_from_outside",
+    "one_bit_in_a_buffer": "base_changed",
+    "constant_loss": "loss_does_not_reach_the_adapter",
+    "two_steps_in_one": "optimizer_stepped_beside_the_loop",
+    "gradients_never_cleared": "gradients_not_cleared",
+    "scheduler_steps_twice": "schedule_too_fast",
+    "saved_too_early": "adapter_file_differs",
+    "half_of_the_file": "adapter_file_incomplete",
+    "rounded_file": "adapter_file_differs",
+    "another_alpha_in_the_file": "scaling_wrong",
+    "layer_left_out": "gradient_does_not_reach_a_part",
+    "kernel_in_half_precision": "kernel_computes_otherwise",
+    "gradients_enlarged": "gradients_altered",
+    "norm_faked": "logged_norm_altered",
+    "optimizer_skips": "optimizer_leaves_out_steps",
+    "wrong_adapter_active": "other_adapter_trained",
+    "bfloat16_norms": "updates_swallowed_in_bfloat16",
+    "nan_at_the_end": "nan_in_adapter",
+}
+"""The first cause of those that have one."""
 IN_PRECISION = {"bfloat16_norms": "bf16-true"}
 NO_EVIDENCE = {
     "half_of_the_layers_in_float32": "bf16-mixed",
@@ -63,11 +89,13 @@ NO_EVIDENCE = {
 
 @pytest.mark.parametrize("target", SEEN)
 def test_an_unlisted_fault_is_seen(run_cell: Callable[..., JudgedRun], target: str) -> None:
-    """The invariant that exists for the fault fails, and names the step where it happened."""
+    """The invariant that exists for the fault fails and names the step, and the first cause is the right one."""
     run = run_cell(f"tests.targets.faulty:{target}", precision=IN_PRECISION.get(target, "fp32"))
     invariant, step = SEEN[target]
     assert run.verdict.outcome is Outcome.FAILED
     assert (invariant, step) in {(f.invariant, f.step) for f in run.verdict.failures}
+    if target in CAUSES:
+        assert diagnose(run)[0].mechanism == CAUSES[target]
 
 
 def test_a_kernel_that_gives_other_numbers_is_named(run_cell: Callable[..., JudgedRun]) -> None:

@@ -22,7 +22,7 @@ from pytest_sftguard.reports import failure, json_files, junit, terminal
 from pytest_sftguard.reports._headline import headline
 from pytest_sftguard.reports._screen import Screen, columns
 from pytest_sftguard.session import message, pack, unpack
-from pytest_sftguard.verdicts import JudgedRun, judge
+from pytest_sftguard.verdicts import JudgedRun, Verdict, judge
 from tests.strategies import healthy_records, non_finite
 from tests.support import canned
 from tests.support.canned import healthy, with_step, with_steps
@@ -75,6 +75,41 @@ def test_failure_says_why(label):
     """Where a mechanism is likely, the text names it, its evidence and its cure."""
     text = failure.message(judged(with_step(healthy(), 2, supervised_tokens=0)), RERUN, SCREEN)
     assert re.search(rf"^  {label} +\S", text, re.MULTILINE)
+
+
+SKIPPED = judged(dataclasses.replace(healthy(Cell("fp16-mixed", 2, 1), steps=8, skipped=(1, 2, 3, 4)), schedule=None))
+RAISED = judged(healthy(error=ErrorRecord(stage="train", type="KeyError", message="row 7", where="mine.py:3 in f")))
+
+
+def test_failure_without_a_cause_says_what_is_certain():
+    """Without evidence for a mechanism the text says so, where it begins, and what that rules out."""
+    text = flat(failure.message(SKIPPED, RERUN, SCREEN))
+    assert "cause no known mechanism fits certain the first that deviates is the optimizer's step at step 4: " in text
+    assert "ruled out rows and labels, the model before its first step, the forward pass and its loss, " in text
+    assert "open nothing looked at the learning rate" in text
+    assert "or else" not in text
+
+
+def test_exception_of_the_training_is_what_is_certain():
+    """Of a training that raised, the exception and its place are certain."""
+    text = flat(failure.message(RAISED, RERUN, SCREEN))
+    assert "no known mechanism fits certain the code under test raised KeyError: row 7 in mine.py:3 in f" in text
+
+
+@pytest.mark.parametrize(
+    ("rerun", "words"), [(RERUN, "--sftguard-waive=effective_steps, or waive= in the marker"), ("", "--waive")]
+)
+def test_failure_says_how_to_accept_it(rerun, words):
+    """What may be meant can be waived: by option or marker in a session, by another option where records are judged."""
+    assert f"if meant accept it with {words}" in flat(failure.message(SKIPPED, rerun, SCREEN))
+
+
+def test_nobody_means_a_loss_that_is_not_finite():
+    """What is not finite is nothing to accept."""
+    lost = judged(dataclasses.replace(with_step(healthy(), 3, loss=math.nan, micro_losses=(math.nan,)), log=()))
+    kept = [f for f in lost.verdict.failures if f.invariant == "raw_loss_finite"]
+    text = failure.message(JudgedRun(lost.record, Verdict(tuple(kept))), RERUN, SCREEN)
+    assert "if meant" not in text
 
 
 def test_failure_findings_are_in_the_order_of_steps():
@@ -316,6 +351,8 @@ def test_properties_are_scalars(record):
         pytest.param(healthy(), "verdict", "passed", id="passed"),
         pytest.param(BAD, "verdict", "failed", id="failed"),
         pytest.param(BAD, "failed", "evidence_complete,raw_loss_finite", id="invariants"),
+        pytest.param(with_step(healthy(), 2, supervised_tokens=0), "cause", "all_labels_masked", id="cause"),
+        pytest.param(RAISED.record, "cause", "unknown", id="no-cause"),
         pytest.param(healthy(not_run="no"), "verdict", "not evaluated", id="not-evaluated"),
         pytest.param(with_step(healthy(), 1, loss=NAN), "loss_first", "nan", id="nan"),
         pytest.param(healthy(), "grad_norm_max", "2.0", id="norm"),

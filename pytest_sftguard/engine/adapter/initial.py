@@ -47,6 +47,7 @@ def start(model: nn.Module) -> InitialRecord:
         zero_a=Names.of(zero),
         nonzero_b=Names.of(nonzero if begins_at_zero else ()),
         wrong_scaling=Names.of(_wrong_scaling(model, config)),
+        zero_scaling=Names.of(_zero_scaling(model)),
     )
 
 
@@ -149,5 +150,16 @@ def _wrong_scaling(model: nn.Module, config: Any) -> Iterator[str]:
             rank = ranks.get(get_pattern_key(list(ranks), key), config.r)
             alpha = alphas.get(get_pattern_key(list(alphas), key), config.lora_alpha)
             wanted = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-            if not (scaling[adapter] > 0 and math.isclose(scaling[adapter], wanted, rel_tol=1e-6)):
+            if scaling[adapter] != 0 and not (
+                scaling[adapter] > 0 and math.isclose(scaling[adapter], wanted, rel_tol=1e-6)
+            ):
                 yield f"{name} ({scaling[adapter]:.6g}, not {wanted:.6g})"
+
+
+def _zero_scaling(model: nn.Module) -> Iterator[str]:
+    """Modules whose factors are multiplied by zero: whatever they hold has no effect, and gets no gradient."""
+    inner: Any = getattr(getattr(model, "base_model", None), "model", model)
+    for name, layer in tuner_layers(inner).items():
+        scaling: Any = getattr(layer, "scaling", None)
+        if isinstance(scaling, dict) and any(scaling.get(adapter) == 0 for adapter in active_adapters(model)):
+            yield name

@@ -25,6 +25,9 @@ class Reloading(Protocol):
     partial: bool
     """Whether the file holds an adapter, which needs its base."""
 
+    def written(self, folder: Path) -> bool:
+        """Whether saving the model into `folder` wrote anything of what was trained."""
+
     def files(self, folder: Path) -> list[Path]:
         """The weight files that saving the model into `folder` made."""
 
@@ -63,6 +66,9 @@ class _OfPeft:
         """Where peft saves the active adapter: in a subfolder, unless its name is `default`."""
         return folder if self._name == "default" or folder.name == self._name else folder / self._name
 
+    def written(self, folder: Path) -> bool:
+        return (self._folder(folder) / _CONFIG).exists()
+
     def files(self, folder: Path) -> list[Path]:
         return [p for n in _ADAPTER_FILES if (p := self._folder(folder) / n).exists()]
 
@@ -97,6 +103,9 @@ class _Inside:
     def __init__(self, trained: nn.Module, path: str) -> None:
         self._path, self._name = path, active_adapters(trained)[0]
 
+    def written(self, folder: Path) -> bool:
+        return any(folder.rglob(_CONFIG))
+
     def files(self, folder: Path) -> list[Path]:
         homes = sorted(c.parent for c in folder.rglob(_CONFIG))
         return [p for home in homes[:1] for n in _ADAPTER_FILES if (p := home / n).exists()]
@@ -127,6 +136,9 @@ class _Whole:
     """A model without an adapter: all of it is in the file."""
 
     partial = False
+
+    def written(self, folder: Path) -> bool:
+        return bool(self.files(folder))
 
     def files(self, folder: Path) -> list[Path]:
         return sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])

@@ -37,6 +37,7 @@ class Target:
 
     def trainer(self, **arguments: Any) -> Trainer:
         """Call the function. Raises TargetError if it refuses the keywords or does not return a complete Trainer."""
+        from peft import PeftModel
         from transformers import Trainer
 
         must = "It must take model, dtype and any **training_arguments by keyword"
@@ -45,10 +46,18 @@ class Target:
             raise TargetError(f"target {self.path} returned {_described(trainer)}, not a transformers.Trainer")
         if trainer.train_dataset is None:
             raise TargetError(f"target {self.path} returned a Trainer without a train_dataset")
-        if _wrapped_and_dropped(trainer.model):
+        wrapped = isinstance(trainer.model, PeftModel)
+        if wrapped and any(isinstance(m, PeftModel) for m in trainer.model.modules() if m is not trainer.model):
             raise TargetError(
-                f"target {self.path} trains the base model that get_peft_model put an adapter into, and not the"
-                " PeftModel that it returned: no adapter would be saved. Give the Trainer what get_peft_model returned"
+                f"target {self.path} wrapped its model twice: get_peft_model was called on a model that it had wrapped"
+                " already, so that the inner adapter is in no file; call it once, or add the second adapter with"
+                " model.add_adapter"
+            )
+        if _has_discarded_adapter(trainer.model):
+            raise TargetError(
+                f"target {self.path} put LoRA layers into its model and gave the Trainer the model without its adapter:"
+                " get_peft_model changes the model in place, and its result is what has to be trained and saved; write"
+                " model = get_peft_model(model, config)"
             )
         return trainer
 
@@ -84,6 +93,15 @@ class Target:
                     f"questions() of target {self.path} must return (prompt, number) pairs, not {_described(item)}"
                 ) from None
         return pairs
+
+
+def _has_discarded_adapter(model: Any) -> bool:
+    """Whether peft put layers into `model` for a wrapper that is gone; transformers' `add_adapter` needs none."""
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    saves = any(isinstance(m, PeftModel) or getattr(m, "_hf_peft_config_loaded", False) for m in model.modules())
+    return not saves and any(isinstance(m, BaseTunerLayer) for m in model.modules())
 
 
 def resolve(path: str) -> Target:

@@ -31,6 +31,8 @@ without logits."""
 _SCORES = 1 << 28
 """Logits of single rows that are kept, 1 GB in float32: rows beyond are not compared, except for the first."""
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
+_RECURRENT = ("linear_attention", "mamba", "recurrent", "conv")
+"""Parts of the names that configurations give to layers with a state."""
 
 
 class Context(Look[Trained]):
@@ -65,7 +67,14 @@ class Context(Look[Trained]):
         record = ContextRecord(
             arithmetic="", asked=0, masks=len(masks), blind_queries=sum(map(_blind, masks)), **_rotary(trained)
         )
-        record = dataclasses.replace(record, left_out=_incomparable(trained, self._given))
+        names = {k for given in self._given for k, v in given.items() if isinstance(v, Tensor)}
+        record = dataclasses.replace(
+            record,
+            left_out=_incomparable(trained, self._given),
+            inputs=tuple(sorted(names)),
+            padding_seen=sum(_padding_seen(trained, given) for given in self._given),
+            recurrent=_recurrent(trained),
+        )
         if record.left_out:
             if not record.rotary:
                 raise InapplicableError(record.left_out)
@@ -328,6 +337,23 @@ def _ends(model: Any) -> set[Any]:
     end = getattr(config, "eos_token_id", None)
     known = {*(end if isinstance(end, (list, tuple)) else [end]), getattr(config, "bos_token_id", None)}
     return known | ({_padding(model)} if pad is None else set())
+
+
+def _padding_seen(model: Any, given: dict[str, Any]) -> int:
+    """Return how many padding tokens stand in front of a row's first token and are let through by the mask."""
+    ids, mask = given.get("input_ids"), given.get("attention_mask")
+    if not (isinstance(ids, Tensor) and ids.ndim == 2) or _padding(model) in _ends(model):
+        return 0
+    if isinstance(mask, Tensor) and mask.shape != ids.shape:
+        return 0
+    in_front = (ids != _padding(model)).int().cumsum(-1) == 0
+    return int((in_front if mask is None else in_front & (mask != 0)).sum())
+
+
+def _recurrent(model: Any) -> str:
+    """Return the first type of layer in the configuration that carries a state; empty where it names none."""
+    types = getattr(getattr(forwards.inner(model), "config", None), "layer_types", None) or ()
+    return next((str(t) for t in types if any(word in str(t) for word in _RECURRENT)), "")
 
 
 def _blind(mask: Tensor) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -80,7 +81,8 @@ def _by_guard(reached: Reloaded, asked: list[str], **counts: Any) -> DecodingRec
         )
         return output.sequences[:, width:], list(output.logits)
 
-    together, scores = decoded(asked)
+    with _watched_padding(model, tokenizer) as padding:
+        together, scores = decoded(asked)
     ends = _ends(model)
     differences, largest = [], 0.0
     for i, prompt in enumerate(asked):
@@ -98,13 +100,16 @@ def _by_guard(reached: Reloaded, asked: list[str], **counts: Any) -> DecodingRec
             differences.append(
                 DifferenceRecord(prompt=prompt, position=parts, margin=margin, alone=texts[0], batched=texts[1])
             )
+    counts |= padding
     return DecodingRecord(arithmetic=arithmetic, differences=tuple(differences), max_change=largest, **counts)
 
 
 def _by_target(reached: Reloaded, asked: list[str], **counts: Any) -> DecodingRecord:
     """Compare texts of the target's own `generate`."""
     model, tokenizer, target = reached.reloaded_model, reached.trainer.processing_class, reached.target
-    together = target.texts(model, tokenizer, asked)
+    with _watched_padding(model, tokenizer) as padding:
+        together = target.texts(model, tokenizer, asked)
+    counts |= padding
     differences = []
     for prompt, batched in zip(asked, together, strict=True):
         with generation.watched(model, best=True) as scores:
@@ -120,6 +125,33 @@ def _by_target(reached: Reloaded, asked: list[str], **counts: Any) -> DecodingRe
                 )
             )
     return DecodingRecord(arithmetic=reached.mode.compute_dtype, own=True, differences=tuple(differences), **counts)
+
+
+@contextlib.contextmanager
+def _watched_padding(model: Any, tokenizer: Any) -> Iterator[dict[str, int]]:
+    """Yield a dict that receives `right_padded` and `unmasked` of the first batch that the model is given."""
+    found: dict[str, int] = {}
+    pad = getattr(tokenizer, "pad_token_id", None)
+
+    def look(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
+        if found or not (isinstance(ids, Tensor) and ids.ndim == 2 and len(ids) > 1 and ids.shape[1] > 1):
+            return
+        hidden = torch.zeros_like(ids, dtype=torch.bool)
+        if isinstance(mask, Tensor) and mask.shape == ids.shape:
+            hidden = mask == 0
+        padding = hidden if pad is None else hidden | (ids == pad)
+        # padding is at the ends of a row; the same id within a prompt is a token
+        front, behind = (~padding).int().cumsum(-1) == 0, (~padding).flip(-1).int().cumsum(-1).flip(-1) == 0
+        found["right_padded"] = int(behind.any(-1).sum())
+        found["unmasked"] = int(((front | behind) & ~hidden).sum())
+
+    # peft's wrapper does not call itself
+    hook = forwards.inner(model).register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        hook.remove()
 
 
 def _ends(model: Any) -> set[int]:

@@ -16,6 +16,8 @@ from pytest_sftguard.engine.looks import InapplicableError, Look
 from pytest_sftguard.engine.stages import Started
 from pytest_sftguard.records import DefectRecord, SupervisionRecord
 
+_ALIKE = 4
+"""Fewest rows whose labels must be shifted alike to be called shifted."""
 _ENDS_WITHIN = 2
 """Last labels of a row among which the end token must be: chat templates put a line break after it."""
 
@@ -61,6 +63,7 @@ class Supervision(Look[Started]):
                 answered_rows=audit.answered,
                 trained_defects=found,
                 dataset_defects=rest,
+                **_strange([row for _, batch in trained for row in batch], rows, trainer.train_dataset),
             )
         }
 
@@ -84,6 +87,23 @@ class Supervision(Look[Started]):
             asks=False,
             trained_defects=() if defect is None else (defect,),
         )
+
+
+def _strange(trained: Sequence[Row], rows: Sequence[Row], dataset: Any) -> dict[str, int]:
+    """Count the rows as trained on whose tokens, or whose labels, are not those of the data set's rows."""
+    if not rows or len(rows) < len(dataset):
+        return {}
+    known: dict[Any, set[Any]] = {}
+    for row in rows:
+        known.setdefault(tuple(row.ids), set()).add(tuple(row.labels or ()))
+    held = [known.get(tuple(row.ids)) for row in trained]
+    return {
+        "strange_inputs": sum(labels is None for labels in held),
+        "strange_labels": sum(
+            labels is not None and tuple(row.labels or ()) not in labels
+            for row, labels in zip(trained, held, strict=True)
+        ),
+    }
 
 
 def is_causal_model(model: Any) -> bool:
@@ -220,7 +240,8 @@ class _Audit:
         if not hit:
             return None
         step, row = hit[0]
-        return DefectRecord(name=name, rows=len(hit), step=step, example=self._shown(row))
+        offset = _offset([r for _, r in hit]) if name == "mismatched" else None
+        return DefectRecord(name=name, rows=len(hit), step=step, example=self._shown(row), offset=offset)
 
     def _shown(self, row: Row) -> str:
         labels = row.labels or ()
@@ -264,6 +285,23 @@ class _Audit:
         if not self.facts.eos or ended * 2 <= len(learned):
             return lambda row: False
         return lambda row: len(row.ids) == longest and len(row.starts) == 1 and _supervised(row) and not self._ends(row)
+
+
+def _offset(rows: Sequence[Row]) -> int | None:
+    """The one shift, in places, that makes the labels of all `rows` their tokens; None where there is none."""
+    # a few labels are those of a neighbour by chance
+    if len(rows) < _ALIKE:
+        return None
+    for offset in (1, -1, 2, -2):
+        pairs = [
+            (label, row.ids[place + offset])
+            for row in rows
+            for place, label in enumerate(row.labels or ())
+            if label != IGNORED and 0 <= place + offset < len(row.ids)
+        ]
+        if pairs and all(label == own for label, own in pairs):
+            return offset
+    return None
 
 
 def _labelled(rows: list[Row]) -> list[Row]:

@@ -35,6 +35,7 @@ class FirstStep:
         self._shifts = _shifts(model)
         self._smoothing = float(getattr(trainer.args, "label_smoothing_factor", 0.0) or 0.0)
         self._random = ""
+        self._model_loss = _model_of_loss(trainer, model)
         self._counts: list[Tensor] = []
         self._sums: list[tuple[Tensor, Tensor]] = []
         self._labels: list[Tensor] = []
@@ -96,6 +97,7 @@ class FirstStep:
             micro_token_losses=tuple(s / n if n else 0.0 for s, n in zip(sums, tokens, strict=True)),
             token_loss=sum(sums) / total if total else None,
             label_entropy=self._entropy() if total else None,
+            model_loss=self._model_loss,
         )
 
     def _watch_random(self) -> list[Any]:
@@ -153,6 +155,16 @@ class FirstStep:
         counts = torch.unique(torch.cat(self._labels), return_counts=True)[1].double()
         shares = counts / counts.sum()
         return float(-(shares * shares.log()).sum()) + 0.0
+
+
+def _model_of_loss(trainer: Any, model: nn.Module) -> str:
+    """Class of the model where its own loss is the one that counts; empty where anybody else has a hand in it."""
+    from transformers import Trainer
+
+    own = "compute_loss" in vars(trainer) or type(trainer).compute_loss is not Trainer.compute_loss
+    own = own or "training_step" in vars(trainer) or type(trainer).training_step is not Trainer.training_step
+    helped = getattr(trainer, "compute_loss_func", None) is not None or getattr(trainer, "label_smoother", None)
+    return "" if own or helped else type(forwards.inner(model)).__name__
 
 
 def _shifts(model: Any) -> bool:

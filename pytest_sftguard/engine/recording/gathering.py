@@ -49,6 +49,8 @@ class Numbers:
     """Changes of the weights since the previous step, of which the largest counts; empty in the first step."""
     stale_names: list[str]
     """Names of the parameters that had a gradient when the step began."""
+    cleared: bool
+    """Whether gradients of the step were there after one micro-batch and gone in a later one."""
     stale: list[float]
     """Largest absolute element of each such gradient."""
     update: list[float]
@@ -131,6 +133,7 @@ class Gathered:
             loss_scale_after=seen.scale_after[0] if seen.scale_after else None,
             changed=sum(f and u > 0 for f, u in zip(usable, update, strict=True)),
             unchanged=_zeros(self._names, update),
+            gradients_cleared=seen.cleared,
             stale_gradients=_named(seen.stale_names, seen.stale, lambda v: v != 0),
             max_change_before=_largest(seen.moved) if seen.moved else None,
             idle=Names.of(seen.idle),

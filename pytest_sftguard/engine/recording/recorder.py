@@ -68,6 +68,7 @@ class Recorder:
         self._received: Tensor | None = None
         self._started: float | None = None
         self._stale: tuple[list[str], Tensor] = ([], _NOTHING)
+        self._had_gradients = self._cleared = False
         self.used_layers = set()
 
     def begin_micro_batch(self) -> bool:
@@ -97,11 +98,14 @@ class Recorder:
 
     def micro_batch(self, loss: Tensor) -> None:
         """Record the raw loss of a micro-batch, of any shape; its mean counts."""
+        # `zero_grad` leaves None behind, so that nothing has to be read from the device
+        self._cleared = self._cleared or (self._had_gradients and all(p.grad is None for p in self._tensors))
         self._micro_losses.append(_mean(loss))
 
     def micro_batch_done(self, returned: Tensor) -> None:
         """Record a summand of the step's loss."""
         self._returned.append(_mean(returned))
+        self._had_gradients = self._had_gradients or any(p.grad is not None for p in self._tensors)
 
     @torch.no_grad()
     def before_step(self, loss_scale: Tensor | None = None, *, scaled: bool = True) -> None:
@@ -186,6 +190,7 @@ class Recorder:
                 places=self._places,
                 gradient_order=self._gradient_order,
                 stale_names=self._stale[0],
+                cleared=self._cleared,
                 rates=self._groups.rates(optimizer),
                 dtypes=self._types[0],
                 idle=self._idle(self.used_layers),
@@ -306,6 +311,7 @@ class Recorder:
             owns_trainables=owned == {id(p) for p in self.parameters.values()},
             lacking=Names.of(n for n, p in learning.items() if id(p) not in owned),
             foreign=Names.of(n for n, p in now.items() if id(p) in owned and n not in self.parameters),
+            without_rate=Names.of(n for n, p in now.items() if id(p) in _without_rate(optimizer)),
             twice=Names.of(n for n, p in self.model.named_parameters() if places[id(p)] > 1),
             idle=len(owned - {id(p) for p in learning.values()}),
         )
@@ -432,6 +438,13 @@ def _unscaled(numbers: Tensor, loss_scale: Tensor | None) -> Tensor:
 def _mean(loss: Tensor) -> Tensor:
     """A copy of the mean, which later changes in place do not affect."""
     return loss.detach().clone() if loss.dim() == 0 else loss.detach().float().mean()
+
+
+def _without_rate(optimizer: torch.optim.Optimizer) -> set[int]:
+    """Ids of the parameters in groups with the learning rate 0; empty where no group has a positive one."""
+    rates = [(float(group.get("lr", 1.0)), group["params"]) for group in optimizer.param_groups]
+    still = {id(p) for rate, parameters in rates if rate == 0 for p in parameters}
+    return still if any(rate > 0 for rate, _ in rates) else set()
 
 
 def _holders(parameters: Iterable[str], layers: Iterable[str]) -> dict[str, str]:

@@ -119,6 +119,7 @@ FAILURES: dict[str, dict[str, Any]] = {
     "identity_at_init": {
         "random-b": (_with("initial", nonzero_b=_NAMES), "1 factor did not start at zero.*lora_B"),
         "zero-a": (_with("initial", zero_a=Names.of([_A])), "nothing passes: .*lora_A"),
+        "zero-scaling": (_with("initial", zero_scaling=Names.of(["q"])), "adapter of 1 module is multiplied by .* = 0"),
         "scaling": (_with("initial", wrong_scaling=Names.of(["q (4, not 2)"])), "scaling of 1 module: q .4, not 2."),
         "logits": (
             _with("initial", changed_logits=7, max_logit_change=0.5),
