@@ -15,7 +15,7 @@ class Reason(verdicts.Reason):
     """What the base lacks before the first step."""
 
     NOT_SEEN = "no tensor of the base was seen"
-    NO_BASE = "every tensor of the model trains, and none is frozen"
+    NO_BASE = "there is no base: every tensor of the model trains"
     NONFINITE = "{observed:# tensor} of the base held NaN or infinity before the first step: {names}"
     NOT_LOADED = "the checkpoint lacks {observed:# tensor} of the base, drawn at random instead: {names}"
     ZERO_MAGNITUDES = "{observed:# DoRA magnitude} held a zero, of which the direction is 0/0: {names}"

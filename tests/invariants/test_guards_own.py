@@ -25,6 +25,10 @@ FILLED = {
     "evaluation": ("evaluation",),
     "base_answers": ("base_answers",),
     "decoding": ("decoding",),
+    "batches": ("batches",),
+    "base_during": ("base_during",),
+    "reach": ("reach",),
+    "randomness": ("randomness",),
     "merging": ("merge",),
 }
 """Fields of a record that each look fills."""
