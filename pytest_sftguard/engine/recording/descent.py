@@ -90,6 +90,9 @@ def direction(names: Sequence[str], numbers: Sequence[float]) -> Direction | Non
 def _least(row: Sequence[float]) -> float | None:
     """The smallest of the three cosines; NaN if a number is; None without a gradient or an update."""
     products, (steps, bare, gradients, pulled) = row[:3], row[3:]
+    # a step that the loss scaler skipped moved nothing, and its gradients may be infinite
+    if steps == 0:
+        return None
     if not all(map(math.isfinite, row)):
         return math.nan
     squares = (steps * gradients, bare * gradients, steps * pulled)
