@@ -123,3 +123,15 @@ def test_the_looks_of_the_properties_are_those_of_the_tier() -> None:
     """They exist, and every tier has them."""
     assert {"batches", "randomness", "base_during", "reach"} <= set(QUICK)
     Looks(QUICK)
+
+
+def test_a_step_that_the_scaler_skipped_has_no_direction(run_cell: Callable[..., JudgedRun]) -> None:
+    """Its gradients are infinite, and it moves nothing: the first step that is taken is judged."""
+    from pytest_sftguard.engine.faults import fault_named
+    from pytest_sftguard.engine.faults._injected import injected
+
+    fault = fault_named("amp_warmup_skips_are_normal")
+    with injected("amp_warmup_skips_are_normal", "pytest_sftguard.engine.models.sums:build_trainer") as path:
+        run = run_cell(path, fault.precision, fault.batch, steps=fault.steps, questions=0)
+    assert [s.step for s in run.record.steps if s.update_cosine is not None] == [3]
+    assert [f.outcome for f in run.verdict.of("update_descends")] == [Outcome.PASSED]

@@ -74,25 +74,27 @@ def products(
 def direction(names: Sequence[str], numbers: Sequence[float]) -> Direction | None:
     """The direction of the update from the `numbers` of `products`; None if no tensor with a gradient moved.
 
-    A gradient or an update that is not finite has no direction: None, whatever else moved. Others judge it.
-
     Weight decay may be subtracted from the weights or added to the gradient. Of the three readings the one that goes
     downhill most counts, so that decay never makes a sound step look like one uphill.
     """
-    if not all(map(math.isfinite, numbers)):
-        return None
     rows = [numbers[i : i + _NUMBERS] for i in range(0, len(numbers), _NUMBERS)]
     every = _least([math.fsum(column) for column in zip(*rows, strict=True)]) if rows else None
     if every is None:
         return None
     own = [(name, c) for name, row in zip(names, rows, strict=True) if (c := _least(row)) is not None]
-    name, largest = max(own, key=lambda named: named[1])
+    # NaN is the worst
+    name, largest = max(own, key=lambda named: math.inf if math.isnan(named[1]) else named[1])
     return Direction(every, name, largest)
 
 
 def _least(row: Sequence[float]) -> float | None:
-    """The smallest of the three cosines; None without a gradient or an update."""
+    """The smallest of the three cosines; NaN if a number is; None without a gradient or an update."""
     products, (steps, bare, gradients, pulled) = row[:3], row[3:]
+    # a step that the loss scaler skipped moved nothing, and its gradients may be infinite
+    if steps == 0:
+        return None
+    if not all(map(math.isfinite, row)):
+        return math.nan
     squares = (steps * gradients, bare * gradients, steps * pulled)
     found = [product / math.sqrt(square) for product, square in zip(products, squares, strict=True) if square > 0]
     return min(found) if found and squares[0] > 0 else None
