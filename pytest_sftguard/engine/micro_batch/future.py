@@ -35,13 +35,16 @@ def future(repeated: Repeated) -> FutureRecord:
     normalised = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in repeated.plain.modules())
     supervised = inputs["labels"] != IGNORED
     supervised = supervised if supervised.shape == ids.shape else torch.ones_like(ids, dtype=torch.bool)
-    rows = len(ids)
+    rows, last = len(ids), ids.shape[1] - shift
+    # the first token has none before it, and a decoder is not given the last label
+    asked_of = supervised.clone()
+    asked_of[:, : 1 - shift] = False
+    asked_of[:, last:] = False
     earlier, where, beside, beside_at, tokens, reached = 0.0, "", 0.0, "", 0, 0.0
     asked = [(first, which) for which in (0, -1) for first in range(min(2, rows))]
     for first, which in asked:
         own = range(first, rows, 2)
-        at = {r: int(supervised[r].nonzero()[which]) for r in own if bool(supervised[r].any())}
-        at = {r: place for r, place in at.items() if place > 0}
+        at = {r: int(fit[which]) for r in own if len(fit := asked_of[r].nonzero())}
         if not at:
             continue
         twin = copied(inputs)
@@ -64,6 +67,8 @@ def future(repeated: Repeated) -> FutureRecord:
             beside_at = f"row {others[int(far[others].amax(-1).argmax())]}"
     if not tokens:
         raise InapplicableError("no row has a token before a supervised one")
+    if not reached > 0:
+        raise InapplicableError("a changed token changes nothing: the model does not read it")
     if couples:
         raise InapplicableError("experts of limited capacity drop tokens depending on the rest of the batch, by design")
     return FutureRecord(

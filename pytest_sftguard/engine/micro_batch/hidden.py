@@ -31,6 +31,7 @@ class LastHidden:
     def _clear(self) -> None:
         self.passes = 0
         """Number of forward passes of the body."""
+        self._body_ran = False
         self.state: Tensor | None = None
         """What the output embedding, or the loss, is given: of shape (rows, places, features)."""
         self.gradient: Tensor | None = None
@@ -47,7 +48,7 @@ class LastHidden:
         hooks = []
         if self._body is not None:
             hooks.append(self._body.register_forward_hook(lambda m, args, out: self._leaves(out, gradient)))
-        elif self.head is not None:
+        if self.head is not None:
             hooks.append(self.head.register_forward_pre_hook(lambda m, args: self._enters(args, gradient)))
         if gradient:
             hooks.append(self.model.register_forward_hook(lambda m, args, out: self._scored(out)))
@@ -61,6 +62,7 @@ class LastHidden:
         state = out[0] if isinstance(out, tuple) else getattr(out, "last_hidden_state", None)
         if not isinstance(state, Tensor) or state.ndim != 3:
             return None
+        self._body_ran = True
         kept = self._note(state, gradient)
         if kept is state:
             return None
@@ -70,7 +72,8 @@ class LastHidden:
         return out
 
     def _enters(self, args: Any, gradient: bool) -> Any:
-        if not args or not isinstance(args[0], Tensor) or args[0].ndim != 3:
+        # OPT's head calls the decoder past its body; an embedding that a loss reads in chunks is called often
+        if self._body_ran or not args or not isinstance(args[0], Tensor) or args[0].ndim != 3:
             return None
         kept = self._note(args[0], gradient)
         return None if kept is args[0] else (kept, *args[1:])

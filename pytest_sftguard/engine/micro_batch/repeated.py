@@ -150,7 +150,9 @@ def _snapshot() -> Callable[[], None]:
 
 def _scalar(result: Any) -> float:
     loss = result[0] if isinstance(result, tuple) else result
-    return float(loss.detach().float().mean()) if isinstance(loss, Tensor) else float(loss)
+    # this detach is none of the loss's own, see `stops`
+    with torch.no_grad():
+        return float(loss.float().mean()) if isinstance(loss, Tensor) else float(loss)
 
 
 def _dense(gradient: Tensor) -> Tensor:
