@@ -23,9 +23,7 @@ class Reason(verdicts.Reason):
         "a layer stops gradients that the loss depends on, at {names}: along {tensors} the gradient is {off:.3g} off"
     )
     UNSETTLED = "the loss is too rough or too flat for differences: none of {asked:# direction} gave a derivative"
-    STOPS_UNKNOWN = (
-        "along {tensors} the gradient is {off:.3g} off, and the values that the loss treats as constant could not be held"
-    )
+    STOPS_UNKNOWN = "along {tensors} the gradient is {off:.3g} off, and the values that the loss treats as constant could not be held"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +64,7 @@ class GradientIsDerivative(Invariant):
             yield self._wrong(seen, held)
         elif unknown:
             worst = _worst(unknown)
-            yield self.not_evaluated(
-                Reason.STOPS_UNKNOWN, tensors=worst.tensors, off=worst.error, required=False
-            )
+            yield self.not_evaluated(Reason.STOPS_UNKNOWN, tensors=worst.tensors, off=worst.error, required=False)
         elif wrong and seen.detached:
             worst = _worst(wrong)
             evidence = {"names": seen.detached, "tensors": worst.tensors, "off": worst.error}

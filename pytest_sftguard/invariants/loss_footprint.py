@@ -22,8 +22,12 @@ class Reason(verdicts.Reason):
         "the loss compares each label with the prediction of another place ({taken} before it), though labels are not"
         " the input tokens"
     )
-    SILENT = "{observed:# place} of {places} with a label {has} no gradient (first: {where})[[; {whole:# row} of the batch]]"
-    OUTSIDE = "the loss depends on places without a label, {observed:.3g} times as strongly as on those with one ({where})"
+    SILENT = (
+        "{observed:# place} of {places} with a label {has} no gradient (first: {where})[[; {whole:# row} of the batch]]"
+    )
+    OUTSIDE = (
+        "the loss depends on places without a label, {observed:.3g} times as strongly as on those with one ({where})"
+    )
     PADDING = (
         "the loss depends on predictions of padding, {observed:.3g} times as strongly as on the other labels ({where})"
     )
@@ -61,7 +65,9 @@ class LossFootprint(Invariant):
             return
         if seen.other_shift is not None:
             reason = Reason.OTHER_SHIFT if seen.shift else Reason.OTHER_PLACE
-            yield self.failed(reason, observed=seen.other_shift, limit=seen.shift, taken=seen.other_shift, wanted=seen.shift)
+            yield self.failed(
+                reason, observed=seen.other_shift, limit=seen.shift, taken=seen.other_shift, wanted=seen.shift
+            )
             return
         if not (seen.places and seen.silent / seen.places <= self.max_silent):
             yield self._silent(seen)

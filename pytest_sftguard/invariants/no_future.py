@@ -18,7 +18,9 @@ class Reason(verdicts.Reason):
         "tokens see later ones: with one token changed, an earlier one differs by {observed:.3g} standard deviations"
         " ({where}), though the model is to predict each token from those before it"
     )
-    ROWS = "rows see each other: with a token of other rows changed, {where} differs by {observed:.3g} standard deviations"
+    ROWS = (
+        "rows see each other: with a token of other rows changed, {where} differs by {observed:.3g} standard deviations"
+    )
     NOT_COMPARED = "no token before a changed one was compared"
 
 
