@@ -15,15 +15,17 @@ class Reason(verdicts.Reason):
     """How the gradient differs from the derivative, or why that is not known."""
 
     NOT_THE_DERIVATIVE = (
-        "the gradient is not the derivative of the loss: along {tensors} it is {off:.3g} off[[; seen from the loss, it is"
-        " first wrong at {tensor}]][[, {earlier}]]"
+        "the gradient is not the derivative of the loss: along {tensors} it is {off:.3g} off"
+        "[[; seen from the loss, it is first wrong at {tensor}]][[, {earlier}]]"
     )
     SCALED = "the gradient is {ratio:.4g} times the derivative of the loss that compute_loss returns"
     DETACHED = (
         "a layer stops gradients that the loss depends on, at {names}: along {tensors} the gradient is {off:.3g} off"
     )
     UNSETTLED = "the loss is too rough or too flat for differences: none of {asked:# direction} gave a derivative"
-    STOPS_UNKNOWN = "along {tensors} the gradient is {off:.3g} off, and the values that the loss treats as constant could not be held"
+    STOPS_UNKNOWN = (
+        "along {tensors} the gradient is {off:.3g} off, and what the loss treats as constant could not be held constant"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,17 +69,30 @@ class GradientIsDerivative(Invariant):
             yield self.not_evaluated(Reason.STOPS_UNKNOWN, tensors=worst.tensors, off=worst.error, required=False)
         elif wrong and seen.detached:
             worst = _worst(wrong)
-            evidence = {"names": seen.detached, "tensors": worst.tensors, "off": worst.error}
-            yield self.failed(Reason.DETACHED, observed=worst.error, limit=self.limit, **evidence)
+            yield self.failed(
+                Reason.DETACHED,
+                observed=worst.error,
+                limit=self.limit,
+                names=seen.detached,
+                tensors=worst.tensors,
+                off=worst.error,
+            )
 
     def _wrong(self, seen: DerivativeRecord, wrong: list[DirectionRecord]) -> Finding:
         worst = max(wrong, key=lambda d: d.held_error or 0.0)
-        numbers = {"observed": worst.held_error, "limit": self.limit}
+        off = worst.held_error
         if len(wrong) > 1 and worst.ratio is not None and self._one_ratio(seen, worst.ratio):
-            return self.failed(Reason.SCALED, **numbers, ratio=worst.ratio)
+            return self.failed(Reason.SCALED, observed=off, limit=self.limit, ratio=worst.ratio)
         earlier = {True: "and at tensors before it", False: "and at none before it", None: None}[seen.upstream]
-        evidence = {"tensors": worst.tensors, "tensor": seen.tensor or None, "off": worst.held_error}
-        return self.failed(Reason.NOT_THE_DERIVATIVE, **numbers, **evidence, earlier=earlier if seen.tensor else None)
+        return self.failed(
+            Reason.NOT_THE_DERIVATIVE,
+            observed=off,
+            limit=self.limit,
+            off=off,
+            tensors=worst.tensors,
+            tensor=seen.tensor or None,
+            earlier=earlier if seen.tensor else None,
+        )
 
     def _one_ratio(self, seen: DerivativeRecord, ratio: float) -> bool:
         """Whether the gradient is `ratio` times the derivative along every direction."""

@@ -33,9 +33,9 @@ class LossAim(Invariant):
     """
 
     min_cosine: float = 0.6
-    """Smallest cosine of the two gradients, as the mean of all places or of all together, whichever is larger. Measured
+    """Smallest cosine of the two gradients: the mean of all places, or of all together, whichever is larger. Measured
     0.93 to 1 in healthy trainings (weights, focal loss, label smoothing), 0.77 with an unlikelihood term on purpose; 0.1
-    and less for labels of other rows, other tokens, or a uniform target; -1 for a negated loss."""
+    and less for labels of other rows, other tokens or a uniform target; -1 for a negated loss."""
 
     code: ClassVar[str] = "A14"
 
@@ -60,5 +60,6 @@ class LossAim(Invariant):
         if not cosine >= self.min_cosine:
             # half of the places against it is a mixture, more than nine in ten are a sign
             reason = Reason.NEGATED if seen.against > 0.9 * seen.places else Reason.ELSEWHERE
-            numbers = {"observed": cosine, "limit": self.min_cosine}
-            yield self.failed(reason, **numbers, at=seen.at, against=seen.against, places=seen.places)
+            yield self.failed(
+                reason, observed=cosine, limit=self.min_cosine, at=seen.at, against=seen.against, places=seen.places
+            )

@@ -15,12 +15,12 @@ class Reason(verdicts.Reason):
     """Where the loss looks, and should not, or does not look, and should."""
 
     OTHER_SHIFT = (
-        "the loss compares each label with the prediction {taken:# place} before it, and not {wanted:# place} before it:"
+        "the loss compares each label with the prediction {taken:# place} before it, not {wanted:# place} before it:"
         " labels are the input tokens, and the model is to predict the next one"
     )
     OTHER_PLACE = (
-        "the loss compares each label with the prediction of another place ({taken} before it), though labels are not"
-        " the input tokens"
+        "the loss compares each label with the prediction {taken:# place} before it, though labels are not the input"
+        " tokens, and each belongs to its own place"
     )
     SILENT = (
         "{observed:# place} of {places} with a label {has} no gradient (first: {where})[[; {whole:# row} of the batch]]"
@@ -43,12 +43,13 @@ class LossFootprint(Invariant):
     trainings, 0.25 to 0.9 where rows, or half of the tokens, do not count."""
 
     max_outside: float = 0.5
-    """Largest gradient at a place without a label, relative to the largest at one with a label. Measured 0 in nearly all
-    healthy trainings, 1e-5 with an auxiliary loss, 0.2 with weights of 0.1 on the prompt; 0.77 to 1.3 without the shift,
-    over the prompt, or with -100 clamped to a token."""
+    """Largest gradient at a place without a label, relative to the largest at one with a label. Measured 0 in nearly
+    all healthy trainings, 1e-5 with an auxiliary loss, 0.2 with weights of 0.1 on the prompt; 0.77 to 1.3 without the
+    shift, over the prompt, or with -100 clamped to a token."""
 
     max_padding: float = 0.3
-    """The same for predictions of padding. Measured at most 0.07 in healthy trainings, 0.83 to 0.93 with labels on it."""
+    """The same for predictions of padding. Measured at most 0.07 in healthy trainings, 0.83 to 0.93 with labels on
+    it."""
 
     code: ClassVar[str] = "A13"
 

@@ -68,11 +68,11 @@ class FootprintRecord:
     first_silent: str = ""
     """The first silent place."""
     outside: float | None = None
-    """Largest gradient at a place without a label, relative to the largest at one with a label; None if not compared."""
+    """Largest gradient at a place without a label, as a share of the largest at one with a label; None if unknown."""
     first_outside: str = ""
     """The first place without a label whose gradient is more than half as large."""
     padding: float | None = None
-    """Largest gradient at a place that predicts a token which the attention mask hides, relative as before; None if not compared."""
+    """The same for a place that predicts a token which the attention mask hides; None if unknown."""
     first_padding: str = ""
     """The first such place."""
     other_shift: int | None = None

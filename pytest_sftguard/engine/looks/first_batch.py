@@ -1,4 +1,4 @@
-"""One micro-batch of a fresh Trainer: is its gradient a derivative, and does its loss look where it should?"""
+"""One micro-batch of a fresh Trainer: whether its gradient is a derivative, and what its loss depends on."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ class Derivative:
             if not self._repeats():
                 why = "the loss of one micro-batch is another one when it is computed again, with equal random numbers"
                 return dataclasses.replace(record, left_out=why)
-            found = []
+            found: list[tuple[_Direction, _Slope | None]] = []
             for names in groups:
                 # a flat, noisy loss costs the most, and tells the least
                 if self._passes >= _BUDGET and any(s is not None for _, s in found):
@@ -182,9 +182,7 @@ class Derivative:
             self._settled = slope.step
         return slope
 
-    def _searched(
-        self, direction: _Direction, compute: Callable[[], float], step: float, sizes: int
-    ) -> _Slope | None:
+    def _searched(self, direction: _Direction, compute: Callable[[], float], step: float, sizes: int) -> _Slope | None:
         before = self._difference(direction, step, compute)
         slopes: list[float] = []
         loosely: _Slope | None = None

@@ -86,7 +86,8 @@ class LastHidden:
         if gradient:
             if not state.requires_grad:
                 state = state.detach().requires_grad_()
-            state.register_hook(lambda g: setattr(self, "gradient", g.detach()))
+            # torch does not type this method
+            state.register_hook(lambda g: setattr(self, "gradient", g.detach()))  # type: ignore[no-untyped-call]
         self.state = state.detach()
         return state
 
@@ -94,7 +95,8 @@ class LastHidden:
         logits = out.get("logits") if hasattr(out, "get") else None
         if isinstance(logits, Tensor) and logits.requires_grad and logits.shape[:-1] == self.shape:
             self.logits = logits.detach()
-            logits.register_hook(lambda g: setattr(self, "logits_gradient", g.detach()))
+            # torch does not type this method
+            logits.register_hook(lambda g: setattr(self, "logits_gradient", g.detach()))  # type: ignore[no-untyped-call]
 
 
 def _head(inner: Any) -> nn.Module | None:
