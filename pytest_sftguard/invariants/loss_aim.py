@@ -34,8 +34,8 @@ class LossAim(Invariant):
 
     min_cosine: float = 0.6
     """Smallest cosine of the two gradients: the mean of all places, or of all together, whichever is larger. Measured
-    0.93 to 1 in healthy trainings (weights, focal loss, label smoothing), 0.77 with an unlikelihood term on purpose; 0.1
-    and less for labels of other rows, other tokens or a uniform target; -1 for a negated loss."""
+    0.93 to 1 in healthy trainings (weights, focal loss, label smoothing), 0.77 with an unlikelihood term on purpose; 0.1 and
+    less for labels of other rows, other tokens or a uniform target; -1 for a negated loss."""
 
     code: ClassVar[str] = "A14"
 
