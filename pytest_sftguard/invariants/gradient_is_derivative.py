@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,6 +10,9 @@ from typing import ClassVar
 from pytest_sftguard import verdicts
 from pytest_sftguard.records import DerivativeRecord, DirectionRecord, RunRecord
 from pytest_sftguard.verdicts import Finding, General, Invariant
+
+_SAME_RATIO = 0.02
+"""How closely all directions must have one ratio of gradient and derivative for the gradient to count as scaled."""
 
 
 class Reason(verdicts.Reason):
@@ -18,11 +22,12 @@ class Reason(verdicts.Reason):
         "the gradient is not the derivative of the loss: along {tensors} it is {off:.3g} off"
         "[[; seen from the loss, it is first wrong at {tensor}]][[, {earlier}]]"
     )
-    SCALED = "the gradient is {ratio:.4g} times the derivative of the loss that compute_loss returns"
+    SCALED = "the gradient is {ratio:.3g} times the derivative of the loss that compute_loss returns"
     DETACHED = (
         "a layer stops gradients that the loss depends on, at {names}: along {tensors} the gradient is {off:.3g} off"
     )
     UNSETTLED = "the loss is too rough or too flat for differences: none of {asked:# direction} gave a derivative"
+    NOT_ALL_COMPARED = "{made} of {asked:# direction} gave a derivative that is a number"
     STOPS_UNKNOWN = (
         "along {tensors} the gradient is {off:.3g} off, and what the loss treats as constant could not be held constant"
     )
@@ -40,9 +45,6 @@ class GradientIsDerivative(Invariant):
     healthy trainings, where rounding and kinks make the error; 0.06 to 2 along the worst direction in ten faulty ones:
     SiLU and a norm with a wrong backward, one factor's gradient doubled, a loss that is scaled before backward."""
 
-    same_ratio: float = 0.02
-    """How closely all directions must have one ratio of gradient and derivative for the gradient to count as scaled."""
-
     code: ClassVar[str] = "A12"
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
@@ -59,6 +61,9 @@ class GradientIsDerivative(Invariant):
         if not seen.directions:
             yield self.not_evaluated(Reason.UNSETTLED, asked=seen.asked, required=False)
             return
+        made = [d for d in seen.directions if _is_known(d)]
+        if not (len(made) == len(seen.directions) == seen.asked - seen.unsettled and math.isfinite(seen.loss)):
+            yield self.not_evaluated(Reason.NOT_ALL_COMPARED, made=len(made), asked=seen.asked)
         wrong = [d for d in seen.directions if not d.error <= self.limit]
         unknown = [d for d in wrong if d.held_error is None]
         held = [d for d in wrong if d.held_error is not None and not d.held_error <= self.limit]
@@ -101,9 +106,13 @@ class GradientIsDerivative(Invariant):
                 return False
             # the error with this ratio taken out
             rest = d.error * abs(d.ratio - ratio) / max(abs(d.ratio - 1), 1e-9)
-            if not rest <= self.same_ratio:
+            if not rest <= _SAME_RATIO:
                 return False
         return True
+
+
+def _is_known(direction: DirectionRecord) -> bool:
+    return math.isfinite(direction.step) and (direction.ratio is None or math.isfinite(direction.ratio))
 
 
 def _worst(directions: list[DirectionRecord]) -> DirectionRecord:

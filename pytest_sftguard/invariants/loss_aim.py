@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -34,8 +35,8 @@ class LossAim(Invariant):
 
     min_cosine: float = 0.6
     """Smallest cosine of the two gradients: the mean of all places, or of all together, whichever is larger. Measured
-    0.93 to 1 in healthy trainings (weights, focal loss, label smoothing), 0.77 with an unlikelihood term on purpose; 0.1 and
-    less for labels of other rows, other tokens or a uniform target; -1 for a negated loss."""
+    0.93 to 1 in healthy trainings (weights, focal, label smoothing), 0.77 with an unlikelihood term on purpose; 0.1
+    and less for labels of other rows, other tokens or a uniform target; -1 for a negated loss."""
 
     code: ClassVar[str] = "A14"
 
@@ -53,10 +54,8 @@ class LossAim(Invariant):
         if seen.cosine is None or seen.joint_cosine is None or not seen.places:
             yield self.not_evaluated(Reason.NOT_COMPARED)
             return
-        # the larger one, unless one of them is NaN
-        cosine = seen.joint_cosine if not seen.cosine >= seen.joint_cosine else seen.cosine
-        if seen.cosine != seen.cosine:
-            cosine = seen.cosine
+        both = (seen.cosine, seen.joint_cosine)
+        cosine = max(both) if all(map(math.isfinite, both)) else math.nan
         if not cosine >= self.min_cosine:
             # half of the places against it is a mixture, more than nine in ten are a sign
             reason = Reason.NEGATED if seen.against > 0.9 * seen.places else Reason.ELSEWHERE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -48,7 +49,7 @@ class NoFuture(Invariant):
         if seen.left_out:
             yield self.not_evaluated(General.INAPPLICABLE, why=seen.left_out, required=False)
             return
-        if not seen.tokens or seen.change is None:
+        if not seen.tokens or seen.change is None or not 0 < seen.reached < math.inf:
             yield self.not_evaluated(Reason.NOT_COMPARED)
             return
         if not seen.change <= self.limit:

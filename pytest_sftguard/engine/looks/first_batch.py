@@ -12,7 +12,7 @@ from pytest_sftguard.engine.looks import InapplicableError, Look
 from pytest_sftguard.engine.micro_batch.derivative import Derivative
 from pytest_sftguard.engine.micro_batch.footprint import aim, footprint
 from pytest_sftguard.engine.micro_batch.future import future
-from pytest_sftguard.engine.micro_batch.repeated import Repeated, filled
+from pytest_sftguard.engine.micro_batch.repeated import Repeated, UnaskedError, filled
 from pytest_sftguard.engine.stages import Started
 from pytest_sftguard.engine.surroundings.errors import first_line
 from pytest_sftguard.precision import PrecisionMode, mode_named
@@ -71,7 +71,7 @@ def _each(empty: RecordT, look: Callable[[], RecordT]) -> RecordT:
     """Return what `look` sees; where it ends in an exception, that alone, so that it keeps no other from looking."""
     try:
         return look()
-    except InapplicableError as reason:
+    except UnaskedError as reason:
         return dataclasses.replace(empty, left_out=str(reason))
     except Exception as error:
         return dataclasses.replace(empty, error=f"{type(error).__name__}: {first_line(error)[:300]}")

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from pytest_sftguard.engine.data.rows import IGNORED
-from pytest_sftguard.engine.looks import InapplicableError
-from pytest_sftguard.engine.micro_batch.repeated import Repeated
+from pytest_sftguard.engine.micro_batch.repeated import Repeated, UnaskedError
 from pytest_sftguard.records import AimRecord, FootprintRecord
 
 _SILENT = 1e-7
@@ -41,20 +40,18 @@ class Labels:
 
     @classmethod
     def of(cls, inputs: Any) -> Labels:
-        """Return the labels of `inputs`. Raises InapplicableError where there are none for single tokens."""
+        """Return the labels of `inputs`. Raises UnaskedError where there are none for single tokens."""
         labels = inputs.get("labels") if isinstance(inputs, Mapping) or hasattr(inputs, "get") else None
         if not isinstance(labels, Tensor) or labels.ndim != 2 or labels.is_floating_point():
-            raise InapplicableError("the batch has no `labels` for single tokens")
+            raise UnaskedError("the batch has no `labels` for single tokens")
         supervised = labels != IGNORED
         if not bool(supervised.any()):
-            raise InapplicableError("no token of the micro-batch has a label")
+            raise UnaskedError("no token of the micro-batch has a label")
         equal = equal_to_inputs(inputs, labels)
         if equal is None or equal <= _SAME:
             return cls(labels, 0)
         if equal < _NEXT:
-            raise InapplicableError(
-                f"{equal:.0%} of the labels are the token at their own place, which fits no usual loss"
-            )
+            raise UnaskedError(f"{equal:.0%} of the labels are the token at their own place, which fits no usual loss")
         return cls(labels, 1)
 
     def places(self, shift: int | None = None) -> Tensor:
@@ -77,11 +74,11 @@ def equal_to_inputs(inputs: Any, labels: Tensor) -> float | None:
 
 
 def footprint(repeated: Repeated) -> FootprintRecord:
-    """Compare where the gradient is with where the labels are. Raises InapplicableError where neither is known."""
+    """Compare where the gradient is with where the labels are. Raises UnaskedError where neither is known."""
     labels = Labels.of(repeated.inputs)
     sizes = _gradient(repeated, labels).float().norm(dim=-1)
     if not bool(sizes.isfinite().all()):
-        raise InapplicableError("the gradient of the last hidden state is not finite")
+        raise UnaskedError("the gradient of the last hidden state is not finite")
     inside = labels.places()
     largest = float(sizes.max())
     if not largest > 0:
@@ -113,7 +110,7 @@ def footprint(repeated: Repeated) -> FootprintRecord:
 def aim(repeated: Repeated) -> AimRecord:
     """Compare the gradient with that of cross-entropy at the places with labels.
 
-    At the logits where the loss uses them, else at the last hidden state. Raises InapplicableError where nothing can be
+    At the logits where the loss uses them, else at the last hidden state. Raises UnaskedError where nothing can be
     compared.
     """
     labels = Labels.of(repeated.inputs)
@@ -122,7 +119,7 @@ def aim(repeated: Repeated) -> AimRecord:
     asked = (targets != IGNORED) & (state_gradient.float().norm(dim=-1) > 0)
     rows, places = asked.nonzero(as_tuple=True)
     if not len(rows):
-        raise InapplicableError("no place with a label has a gradient")
+        raise UnaskedError("no place with a label has a gradient")
     spread = torch.linspace(0, len(rows) - 1, min(_PLACES, len(rows))).long()
     rows, places = rows[spread], places[spread]
     wanted = targets[rows, places]
@@ -140,7 +137,7 @@ def aim(repeated: Repeated) -> AimRecord:
         got = state_gradient[rows, places].float()
     unsure = scores.detach().softmax(-1).gather(-1, wanted[:, None])[:, 0] < _UNSURE
     if not bool(unsure.any()):
-        raise InapplicableError("the model already knows every label of the micro-batch")
+        raise UnaskedError("the model already knows every label of the micro-batch")
     got, reference = got[unsure], reference[unsure]
     each = torch.nn.functional.cosine_similarity(got, reference, dim=-1)
     return AimRecord(
@@ -155,18 +152,18 @@ def aim(repeated: Repeated) -> AimRecord:
 def _gradient(repeated: Repeated, labels: Labels) -> Tensor:
     hidden = repeated.hidden
     if hidden.passes != 1:
-        raise InapplicableError(f"the loss made {hidden.passes} forward passes whose last hidden state can be seen")
+        raise UnaskedError(f"the loss made {hidden.passes} forward passes whose last hidden state can be seen")
     if hidden.state is None or hidden.state.shape[:2] != labels.values.shape:
-        raise InapplicableError("the last hidden state does not have one place for each label")
+        raise UnaskedError("the last hidden state does not have one place for each label")
     if hidden.gradient is None:
-        raise InapplicableError("the loss has no gradient with respect to the last hidden state that was seen")
+        raise UnaskedError("the loss has no gradient with respect to the last hidden state that was seen")
     return hidden.gradient
 
 
 def _scores(repeated: Repeated, state: Tensor) -> Tensor:
     head = repeated.hidden.head
     if head is None:
-        raise InapplicableError("the model has neither logits nor an output embedding")
+        raise UnaskedError("the model has neither logits nor an output embedding")
     scores: Tensor = head(state)
     return scores
 
@@ -174,7 +171,7 @@ def _scores(repeated: Repeated, state: Tensor) -> Tensor:
 def _cross_entropy(scores: Tensor, wanted: Tensor) -> Tensor:
     """Return softmax minus one-hot, the gradient of the cross-entropy with respect to `scores`."""
     if int(wanted.max()) >= scores.shape[-1] or int(wanted.min()) < 0:
-        raise InapplicableError("labels are no indices of the logits")
+        raise UnaskedError("labels are no indices of the logits")
     away = scores.float().softmax(-1)
     away[torch.arange(len(wanted)), wanted] -= 1
     return away.to(scores.dtype)

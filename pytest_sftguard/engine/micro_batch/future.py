@@ -9,16 +9,15 @@ from torch import Tensor, nn
 
 from pytest_sftguard.engine.after import forwards
 from pytest_sftguard.engine.data.rows import IGNORED
-from pytest_sftguard.engine.looks import InapplicableError
 from pytest_sftguard.engine.micro_batch.footprint import Labels
-from pytest_sftguard.engine.micro_batch.repeated import Repeated, copied
+from pytest_sftguard.engine.micro_batch.repeated import Repeated, UnaskedError, copied
 from pytest_sftguard.records import FutureRecord
 
 
 def future(repeated: Repeated) -> FutureRecord:
     """Change one token in every second row, and look at the tokens before it and at the other rows.
 
-    Raises InapplicableError where the model does not predict tokens from those before them.
+    Raises UnaskedError where the model does not predict tokens from those before them.
     """
     changed, shift = _changeable(repeated)
     ids: Tensor = repeated.inputs[changed]
@@ -40,13 +39,13 @@ def future(repeated: Repeated) -> FutureRecord:
                 twin[changed][row, place] = _another(ids, supervised, row, place)
             after = repeated.state(twin)
             if after is None or after.shape != before.shape:
-                raise InapplicableError("the model has other places after a token was changed")
+                raise UnaskedError("the model has other places after a token was changed")
             far = (after - before).abs().float().amax(-1) / before.float().std(-1).clamp_min(1e-12)
             seen.note(far, at, shift)
     if not seen.tokens:
-        raise InapplicableError("no row has a token before a supervised one")
+        raise UnaskedError("no row has a token before a supervised one")
     if not seen.reached > 0:
-        raise InapplicableError("a changed token changes nothing: the model does not read it")
+        raise UnaskedError("a changed token changes nothing: the model does not read it")
     return FutureRecord(
         tokens=seen.tokens,
         rows=len(ids),
@@ -85,18 +84,18 @@ class _Seen:
 
 
 def _repeatable_state(repeated: Repeated, ids: Tensor) -> Tensor:
-    """Return the last hidden state of the micro-batch. Raises InapplicableError where there is no such thing."""
+    """Return the last hidden state of the micro-batch. Raises UnaskedError where there is no such thing."""
     if any(not p.is_floating_point() or p.element_size() == 1 for p in repeated.plain.parameters()):
-        raise InapplicableError("weights of less than 16 bits may scale a token by others")
+        raise UnaskedError("weights of less than 16 bits may scale a token by others")
     config = getattr(forwards.inner(repeated.plain), "config", None)
     if config is not None and any("capacity" in name for name in vars(config)):
-        raise InapplicableError("experts of limited capacity drop tokens depending on the rest of the batch, by design")
+        raise UnaskedError("experts of limited capacity drop tokens depending on the rest of the batch, by design")
     before = repeated.state()
     if before is None or before.shape[:2] != ids.shape or repeated.hidden.passes != 1:
-        raise InapplicableError("the last hidden state does not have one place for each token")
+        raise UnaskedError("the last hidden state does not have one place for each token")
     again = repeated.state()
     if again is None or not bool(torch.equal(before, again)):
-        raise InapplicableError("the last hidden state is another one when it is computed again")
+        raise UnaskedError("the last hidden state is another one when it is computed again")
     return before
 
 
@@ -117,7 +116,7 @@ def _changeable(repeated: Repeated) -> tuple[str, int]:
         return "labels", 1
     if labels.shift:
         return "input_ids", 0
-    raise InapplicableError("the labels are not the tokens that the model is given: it need not predict the next one")
+    raise UnaskedError("the labels are not the tokens that the model is given: it need not predict the next one")
 
 
 def _another(ids: Tensor, supervised: Tensor, row: int, place: int) -> int:

@@ -20,6 +20,10 @@ _FILLED = 0.02
 """Standard deviation of what replaces a factor of zeros: while lora_B is zero, so is the gradient of lora_A."""
 
 
+class UnaskedError(Exception):
+    """A micro-batch of which a property cannot be asked; the message says why."""
+
+
 class Repeated:
     """A model at its first step, with the Trainer's own loss of its own micro-batch.
 
