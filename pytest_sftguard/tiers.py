@@ -21,7 +21,7 @@ class Tier:
 
 
 _QUICK = ("wiring", "supervision", "prompts", "batches", "randomness", "base_during", "reach")
-_STANDARD = (*_QUICK, "replay", "context", "paths", "evaluation", "base_answers", "decoding", "merging")
+_STANDARD = (*_QUICK, "replay", "context", "paths", "first_batch", "evaluation", "base_answers", "decoding", "merging")
 
 TIERS: dict[str, Tier] = {
     # the training, and what model, data and file show without another forward pass

@@ -52,12 +52,15 @@ class Asked:
         """Return the next `stage`: everything of this one, and what was `made` since."""
         return stage(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, **made)
 
-    def build(self, name: str, **training_arguments: Any) -> Trainer:
-        """Build a Trainer of the target with other `training_arguments`; its output goes to the subfolder `name`."""
+    def build(self, name: str, mode: PrecisionMode | None = None, **training_arguments: Any) -> Trainer:
+        """Build a Trainer of the target with other `training_arguments`; its output goes to the subfolder `name`.
+
+        It is of the cell's own precision mode, unless another `mode` is given.
+        """
         arguments = {**self.config.training_arguments, **training_arguments}
         config = dataclasses.replace(self.config, training_arguments=arguments)
         with _bases.shared():
-            return build(self.target, config, self.mode, self.device_type, self.folder / name)
+            return build(self.target, config, mode or self.mode, self.device_type, self.folder / name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""A12: the micro-batches really had the rows that the cell names."""
+"""A16: the micro-batches really had the rows that the cell names."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class CellIsReal(Invariant):
     as pairs do, or fewer of them, as packs do, the data loader tells how many rows it collates.
     """
 
-    code: ClassVar[str] = "A12"
+    code: ClassVar[str] = "A16"
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Compare the rows of the micro-batches, and the micro-batches of the steps, with the cell."""

@@ -22,6 +22,13 @@ from pytest_sftguard.records.comparisons import (
 )
 from pytest_sftguard.records.encoding import RecordError, numbers, write_text
 from pytest_sftguard.records.learning import Learning
+from pytest_sftguard.records.micro_batch import (
+    AimRecord,
+    DerivativeRecord,
+    DirectionRecord,
+    FootprintRecord,
+    FutureRecord,
+)
 from pytest_sftguard.records.rows import BatchesRecord, DefectRecord, EvaluationRecord, PromptsRecord, SupervisionRecord
 from pytest_sftguard.records.run import SCHEMA, ErrorRecord, LookRecord, RunRecord
 from pytest_sftguard.records.steps import (

@@ -18,6 +18,7 @@ from pytest_sftguard.records.answers import (
 )
 from pytest_sftguard.records.comparisons import ContextRecord, MergeRecord, PathsRecord, RoundTripRecord
 from pytest_sftguard.records.encoding import RecordError, decode, encode, read_json, write_text
+from pytest_sftguard.records.micro_batch import AimRecord, DerivativeRecord, FootprintRecord, FutureRecord
 from pytest_sftguard.records.migration import from_schema_1
 from pytest_sftguard.records.rows import BatchesRecord, EvaluationRecord, PromptsRecord, SupervisionRecord
 from pytest_sftguard.records.steps import FirstStepRecord, LogRecord, ReplayRecord, ScheduleRecord, StepRecord
@@ -172,6 +173,14 @@ class RunRecord:
     """Rows alone, padded and packed; None without the look `context`."""
     paths: PathsRecord | None = None
     """One micro-batch on the training's path and on plain ones; None without the look `paths`."""
+    derivative: DerivativeRecord | None = None
+    """The gradient of one micro-batch against differences of its loss; None without the look `first_batch`."""
+    footprint: FootprintRecord | None = None
+    """The places that its loss depends on; None without the look `first_batch`."""
+    aim: AimRecord | None = None
+    """The direction in which its loss pulls; None without the look `first_batch`."""
+    future: FutureRecord | None = None
+    """Tokens whose later tokens were changed; None without the look `first_batch`."""
     evaluation: EvaluationRecord | None = None
     """Raw losses of the evaluation set; None without the look `evaluation`."""
     generation: GenerationRecord | None = None

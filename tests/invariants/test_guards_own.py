@@ -28,6 +28,7 @@ FILLED = {
     "batches": ("batches",),
     "base_during": ("base_during",),
     "reach": ("reach",),
+    "first_batch": ("derivative", "footprint", "aim", "future"),
     "randomness": ("randomness",),
     "merging": ("merge",),
 }

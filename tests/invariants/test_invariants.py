@@ -20,7 +20,7 @@ from pytest_sftguard.verdicts import Finding, Outcome
 from tests.strategies import healthy_records, non_finite
 from tests.support import canned
 from tests.support.canned import HEAD, A, B, healthy, lost, with_step, with_steps, with_tensor, within
-from tests.support.cases import gathered
+from tests.support.cases import first_batch, gathered
 
 BUILT_IN = {i.name: i for i in load_invariants()}
 SCALED = Cell("fp16-mixed", 2, 1)
@@ -380,6 +380,9 @@ MAY_BE_MISSING = {
     "identity_at_init-uncompared": ("identity_at_init", within(healthy(), "initial", logits=None, uncompared="so")),
     "prompt_is_prefix-nothing-shared": ("prompt_is_prefix", within(healthy(), "prompts", matched=0)),
 }
+
+
+MAY_BE_MISSING |= first_batch.MAY_BE_MISSING
 
 
 @pytest.mark.parametrize(("name", "record"), MAY_BE_MISSING.values(), ids=MAY_BE_MISSING)
