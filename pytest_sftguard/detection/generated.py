@@ -22,6 +22,7 @@ from pytest_sftguard.session import Runs
 from pytest_sftguard.verdicts import JudgedRun
 
 if TYPE_CHECKING:
+    from pytest_sftguard.engine.generated.axes import Healthy
     from pytest_sftguard.engine.generated.grammar import Draw, Setting
 
 QUESTIONS = 16
@@ -95,12 +96,42 @@ def compose_fault(seed: int, number: int) -> Draw:
 
 def healthy_trial(seed: int, number: int, chosen: Sequence[str] = ()) -> Trial:
     """Compose the healthy training `number` of `seed`, see whether it learns, and judge it in the tiers `chosen`."""
-    raise NotImplementedError
+    from pytest_sftguard.engine.generated import axes, learning
+
+    training = axes.compose(seed, number)
+    started = time.perf_counter()
+    trial = Trial(
+        id=f"healthy-{training.id}",
+        training=training.architecture,
+        description=training.describe(),
+        axes=training.axes(),
+        discarded=learning.not_healthy(training),
+        seconds=0.0,
+    )
+    trial = replace(trial, seconds=time.perf_counter() - started)
+    if trial.discarded:
+        return trial
+    runs = Runs()
+    return replace(trial, seen={tier: _seen(runs, *_healthy(training), tier, frozenset()) for tier in chosen})
 
 
 def healthy_run(seed: int, number: int, tier: str) -> JudgedRun:
     """The judged run of one healthy training."""
-    raise NotImplementedError
+    from pytest_sftguard.engine.generated import axes
+
+    return _judged(Runs(), *_healthy(axes.compose(seed, number)), tier)
+
+
+def _healthy(training: Healthy) -> tuple[Setting, str]:
+    """What the guard is asked to run of `training`, and its path."""
+    from pytest_sftguard.engine.generated.grammar import Setting
+    from pytest_sftguard.engine.generated.trainings import path_of
+
+    path = path_of(training)
+    setting = Setting(
+        name=training.id, target=path, precision=training.precision, batch=training.batch, steps=training.steps
+    )
+    return setting, path
 
 
 def fault_run(draw: Draw, tier: str) -> JudgedRun:
