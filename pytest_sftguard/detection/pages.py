@@ -49,8 +49,8 @@ def markdown(study: Study) -> Iterator[str]:
     option = "--healthy" if study.healthy else "--generate"
     yield f"## Generated {'trainings' if study.healthy else 'faults'}"
     yield ""
-    yield f"Made with `python -m pytest_sftguard faults {option} {len(study.judged)} --seed {study.seed}"
-    yield f"--tier {','.join(study.tiers)}`."
+    tiers = ",".join(study.tiers)
+    yield f"Made with `python -m pytest_sftguard faults {option} {len(study.judged)} --seed {study.seed} --tier {tiers}`."
     yield ""
     for line in study.summary():
         yield f"- {line}"
@@ -63,7 +63,7 @@ def _maps(study: Study) -> Iterator[str]:
     yield "the entries, or a size relative to the value's root mean square. It is read off an isotonic fit of detection"
     yield "over size. `<=` stands before the smallest size that was tried, `>` before the largest. *Effect* is the"
     yield "relative distance of a plain run with the fault from one without, and *noise floor* how far two sound runs"
-    yield "are apart, in the same measure, in the median. Classes of fewer faults have no limits."
+    yield "are apart, in the same measure, in the median. Stations of fewer than four faults have no limits."
     yield ""
     yield from _map(study, "station", lambda t: t.where, lambda t: t.effect or 0.0, "effect")
     yield ""
@@ -86,13 +86,19 @@ def _map(
     heads = [h for tier in study.tiers for h in (f"{tier}", f"{tier}: {unit} at 50 %, 95 %")]
     yield f"| {title} | faults | noise floor | {' | '.join(heads)} |"
     yield f"|---|---|---|{'---|' * len(heads)}"
+    few = [name for name, trials in classes.items() if len(trials) < FEWEST]
     for name, trials in sorted(classes.items()):
+        if name in few and title != "station":
+            continue
         cells = []
         for tier in study.tiers:
             points = [(size(t), hit) for t in trials if (hit := t.detected(tier)) is not None]
             cells += [_detected(trials, tier), ", ".join(_limit(points, r) for r in RATES)]
         floors = statistics.median(t.floor or 0.0 for t in trials)
         yield f"| {name} | {len(trials)} | {floors:.1g} | {' | '.join(cells)} |"
+    if few and title != "station":
+        yield ""
+        yield f"{len(few)} further classes have fewer than {FEWEST} faults each."
 
 
 def _limit(points: Sequence[tuple[float, bool]], at: float) -> str:

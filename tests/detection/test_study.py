@@ -84,7 +84,8 @@ def test_a_study_tells_its_rates_and_its_map() -> None:
     assert "quick: detected 1 of 2 (50.0%; 95% bounds 1.3% to 98.7%)" in found.summary()
     assert "1 discarded: none" in found.summary()
     assert not found.sound
-    assert any(line.startswith("| save noise | 2 |") for line in pages.markdown(found))
+    assert any(line.startswith("| save | 2 |") for line in pages.markdown(found))
+    assert "1 further classes have fewer than 4 faults each." in list(pages.markdown(found))
     assert any("--replay fault-1-1 --tier quick" in line for line in pages.text(found))
 
 

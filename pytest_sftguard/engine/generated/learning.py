@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import tempfile
@@ -29,7 +30,7 @@ def not_healthy(training: Healthy) -> str:
     """
     with isolated():
         try:
-            losses, model = _trained(training, training.steps, repeated=False)
+            losses, model, skipped = _trained(training, training.steps, repeated=False)
         except Exception as error:
             return f"the plain training ends in an exception: {type(error).__name__}: {error}"[:300]
         if not all(map(math.isfinite, losses)):
@@ -38,13 +39,16 @@ def not_healthy(training: Healthy) -> str:
             return "the trained numbers of the plain training are not finite"
         if not max(losses) <= 3 * losses[0] + 1:
             return "the loss of the plain training bursts"
-        losses, _ = _trained(training, REPEATS, repeated=True)
+        if skipped >= training.steps / 2:
+            return "the loss scaler skips half of the steps of the plain training, or more"
+        losses, _, _ = _trained(training, REPEATS, repeated=True)
     per_step = training.batch[1]
     first, last = statistics.mean(losses[: 2 * per_step]), statistics.mean(losses[-4 * per_step :])
     return "" if last <= FALL * first else "the loss does not fall when one batch is repeated"
 
 
-def _trained(training: Healthy, steps: int, *, repeated: bool) -> tuple[list[float], Any]:
+def _trained(training: Healthy, steps: int, *, repeated: bool) -> tuple[list[float], Any, int]:
+    """The losses of a plain training, its model, and the number of steps that a loss scaler skipped."""
     mode = mode_named(training.precision)
     with tempfile.TemporaryDirectory() as folder:
         trainer: Any = trainings.built(
@@ -75,5 +79,17 @@ def _trained(training: Healthy, steps: int, *, repeated: bool) -> tuple[list[flo
             return result
 
         trainer.compute_loss = noted
+        scaler = trainer.accelerator.scaler
+        scales = [] if scaler is None else [scaler.get_scale()]
+        if scaler is not None:
+            update = scaler.update
+
+            def updated(*args: Any, **kwargs: Any) -> None:
+                update(*args, **kwargs)
+                scales.append(scaler.get_scale())
+
+            scaler.update = updated
         trainer.train()
-        return [float(loss) for loss in losses], trainer.model
+        # the scale is halved by a step that is skipped, and by no other
+        skipped = sum(after < before for before, after in itertools.pairwise(scales))
+        return [float(loss) for loss in losses], trainer.model, skipped

@@ -1,4 +1,4 @@
-"""The grammar of generated faults: what it composes means something, is told in words, and is replayed from its seed."""
+"""The grammar of generated faults: what it composes means something, is told in words, and can be replayed."""
 
 from __future__ import annotations
 
