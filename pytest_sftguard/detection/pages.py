@@ -50,7 +50,8 @@ def markdown(study: Study) -> Iterator[str]:
     yield f"## Generated {'trainings' if study.healthy else 'faults'}"
     yield ""
     tiers = ",".join(study.tiers)
-    yield f"Made with `python -m pytest_sftguard faults {option} {len(study.judged)} --seed {study.seed} --tier {tiers}`."
+    options = f"{option} {len(study.judged)} --seed {study.seed} --tier {tiers}"
+    yield f"Made with `python -m pytest_sftguard faults {options}`."
     yield ""
     for line in study.summary():
         yield f"- {line}"
