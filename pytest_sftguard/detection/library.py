@@ -23,7 +23,7 @@ def detect(target: str, faults: Sequence[Fault], device: str, jobs: int) -> Dete
     from tqdm import tqdm
 
     settings = sorted({(f.precision, f.asks) for f in faults})
-    tasks: list[Task] = [(healthy, (target, precision, asks, device)) for precision, asks in settings]
+    tasks: list[Task[Attempt]] = [(healthy, (target, precision, asks, device)) for precision, asks in settings]
     tasks += [(attempt, (fault.id, target, device)) for fault in faults]
     with tqdm(total=len(tasks), unit="fault", disable=None, file=sys.stderr) as bar:
 

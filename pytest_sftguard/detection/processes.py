@@ -1,4 +1,4 @@
-"""Processes: attempts are made in fresh ones, several at a time."""
+"""Processes: attempts and trials are made in fresh ones, several at a time."""
 
 from __future__ import annotations
 
@@ -8,48 +8,48 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import Any
+from typing import Any, TypeVar
 
-from pytest_sftguard.detection.attempts import Attempt
+T = TypeVar("T")
 
-Task = tuple[Callable[..., Attempt], tuple[Any, ...]]
+Task = tuple[Callable[..., T], tuple[Any, ...]]
 """A function that can be pickled, and its arguments."""
 
 
-def run_all(tasks: Sequence[Task], jobs: int, done: Callable[[Attempt], object]) -> list[Attempt]:
-    """The attempts of `tasks`, in their order, made in `jobs` fresh processes of one thread each.
+def run_all(tasks: Sequence[Task[T]], jobs: int, done: Callable[[T], object]) -> list[T]:
+    """The results of `tasks`, such as attempts, in their order, made in `jobs` fresh processes of one thread each.
 
-    `done` is called with each attempt as it ends. What the trainings print goes to a file, so that the terminal stays
+    `done` is called with each result as it ends. What the trainings print goes to a file, so that the terminal stays
     readable. An exception in one task ends all. If a process loses its CUDA device to a task, new processes go on.
     """
-    found: dict[int, Attempt] = {}
+    found: dict[int, T] = {}
     while len(found) < len(tasks):
         left = {place: task for place, task in enumerate(tasks) if place not in found}
         found |= _run_some(left, min(jobs, len(left)), done)
     return [found[place] for place in range(len(tasks))]
 
 
-def _run_some(tasks: dict[int, Task], jobs: int, done: Callable[[Attempt], object]) -> dict[int, Attempt]:
-    """The attempts of those `tasks` that were given to a process with a device; at least one for each process."""
-    found: dict[int, Attempt] = {}
+def _run_some(tasks: dict[int, Task[T]], jobs: int, done: Callable[[T], object]) -> dict[int, T]:
+    """The results of those `tasks` that were given to a process with a device; at least one for each process."""
+    found: dict[int, T] = {}
     # torch's threads do not survive a fork
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet) as pool:
         futures = {pool.submit(_unless_lost, function, arguments): p for p, (function, arguments) in tasks.items()}
         try:
             for future in as_completed(futures):
-                attempt = future.result()
-                if attempt is not None:
-                    found[futures[future]] = attempt
-                    done(attempt)
+                result = future.result()
+                if result is not None:
+                    found[futures[future]] = result
+                    done(result)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return found
 
 
-def _unless_lost(function: Callable[..., Attempt], arguments: tuple[Any, ...]) -> Attempt | None:
-    """One attempt; None in a process that has lost its device."""
+def _unless_lost(function: Callable[..., T], arguments: tuple[Any, ...]) -> T | None:
+    """One result; None in a process that has lost its device."""
     from pytest_sftguard.engine.surroundings import devices
 
     return function(*arguments) if devices.answers("cuda") else None

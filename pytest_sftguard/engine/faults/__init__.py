@@ -22,7 +22,13 @@ def load_faults() -> list[type[Fault]]:
 
 
 def fault_named(name: str) -> Fault:
-    """The fault with this id, or with this name in underscores; raises registry.NotFoundError, which lists the ids."""
+    """The fault with this id or with this name in underscores, or the one that the function at a dotted path makes.
+
+    Raises registry.NotFoundError, which lists the ids.
+    """
+    if ":" in name:
+        made: Fault = registry.load_path(name)()
+        return made
     faults = {fault.id: fault for fault in load_faults()}
     try:
         return faults[name.replace("_", "-")]()
