@@ -250,7 +250,8 @@ def context_prompt(**arguments: Any) -> Trainer:
         **CAUSAL,
         cpt_token_ids=ids,
         cpt_mask=[1] * size,
-        cpt_tokens_type_mask=[1] * (size // 2) + [2] * (size - size // 2),
+        # the last type is that of labels
+        cpt_tokens_type_mask=[1, *[2] * (size - 3), 3, 4],
         opt_weighted_loss_type="decay",
         opt_loss_decay_factor=0.95,
         opt_projection_epsilon=0.2,

@@ -124,8 +124,12 @@ def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def reallocated(model: nn.Module) -> set[str]:
-    """Names of the tensors in which AdaLoRA itself sets elements to zero between the steps, to take ranks away."""
-    return {n for n, p in model.named_parameters() if p.requires_grad and "lora_E" in n.split(".")}
+    """Names of the tensors that an adapter's own method rewrites between the steps.
+
+    AdaLoRA sets elements to zero to take ranks away, and CPT bounds the norms of its rows.
+    """
+    parts = {n: n.split(".") for n in trainables(model)}
+    return {n for n, p in parts.items() if "lora_E" in p or ("prompt_encoder" in p and "delta_embedding" in p)}
 
 
 def partial_factors(model: nn.Module) -> set[str]:

@@ -190,7 +190,9 @@ def _difference(one: Tensor, other: Tensor) -> float:
 def _differing(expected: dict[str, Tensor], loaded: dict[str, Tensor]) -> Iterable[str]:
     for name, tensor in expected.items():
         other = loaded.get(name)
-        if other is None or other.shape != tensor.shape or not _same_numbers(other.detach(), tensor.detach()):
+        # what an encoder of prompts gives is computed again
+        rtol = 1e-5 if name == "prompt_embeddings" else 0.0
+        if other is None or other.shape != tensor.shape or not _same_numbers(other.detach(), tensor.detach(), rtol):
             yield name
 
 
@@ -241,9 +243,10 @@ def _without_adapter(name: str, adapter: str) -> tuple[str, ...]:
     return tuple("" if part == adapter else part for part in name.split("."))
 
 
-def _same_numbers(one: Tensor, other: Tensor) -> bool:
+def _same_numbers(one: Tensor, other: Tensor, rtol: float = 0.0) -> bool:
     """Whether two tensors contain the same numbers, or NaN at the same place; peft may load into a wider type."""
-    return torch.allclose(one.double(), other.double(), rtol=0, atol=0, equal_nan=True)
+    found, wanted = one.double().cpu(), other.double().cpu()
+    return torch.allclose(found, wanted, rtol=0, atol=rtol * float(wanted.abs().max()) if rtol else 0, equal_nan=True)
 
 
 def _is_about_tensors(message: str) -> bool:

@@ -306,7 +306,10 @@ class _Batch:
         places = self._attended(row)
         if not len(places):
             return
-        starts = self._starts_in_mask(row, places) if self._square else self._starts(row, places, separators)
+        starts = self._starts(row, places, separators)
+        if self._square:
+            # positions that begin anew say where a sequence begins, whatever the mask lets it see
+            starts = sorted({*self._starts_in_mask(row, places), *(starts if self.positions is not None else ())})
         bounds = [0, *starts, len(places)]
         for begin, end in itertools.pairwise(bounds):
             # padding that the mask puts into a sequence of its own
