@@ -84,7 +84,9 @@ class Context(Look[Trained]):
         record = dataclasses.replace(record, arithmetic=arithmetic)
         if arithmetic in ("bfloat16", "float16") and forwards.has_experts(model):
             return {"context": dataclasses.replace(record, left_out="rounding changes which experts are chosen")}
-        separators = _separators(model, reached.trainer)
+        # answers of the model itself may hold any id, and are not packed; rows to be learned have labels
+        labelled = any(batch.get("labels") is not None for batch in reached.batches)
+        separators = _separators(model, reached.trainer) if labelled else set()
         comparisons: list[ComparisonRecord] = []
         with forwards.evaluating(model), autocast():
             for given in self._given:

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,8 @@ class Paths(Look[Started]):
         original = trainer.training_step
 
         def once(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(inputs, Mapping):
+                raise InapplicableError("the Trainer makes its micro-batches itself, in each training step")
             counted = kwargs.get("num_items_in_batch", args[0] if args else None) is not None
             found.append(_FirstStep(trainer, arithmetic, model, original, batch, counted).record())
             raise _Done

@@ -18,7 +18,7 @@ from pytest_sftguard.engine.tensors.reductions import to_host
 
 _BATCHED = 64
 """Micro-batches that are computed together; copies of their integers take a few hundred kilobytes."""
-_COPIED = ("input_ids", "attention_mask", "labels")
+_COPIED = ("input_ids", "attention_mask", "labels", "advantages")
 _ABSENT = -1.0
 """Stands for what a micro-batch lacks; fingerprints and counts are never negative."""
 
@@ -32,6 +32,7 @@ class Collated:
         self._steps: list[int] = []
         self._rows: dict[int, list[float]] = defaultdict(list)
         self._tokens: dict[int, list[float]] = defaultdict(list)
+        self._tied: dict[int, list[float]] = defaultdict(list)
 
     def add(self, step: int, inputs: Mapping[str, Any]) -> None:
         """Copy the relevant inputs of a micro-batch, because a loop may write the next one into the same memory."""
@@ -39,7 +40,7 @@ class Collated:
         self._waiting.append((step, copies))
 
     def due(self) -> Tensor:
-        """Two numbers for each waiting micro-batch if there are enough of these, shape (2 n,), or else shape (0,).
+        """Three numbers for each waiting micro-batch if there are enough of these, shape (3 n,), or else shape (0,).
 
         The caller transfers them to the host together with other numbers, and passes them to `take`.
         """
@@ -47,10 +48,11 @@ class Collated:
 
     def take(self, numbers: Sequence[float]) -> None:
         """Store the numbers from `due`, now on the host."""
-        pairs = zip(self._steps, numbers[::2], numbers[1::2], strict=True) if numbers else ()
-        for step, rows, tokens in pairs:
+        found = zip(self._steps, numbers[::3], numbers[1::3], numbers[2::3], strict=True) if numbers else ()
+        for step, rows, tokens, tied in found:
             self._rows[step].append(rows)
             self._tokens[step].append(tokens)
+            self._tied[step].append(tied)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -68,11 +70,18 @@ class Collated:
         seen = [n for n in self._tokens.get(step, ()) if n != _ABSENT]
         return int(sum(seen)) if seen else None
 
+    def tied(self, step: int) -> bool:
+        """Whether the advantages of all rows of a settled step are zero, because all rewards of each group tie."""
+        seen = self._tied.get(step)
+        return bool(seen) and all(n == 1.0 for n in seen)
+
     def _computed(self) -> Tensor:
         numbers: list[Tensor] = []
         batches = [inputs for _, inputs in self._waiting]
         for inputs, rows in zip(batches, fingerprints.fingerprints(batches, self._padding), strict=True):
-            numbers += [_number(rows), _number(fingerprints.supervised(inputs))]
+            advantages = inputs.get("advantages")
+            tied = None if advantages is None else (advantages == 0).all()
+            numbers += [_number(rows), _number(fingerprints.supervised(inputs)), _number(tied)]
         device = next((n.device for n in numbers if n.device.type != "cpu"), torch.device("cpu"))
         self._steps = [step for step, _ in self._waiting]
         self._waiting = []

@@ -216,7 +216,12 @@ class Recorder:
         """Complete records of the steps so far."""
         self._collated.settle()
         return tuple(
-            dataclasses.replace(s, supervised_tokens=self._collated.tokens(s.step), rows=self._collated.rows(s.step))
+            dataclasses.replace(
+                s,
+                supervised_tokens=self._collated.tokens(s.step),
+                rows=self._collated.rows(s.step),
+                tied=self._collated.tied(s.step),
+            )
             for s in self.steps
         )
 
