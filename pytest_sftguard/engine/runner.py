@@ -189,6 +189,8 @@ class _Cell:
             max_grad_norm=trainer.args.max_grad_norm,
             log=watch.log(),
             global_step=trainer.state.global_step,
+            stopped=bool(trainer.control.should_training_stop),
+            restored=bool(trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint),
             micro_batches_per_epoch=watch.micro_batches_per_epoch,
             schedule=watch.schedule.record(started.config.steps) if watch.schedule else None,
         )

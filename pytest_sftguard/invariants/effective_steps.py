@@ -70,7 +70,8 @@ class EffectiveSteps(Invariant):
 
     def _unmoved(self, record: RunRecord) -> Iterator[Finding]:
         warm_up = self._warm_up(record)
-        idle = [s for s in record.steps if s.effect == "no_effect" and s.step not in warm_up]
+        # where all rewards of a group are equal, none of its answers is to be preferred
+        idle = [s for s in record.steps if s.effect == "no_effect" and s.step not in warm_up and not s.tied]
         if idle:
             first = idle[0]
             seen = {"steps": len(record.steps), "learning_rate": first.learning_rate, "grad_norm": first.grad_norm}

@@ -21,6 +21,7 @@ class Reason(verdicts.Reason):
 
     ENDED_EARLY = "the run ended in {stage}: {error}[[ ({where})]]"
     OTHER_STEPS = "{observed} of {limit:# optimizer step} took place"
+    STOPPED = "a callback ended the training after {steps} of {asked:# optimizer step}"
     OTHER_COUNT = "the Trainer counted {observed:# optimizer step}, and took {limit}"
     NO_COUNT = "the Trainer's count of its optimizer steps was not seen"
     OTHER_NUMBERS = "the steps are not numbered 1, 2, 3, ...: some are missing or were taken twice"
@@ -54,7 +55,9 @@ class EvidenceComplete(Invariant):
 
     def _counts(self, record: RunRecord) -> Iterator[Finding]:
         seen, counted = len(record.steps), record.global_step
-        if seen != record.max_steps:
+        if record.stopped and record.error is None and 1 <= seen < record.max_steps and counted == seen:
+            yield self.not_evaluated(Reason.STOPPED, required=False, steps=seen, asked=record.max_steps)
+        elif seen != record.max_steps:
             yield self.failed(Reason.OTHER_STEPS, observed=seen, limit=record.max_steps)
         if counted != seen:
             reason = Reason.NO_COUNT if counted is None else Reason.OTHER_COUNT

@@ -50,6 +50,7 @@ class GradientPresent(Invariant):
             absent = [n for n in s.missing_gradients.first if is_factor(n) and n not in s.idle.first]
             # a layer may be given nothing to learn, and not all of them at once
             empty = [*s.zero_gradients.first] if _all_zero(record, s) else due.among(s.zero_gradients.first, s)
+            empty = [] if s.tied else empty
             missing = missing or ((s.step, absent) if absent else None)
             zero = zero or ((s.step, empty) if empty else None)
             never &= {*s.missing_gradients.first, *s.zero_gradients.first}

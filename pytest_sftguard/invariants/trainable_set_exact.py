@@ -14,6 +14,7 @@ from pytest_sftguard.verdicts import Finding, General, Invariant
 class Reason(verdicts.Reason):
     """What trains beside the adapter, or does not."""
 
+    NO_ADAPTER = "the model has no adapter: which of its own tensors train is the target's choice"
     NOT_ATTACHED = "the active adapter is attached to no module"
     FROZEN = "{observed:# tensor} of the active adapter must have requires_grad=True and did not: {names}"
     STRAYS = "{observed:# tensor} outside the active adapter had requires_grad=True: {names}"
@@ -35,7 +36,10 @@ class TrainableSetExact(Invariant):
             return
         if not wiring.trainable >= 1:
             yield self.failed(General.NO_TRAINABLE, observed=wiring.trainable, limit="at least 1")
-        if not wiring.modules >= 1 and not record.without_adapter:
+        if wiring.without_adapter:
+            yield self.not_evaluated(Reason.NO_ADAPTER, required=False)
+            return
+        if not wiring.modules >= 1:
             yield self.failed(Reason.NOT_ATTACHED, observed=wiring.modules, limit="at least 1")
         yield from self.forbid(Reason.FROZEN, wiring.frozen)
         yield from self.forbid(Reason.STRAYS, wiring.strays)

@@ -124,6 +124,10 @@ class RunRecord:
     """The Trainer's own log."""
     global_step: int | None = None
     """The Trainer's own count of steps at the end."""
+    stopped: bool = False
+    """Whether a callback, or the Trainer at its last step, asked for the end of the training."""
+    restored: bool = False
+    """Whether the Trainer has put the weights of its best checkpoint back at the end."""
     micro_batches_per_epoch: int | None = None
     """Length of the training data loader; None for a stream."""
     adapter_type: str | None = None

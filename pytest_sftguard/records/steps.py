@@ -70,6 +70,8 @@ class StepRecord:
     """Global L2 norm of the unscaled gradients that the optimizer received, after clipping and anything else."""
     supervised_tokens: int | None = None
     """Labels of the step that count after the shift; None if the batches have no labels."""
+    tied: bool = False
+    """Whether the advantages of all rows were zero, so that a policy gradient has nothing to learn in the step."""
     rows: str | None = None
     """Digest of the step's rows that ignores their order, padding and batch split; None without token ids."""
     seconds: float | None = None

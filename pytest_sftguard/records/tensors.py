@@ -142,6 +142,8 @@ class WiringRecord:
     """Modules that a target matches and that have no factors of the active adapter."""
     disabled: bool = False
     """Whether the adapter was disabled, so that no forward pass used it."""
+    without_adapter: bool = False
+    """Whether the model has no adapter, so that tensors of its own train."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,3 +82,52 @@ def empty_assistant_mask(**arguments: Any) -> SFTTrainer:
     rows = [words(f"{p} {int(n)}")["input_ids"] for p, n in sums.questions()]
     data = Dataset.from_list([{"input_ids": ids, "assistant_masks": [0] * len(ids)} for ids in rows])
     return build_trainer(**arguments, data=data)
+
+
+def preferences(*, model: str | None = None, dtype: str = "float32", **training_arguments: Any) -> Any:
+    """DPO: a right answer before a wrong one."""
+    from trl import DPOConfig, DPOTrainer
+
+    rows = [{"prompt": f"{p} ", "chosen": str(int(n)), "rejected": str(int(n) + 7)} for p, n in sums.questions()]
+    return _trained(DPOTrainer, DPOConfig, rows, dtype, {"max_length": 64} | training_arguments)
+
+
+def judgements(*, model: str | None = None, dtype: str = "float32", **training_arguments: Any) -> Any:
+    """KTO: answers that are right or wrong."""
+    from trl import KTOConfig, KTOTrainer
+
+    rows = [
+        {"prompt": f"{p} ", "completion": str(int(n) + 7 * (i % 2)), "label": i % 2 == 0}
+        for i, (p, n) in enumerate(sums.questions())
+    ]
+    return _trained(KTOTrainer, KTOConfig, rows, dtype, {"max_length": 64} | training_arguments)
+
+
+def rewarded(*, model: str | None = None, dtype: str = "float32", **training_arguments: Any) -> Any:
+    """GRPO: in every other generation all rewards tie, so that there is nothing to learn."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    calls: list[int] = []
+
+    def reward(completions: list[str], **kwargs: Any) -> list[float]:
+        calls.append(1)
+        return [1.0 if len(calls) % 2 else float(len(set(c))) for c in completions]
+
+    rows = [{"prompt": f"{p} "} for p, _ in sums.questions()]
+    defaults = {"num_generations": 2, "max_completion_length": 6, "beta": 0.0}
+    return _trained(GRPOTrainer, GRPOConfig, rows, dtype, defaults | training_arguments, reward_funcs=reward)
+
+
+def _trained(trainer_class: Any, config: Any, rows: Any, dtype: str, arguments: dict[str, Any], **more: Any) -> Any:
+    set_seed(0)
+    base = tiny.in_dtype(LlamaForCausalLM(tiny.llama(64, 0.1)), getattr(torch, dtype))
+    given = config(**{"learning_rate": 1e-3} | arguments)
+    set_seed(given.seed)
+    return trainer_class(
+        model=base,
+        args=given,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=sums.tokenizer(),
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        **more,
+    )

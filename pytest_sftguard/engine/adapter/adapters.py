@@ -106,9 +106,30 @@ def product_layers(model: nn.Module) -> list[nn.Module]:
     return [m for m in adapted_layers(model) if not isinstance(m, nn.Embedding) and id(m) not in blocks]
 
 
+def other_products(model: nn.Module) -> list[nn.Module]:
+    """Linear layers outside of the adapters, where these are none of LoRA's, which computes its layer's product."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapters = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    if not adapters or any(isinstance(m, LoraLayer) for m in adapters):
+        return []
+    inside = {id(m) for adapter in adapters for m in adapter.modules()}
+    return [m for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in inside]
+
+
 def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The modules with factors, by name, which is a prefix of their tensors' names."""
     return {n: m for n, m in model.named_modules() if hasattr(m, "base_layer")}
+
+
+def reallocated(model: nn.Module) -> set[str]:
+    """Names of the tensors that an adapter's own method rewrites between the steps.
+
+    AdaLoRA sets elements to zero to take ranks away, and CPT bounds the norms of its rows.
+    """
+    parts = {n: n.split(".") for n in trainables(model)}
+    return {n for n, p in parts.items() if "lora_E" in p or ("prompt_encoder" in p and "delta_embedding" in p)}
 
 
 def partial_factors(model: nn.Module) -> set[str]:

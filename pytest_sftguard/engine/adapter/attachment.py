@@ -15,8 +15,10 @@ _HEADS = ("classifier", "score", "qa_outputs")
 
 
 def wiring(model: nn.Module, optimizer: Any = None) -> WiringRecord:
-    """The trainable tensors of `model`, a PeftModel; `optimizer` is the one that the target built, if any."""
+    """The trainable tensors of `model`; `optimizer` is the one that the target built, if any."""
     takes, ours = trainables(model), of_adapter(model)
+    if config_of(model) is None:
+        return WiringRecord(trainable=len(takes), modules=0, without_adapter=True)
     attached = set(_attached(model))
     return WiringRecord(
         trainable=len(takes),

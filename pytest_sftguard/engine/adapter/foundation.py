@@ -74,15 +74,26 @@ def zero_magnitudes(model: nn.Module) -> list[str]:
     return found
 
 
+def padding_id(model: Any, tokenizer: Any) -> int | None:
+    """The id that fills rows up; None where neither the tokenizer nor the model declares one."""
+    sources = [tokenizer, getattr(forwards.inner(model), "config", None)]
+    found = (getattr(s, "pad_token_id", None) for s in sources)
+    return next((i for i in found if isinstance(i, int) and i >= 0), None)
+
+
 def zero_embeddings(model: Any, ids: Iterable[int]) -> list[str]:
-    """Those of `ids` whose frozen embedding is all zeros; none if the embedding is trained."""
+    """Those of `ids` whose frozen embedding is all zeros; none if the embedding is trained.
+
+    The row that torch itself keeps at zero, because it is declared as padding, is left out.
+    """
     inner = forwards.inner(model)
     embedding = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
     weight = getattr(embedding, "weight", None)
     learns = embedding is not None and any(p.requires_grad for p in embedding.parameters())
     if learns or not isinstance(weight, Tensor) or weight.dim() != 2:
         return []
-    used = sorted(i for i in set(ids) if 0 <= i < len(weight))
+    declared = getattr(embedding, "padding_idx", None)
+    used = sorted(i for i in set(ids) if 0 <= i < len(weight) and i != declared)
     if not used:
         return []
     rows = weight.detach()[torch.tensor(used, device=weight.device)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pytest_sftguard.engine.adapter.adapters import active_adapters, config_of
 from pytest_sftguard.engine.adapter.attachment import tuner_layers
 from pytest_sftguard.engine.after import forwards
+from pytest_sftguard.engine.surroundings.errors import first_line
 from pytest_sftguard.records import InitialRecord, Names
 
 _TOKENS = 16
@@ -27,10 +28,15 @@ def start(model: nn.Module) -> InitialRecord:
     if not hasattr(config, "init_lora_weights"):
         return InitialRecord(factors=0, init="", identical=True, neutral=True)
     init = str(config.init_lora_weights)
-    pairs = [pair for adapter in active_adapters(model) for pair in _pairs(model, adapter)]
+    pairs = [pair for adapter in active_adapters(model) for pair in _factors(model, adapter)]
     first, second = ("B", "A") if init.lower() == "mica" else ("A", "B")
     zero, nonzero = [], []
     for factors in pairs:
+        # the values between both factors are zero, so that these must not be
+        if "E" in factors:
+            zero += [n for n, t in (factors["A"], factors["B"]) if t.numel() and not t.count_nonzero()]
+            nonzero += [n for n, t in [factors["E"]] if t.count_nonzero()]
+            continue
         # in an embedding's pair the other one is zero
         flip = "embedding" in factors[first][0] and init.lower() != "mica"
         random, silent = (second, first) if flip else (first, second)
@@ -51,34 +57,54 @@ def start(model: nn.Module) -> InitialRecord:
     )
 
 
-def compare(model: Any) -> dict[str, Any]:
+def compare(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Compare the logits of `model` with and without its adapter, in evaluation mode; returns fields of InitialRecord.
 
-    Leaves the model as it was, and undoes what its own forward pass stores in it.
+    The model is asked with ids from all over its vocabulary, and with what it was `given` in the training where it
+    takes no token ids, or more than these. Leaves the model as it was, and undoes what its own forward pass stores.
     """
+    layers = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
+    if not layers:
+        return {"uncompared": "no layer of the model has an adapter that could be disabled"}
+    if any(getattr(m, "merged", False) for m in layers):
+        return {"uncompared": "the adapter is merged into the base"}
+    error = "it is given nothing in the training"
+    for inputs in (_tokens(model, given), dict(given)):
+        if not inputs:
+            continue
+        with _restored(model), torch.no_grad():
+            model.eval()
+            try:
+                wrapped = forwards.asked(model, inputs)
+                for layer in layers:
+                    layer._disable_adapters = True
+                base = forwards.asked(model, inputs)
+            # a model may need more than token ids
+            except Exception as raised:
+                error = f"{type(raised).__name__}: {first_line(raised)[:200]}"
+                continue
+        if wrapped.shape != base.shape:
+            return {"uncompared": "the adapter changes the shape of the model's output"}
+        return _compared(wrapped.double(), base.double())
+    return {"uncompared": f"the model cannot be asked: {error}"}
+
+
+def _tokens(model: Any, given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Rows of ids from all over the vocabulary, with a mask; nothing for a model that takes more than that, or no ids.
+
+    A model that was not seen in the training is tried with ids.
+    """
+    others = given.keys() - {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
+    if given and ("input_ids" not in given or any(isinstance(given[k], Tensor) for k in others)):
+        return {}
     inner = forwards.inner(model)
     embedding = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
     count = getattr(embedding, "num_embeddings", None) or getattr(getattr(inner, "config", None), "vocab_size", None)
     if not isinstance(count, int) or count < 1:
-        return {"uncompared": "the model takes no token ids"}
-    layers = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
-    if any(getattr(m, "merged", False) for m in layers):
-        return {"uncompared": "the adapter is merged into the base"}
+        return {}
     ids = torch.linspace(0, count - 1, _ROWS * _TOKENS).long().reshape(_ROWS, _TOKENS).flip(0)
     ids = ids.to(next(model.parameters()).device)
-    with _restored(model), torch.no_grad():
-        model.eval()
-        try:
-            wrapped = _logits(model(input_ids=ids, attention_mask=torch.ones_like(ids)))
-            for layer in layers:
-                layer._disable_adapters = True
-            base = _logits(model(input_ids=ids, attention_mask=torch.ones_like(ids)))
-        # a model may need more than token ids
-        except Exception as error:
-            return {"uncompared": f"the model cannot be asked with token ids alone: {type(error).__name__}"}
-    if wrapped is None or base is None or wrapped.shape != base.shape:
-        return {"uncompared": "the model gives no logits"}
-    return _compared(wrapped.double(), base.double())
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _compared(wrapped: Tensor, base: Tensor) -> dict[str, Any]:
@@ -110,20 +136,13 @@ def _restored(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(contents[id(buffer)])
 
 
-def _logits(output: Any) -> Tensor | None:
-    logits = getattr(output, "logits", None)
-    if logits is None and hasattr(output, "to_tuple"):
-        logits = next(iter(output.to_tuple()), None)
-    return logits if isinstance(logits, Tensor) else None
-
-
-def _pairs(model: nn.Module, adapter: str) -> Iterator[dict[str, tuple[str, Tensor]]]:
-    """The two factors of each module by letter, each as (name, tensor)."""
+def _factors(model: nn.Module, adapter: str) -> Iterator[dict[str, tuple[str, Tensor]]]:
+    """The two factors of each module by letter, each as (name, tensor); E has the values between them in AdaLoRA."""
     for name, layer in tuner_layers(model).items():
         for prefix in ("lora_", "lora_embedding_"):
-            a, b = (_factor(layer, name, f"{prefix}{letter}", adapter) for letter in "AB")
-            if a and b:
-                yield {"A": a, "B": b}
+            found = {letter: _factor(layer, name, f"{prefix}{letter}", adapter) for letter in "ABE"}
+            if found["A"] and found["B"]:
+                yield {letter: factor for letter, factor in found.items() if factor}
 
 
 def _factor(layer: Any, name: str, part: str, adapter: str) -> tuple[str, Tensor] | None:
@@ -150,6 +169,9 @@ def _wrong_scaling(model: nn.Module, config: Any) -> Iterator[str]:
             rank = ranks.get(get_pattern_key(list(ranks), key), config.r)
             alpha = alphas.get(get_pattern_key(list(alphas), key), config.lora_alpha)
             wanted = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+            if hasattr(layer, "lora_E"):
+                # AdaLoRA divides by the rank that is left, in the forward pass
+                wanted = alpha if alpha > 0 else scaling[adapter]
             if scaling[adapter] != 0 and not (
                 scaling[adapter] > 0 and math.isclose(scaling[adapter], wanted, rel_tol=1e-6)
             ):

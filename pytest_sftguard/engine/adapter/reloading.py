@@ -9,7 +9,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pytest_sftguard.engine.adapter.adapters import active_adapters, holder, in_file, takes_from_the_base
+from pytest_sftguard.engine.adapter.adapters import (
+    active_adapters,
+    config_of,
+    holder,
+    in_file,
+    of_adapter,
+    takes_from_the_base,
+)
 
 _CONFIG = "adapter_config.json"
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -33,6 +40,9 @@ class Reloading(Protocol):
 
     def tensors(self, trained: nn.Module, folder: Path) -> dict[str, Tensor]:
         """Tensors in the files of `trained`, by their names from `in_file`."""
+
+    def kept(self, model: nn.Module) -> dict[str, Tensor]:
+        """What the file of `model` has to hold, by names from `in_file`."""
 
     def base(self, fresh: nn.Module) -> tuple[nn.Module, bool]:
         """The base of a model that was built again, and whether it had to be put together by merging."""
@@ -75,6 +85,28 @@ class _OfPeft:
     def tensors(self, trained: nn.Module, folder: Path) -> dict[str, Tensor]:
         return {in_file(n): t for n, t in _read(self.files(folder))}
 
+    def kept(self, model: Any) -> dict[str, Tensor]:
+        config, name = config_of(model), active_adapters(model)[0]
+        own = _own(model)
+        if getattr(config, "is_prompt_learning", False):
+            # what the encoder makes of its numbers is saved, not the encoder
+            held = {n: t for n, t in own.items() if not n.startswith("prompt_encoder.")}
+            prompt = model.prompt_encoder[name].embedding.weight
+            # loaded for inference, the encoder is gone, and its result in place of its numbers
+            saved = prompt if config.inference_mode else model.get_prompt_embedding_to_save(name)
+            return held | {"prompt_embeddings": saved.detach()}
+        for lora_e, left in (getattr(config, "rank_pattern", None) or {}).items():
+            # only AdaLoRA's pattern is a list, of the ranks that are left
+            if not isinstance(left, list):
+                continue
+            path = f"base_model.model.{lora_e.removesuffix(f'.{name}').removesuffix('.lora_E')}"
+            for factor, rank_first in (("lora_E", True), ("lora_A", True), ("lora_B", False)):
+                whole = own.get(f"{path}.{factor}")
+                if whole is not None and whole.shape[0 if rank_first else 1] == len(left):
+                    mask = torch.tensor(left, device=whole.device)
+                    own[f"{path}.{factor}"] = whole[mask] if rank_first else whole[:, mask]
+        return own
+
     def base(self, fresh: Any) -> tuple[nn.Module, bool]:
         restored = takes_from_the_base(fresh)
         if restored:
@@ -115,6 +147,9 @@ class _Inside:
         own = hasattr(holder(trained)[1], "get_base_model")
         return {in_file(within + (n if own else n.removeprefix(before))): t for n, t in _read(self.files(folder))}
 
+    def kept(self, model: nn.Module) -> dict[str, Tensor]:
+        return _own(model)
+
     def base(self, fresh: nn.Module) -> tuple[nn.Module, bool]:
         return fresh, False
 
@@ -146,6 +181,9 @@ class _Whole:
     def tensors(self, trained: nn.Module, folder: Path) -> dict[str, Tensor]:
         return {in_file(n): t for n, t in _read(self.files(folder))}
 
+    def kept(self, model: nn.Module) -> dict[str, Tensor]:
+        return _own(model)
+
     def base(self, fresh: nn.Module) -> tuple[nn.Module, bool]:
         return fresh, False
 
@@ -161,6 +199,12 @@ class _Whole:
         if found.unexpected_keys:
             raise NotLoadableError(f"a {type(base).__name__} has no from_pretrained, and its file has other names")
         return base
+
+
+def _own(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the active adapter; with the frozen ones, because peft saves these too."""
+    name, ours = active_adapters(model)[0], of_adapter(model)
+    return {in_file(n, name): p for n, p in model.named_parameters() if ours(n) and "original_module" not in n}
 
 
 def _read(files: list[Path]) -> Iterator[tuple[str, Tensor]]:

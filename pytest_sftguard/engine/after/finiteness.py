@@ -97,8 +97,13 @@ def seen(inputs: dict[str, Any], logits: list[Tensor], unpadded: str, eager: boo
 
 
 def attended(logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-    """The logits of tokens that the mask lets through, shape (tokens, words); all of them without a mask."""
-    mask = inputs.get("attention_mask")
+    """The logits of tokens that the mask lets through, shape (tokens, words); all of them without a mask.
+
+    The logits of a prompt that an adapter puts in front of each row are left out.
+    """
+    mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+    if isinstance(ids, Tensor) and logits.dim() == 3 and len(logits) == len(ids) and logits.shape[1] > ids.shape[-1]:
+        logits = logits[:, -ids.shape[-1] :]
     if not isinstance(mask, Tensor) or logits.dim() != 3 or logits.shape[:2] != mask.shape:
         return logits
     return logits[mask.bool()]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from pytest_sftguard.engine.adapter.adapters import eager
+from pytest_sftguard.engine.adapter.adapters import config_of, eager
 from pytest_sftguard.engine.after import forwards
 from pytest_sftguard.engine.looks import InapplicableError, Look
 from pytest_sftguard.engine.stages import Started, Trained
@@ -33,6 +33,10 @@ _SCORES = 1 << 28
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 _RECURRENT = ("linear_attention", "mamba", "recurrent", "conv")
 """Parts of the names that configurations give to layers with a state."""
+_LEAST_SEEN = -5e3
+"""Numbers below are those of a mask that is added to the scores: what they hide is not seen. Float16's least is -65504,
+and biases by distance stay above."""
+_ALONE_ALREADY = "rows came alone and whole, under masks of their own: there is nothing to compare them with"
 
 
 class Context(Look[Trained]):
@@ -76,9 +80,7 @@ class Context(Look[Trained]):
             recurrent=_recurrent(trained),
         )
         if record.left_out:
-            if not record.rotary:
-                raise InapplicableError(record.left_out)
-            return {"context": record}
+            return self._without_comparisons(record)
         autocast: Any = reached.trainer.accelerator.autocast
         with forwards.evaluating(trained), autocast():
             record = dataclasses.replace(record, overflowed=self._overflowed(trained))
@@ -91,12 +93,22 @@ class Context(Look[Trained]):
         record = dataclasses.replace(record, arithmetic=arithmetic)
         if arithmetic in ("bfloat16", "float16") and forwards.has_experts(model):
             return {"context": dataclasses.replace(record, left_out="rounding changes which experts are chosen")}
-        separators = _separators(model, reached.trainer)
+        # answers of the model itself may hold any id, and are not packed; rows to be learned have labels
+        labelled = any(batch.get("labels") is not None for batch in reached.batches)
+        separators = _separators(model, reached.trainer) if labelled else set()
         comparisons: list[ComparisonRecord] = []
         with forwards.evaluating(model), autocast():
             for given in self._given:
                 comparisons += _Batch(model, given, separators).compare()
+        if not comparisons:
+            return self._without_comparisons(dataclasses.replace(record, left_out=_ALONE_ALREADY))
         return {"context": dataclasses.replace(record, asked=len(comparisons), comparisons=tuple(comparisons))}
+
+    def _without_comparisons(self, record: ContextRecord) -> dict[str, Any]:
+        """Return the record for its rotary frequencies; raises InapplicableError where there are none."""
+        if not record.rotary:
+            raise InapplicableError(record.left_out)
+        return {"context": record}
 
     def _overflowed(self, model: Any) -> int:
         bad = 0
@@ -135,9 +147,22 @@ def _incomparable(model: Any, given: list[dict[str, Any]]) -> str:
         return f"rotary frequencies of the type {rope['rope_type']} depend on the length of the batch by design"
     if any("capacity" in name for name in vars(config)):
         return "experts of limited capacity drop tokens depending on the rest of the batch, by design"
+    if not all(_is_known_mask(g.get("attention_mask"), g["input_ids"]) for g in given):
+        return "the attention mask does not show which tokens of a row see each other"
     if any(g["position_ids"].ndim != 2 for g in given if isinstance(g.get("position_ids"), Tensor)):
         return "positions of several dimensions do not show where packed sequences begin"
     return ""
+
+
+def _is_known_mask(mask: Any, ids: Tensor) -> bool:
+    """Whether there is no mask, one number per token, or one per query and key for each row."""
+    if mask is None:
+        return True
+    if not isinstance(mask, Tensor):
+        return False
+    rows, tokens = ids.shape
+    square = mask.ndim == 4 and mask.shape[0] in (1, rows) and mask.shape[2:] == (tokens, tokens)
+    return mask.shape == ids.shape or square
 
 
 def _separators(model: Any, trainer: Any) -> set[int]:
@@ -195,6 +220,9 @@ class _Batch:
         self.pad = _padding(model)
         self.segments = [s for row in range(min(_ROWS, len(self.ids))) for s in self._segments(row, separators)]
         self.segments = _affordable(self.segments[: 2 * _ROWS], model)
+        prompt = getattr(config_of(model), "is_prompt_learning", False)
+        self.sides = ("right",) if prompt else ("left", "right")
+        """Sides to pad on. A learned prompt stays in front of the padding, so that its distance to the row changes."""
         self.reference: list[Tensor] = []
 
     def compare(self) -> Iterator[ComparisonRecord]:
@@ -210,18 +238,24 @@ class _Batch:
                         yield from self._settings("eager")
 
     def _settings(self, attention: str) -> Iterator[ComparisonRecord]:
-        logits = self.forward(**self.given)
-        rows = [logits[s.row, s.places] for s in self.segments]
-        yield self._compared("as trained on", attention, rows)
-        del logits
-        if "attention_mask" in self.accepts and not self._exotic:
-            for side in ("left", "right"):
+        if not self._alone_already:
+            logits = self.forward(**self.given)
+            rows = [logits[s.row, s.places] for s in self.segments]
+            yield self._compared("as trained on", attention, rows)
+            del logits
+        if "attention_mask" in self.accepts and not self._square:
+            for side in self.sides:
                 yield self._compared(f"padded {side}", attention, self._padded(side))
 
     @property
-    def _exotic(self) -> bool:
-        """Whether rows cannot be taken out of the batch, because its mask does not have one line per row."""
-        return isinstance(self.mask, Tensor) and self.mask.ndim != 2
+    def _square(self) -> bool:
+        """Whether the mask has a number for each query and key, and so says itself which tokens belong together."""
+        return isinstance(self.mask, Tensor) and self.mask.ndim == 4
+
+    @property
+    def _alone_already(self) -> bool:
+        """Whether the batch is one whole row, so that taking it out of the batch changes nothing."""
+        return self._square and len(self.ids) == 1 and [len(s.places) for s in self.segments] == [self.ids.shape[1]]
 
     def _compared(self, setting: str, attention: str, rows: list[Tensor]) -> ComparisonRecord:
         bad, largest, where = 0, 0.0, ""
@@ -235,12 +269,10 @@ class _Batch:
 
     def _alone(self, segment: _Segment) -> Tensor:
         places = segment.places
-        # its own mask says which tokens belong together
-        if self._exotic:
-            row = slice(segment.row, segment.row + 1)
-            alone = {k: v[row] if _by_row(v, self.ids) else v for k, v in self.given.items()}
-            return self.forward(**alone)[0, places]
         more = {k: v[segment.row, places][None] for k, v in self._per_token()}
+        if self._square and self.mask is not None:
+            own = self.mask[segment.row % len(self.mask)]
+            more["attention_mask"] = own[:, places][:, :, places][None]
         return self.forward(input_ids=self.ids[segment.row, places][None], **more, **self._switches())[0]
 
     def _padded(self, side: str) -> list[Tensor]:
@@ -277,18 +309,33 @@ class _Batch:
         return {k: v for k, v in self.given.items() if isinstance(v, bool)}
 
     def forward(self, **given: Any) -> Tensor:
-        """Return the logits, of shape (rows, tokens, vocabulary)."""
+        """Return the logits of the given tokens, of shape (rows, tokens, vocabulary), without those of a prompt."""
         logits: Tensor = self.model(**given).logits
-        return logits
+        return logits[:, -given["input_ids"].shape[1] :]
 
     def _segments(self, row: int, separators: set[int]) -> Iterator[_Segment]:
         places = self._attended(row)
         if not len(places):
             return
-        starts = [] if self._exotic else self._starts(row, places, separators)
+        starts = self._starts(row, places, separators)
+        if self._square:
+            # positions that begin anew say where a sequence begins, whatever the mask lets it see
+            starts = sorted({*self._starts_in_mask(row, places), *(starts if self.positions is not None else ())})
         bounds = [0, *starts, len(places)]
         for begin, end in itertools.pairwise(bounds):
-            yield _Segment(row, places[begin:end], packed=bool(starts))
+            # padding that the mask puts into a sequence of its own
+            if not (self._square and bool((self.ids[row, places[begin:end]] == self.pad).all())):
+                yield _Segment(row, places[begin:end], packed=bool(starts))
+
+    def _starts_in_mask(self, row: int, places: Tensor) -> list[int]:
+        """Return where, among `places`, a token sees none of those before it, and none of those after it sees them."""
+        assert self.mask is not None
+        heads = self.mask[row % len(self.mask)][:, places][:, :, places]
+        seen = (heads > _LEAST_SEEN if heads.is_floating_point() else heads != 0).any(0)
+        # the first key that a query from here on sees
+        first = torch.where(seen.any(-1), seen.int().argmax(-1), torch.arange(len(places), device=seen.device))
+        ahead = first.flip(0).cummin(0).values.flip(0)
+        return [i for i in range(1, len(places)) if int(ahead[i]) >= i]
 
     def _attended(self, row: int) -> Tensor:
         """Return the places of a row that do not hold padding."""
@@ -319,10 +366,6 @@ def _affordable(segments: list[_Segment], model: Any) -> list[_Segment]:
     room = _SCORES // max(1, int(getattr(forwards.inner(model).config, "vocab_size", 0) or 1))
     ends = itertools.accumulate(len(s.places) for s in segments)
     return [s for i, (s, end) in enumerate(zip(segments, ends, strict=True)) if i == 0 or end <= room]
-
-
-def _by_row(value: Any, ids: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(ids)
 
 
 def _padding(model: Any) -> int:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_sftguard.engine.adapter.adapters import eager, lora_layers
+from pytest_sftguard.engine.adapter.adapters import config_of, eager, lora_layers
+from pytest_sftguard.engine.after import finiteness, forwards
 from pytest_sftguard.engine.looks import InapplicableError, Look
 from pytest_sftguard.engine.stages import Reloaded
 from pytest_sftguard.engine.surroundings.errors import first_line
@@ -41,7 +42,7 @@ class Merging(Look[Reloaded]):
 
     def _merge(self, reached: Reloaded) -> MergeRecord:
         model: Any = reached.reloaded_model
-        inputs = _inputs(reached.batches)
+        inputs = finiteness.probe_of(reached.given, model).plain
         layers = {n: m for n, m in lora_layers(model).items() if hasattr(m, "merge") and hasattr(m, "merged_adapters")}
         unmerged = _logits(model, inputs)
         changes = {n: _change(layer) for n, layer in _outermost(layers)}
@@ -83,7 +84,14 @@ class _Change:
 
 def _refuse(model: Any) -> None:
     """Raise InapplicableError where the model cannot be merged, with the reason."""
-    if not hasattr(getattr(model, "base_model", None), "merge_and_unload"):
+    config = config_of(model)
+    if config is None:
+        raise InapplicableError("the model has no adapter")
+    if getattr(config, "is_prompt_learning", False):
+        raise InapplicableError("the adapter is a prompt, which cannot be merged")
+    if not hasattr(model, "merge_and_unload") and not hasattr(model, "get_base_model"):
+        raise InapplicableError("the adapter is part of a larger model, which has no merge_and_unload")
+    if not hasattr(model.base_model, "merge_and_unload"):
         raise InapplicableError(f"an adapter of type {type(model.base_model).__name__} cannot be merged")
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         raise InapplicableError("the base is quantised: merging would round its weights again")
@@ -102,20 +110,10 @@ def _peft_may_refuse() -> Iterator[None]:
         raise InapplicableError(f"peft does not merge it: {reason}") from error
 
 
-def _inputs(batches: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Return the first micro-batch that was trained on, repeated to 16 tokens: with fewer, sdpa on a CPU hides NaN."""
-    first = batches[0] if batches else {}
-    inputs = {k: v for k in ("input_ids", "attention_mask") if isinstance(v := first.get(k), Tensor)}
-    if "input_ids" not in inputs:
-        raise InapplicableError("no micro-batch with input_ids was seen")
-    repeats = -(-16 // inputs["input_ids"].shape[1])
-    return {k: v.repeat(1, repeats) for k, v in inputs.items()}
-
-
-def _logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """Return the main output for what the training gave the model first, images, sounds and decoder inputs included."""
     with torch.no_grad(), eager(model):
-        logits: Tensor = model(**inputs).logits
-    return logits.float()
+        return forwards.asked(model, inputs).float()
 
 
 def _outermost(layers: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
@@ -193,7 +191,7 @@ def _plain(name: str) -> str:
     return name
 
 
-def _saved_and_loaded(model: Any, folder: Path, inputs: dict[str, Tensor]) -> tuple[Tensor | None, str]:
+def _saved_and_loaded(model: Any, folder: Path, inputs: dict[str, Any]) -> tuple[Tensor | None, str]:
     """Return the logits of the merged model after saving and loading, or None and why that was not done."""
     model_class = type(model)
     if not hasattr(model_class, "from_pretrained") or not hasattr(model, "save_pretrained"):

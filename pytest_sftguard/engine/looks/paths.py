@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import math
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import set_seed
 
 from pytest_sftguard.engine.adapter.adapters import eager, trainables
 from pytest_sftguard.engine.after import forwards
@@ -26,6 +30,12 @@ Measured: 1e-7 in every precision, and 4e-4 with the auxiliary term of a target'
 """
 _SMALL = 1e-3
 """Share of the largest gradient norm below which the error is taken relative to that share: such sums cancel."""
+_REPEATED = 0.1
+"""Share of the distance to a plain path that the training's own path, taken a second time, may be off itself."""
+_WORTH_REPEATING = 5e-4
+"""Distance to a plain path in float32 above which the training's own path is taken again; 1e-3 fails."""
+_WORTH_REPEATING_ROUNDED = 5e-2
+"""The same in the other types, where 8e-2 and more fail."""
 
 
 class _Done(BaseException):
@@ -47,6 +57,8 @@ class Paths(Look[Started]):
         original = trainer.training_step
 
         def once(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(inputs, Mapping):
+                raise InapplicableError("the Trainer makes its micro-batches itself, in each training step")
             counted = kwargs.get("num_items_in_batch", args[0] if args else None) is not None
             found.append(_FirstStep(trainer, arithmetic, model, original, batch, counted).record())
             raise _Done
@@ -61,7 +73,8 @@ class Paths(Look[Started]):
 
 def without_noise(trainer: Any) -> None:
     """Switch off dropout and other noise of a model that nobody else uses, and fill its zero factors."""
-    trainer.args.neftune_noise_alpha = None
+    # the Trainer copies it, and activates the noise of its copy
+    trainer.args.neftune_noise_alpha = trainer.neftune_noise_alpha = None
     generator = torch.Generator().manual_seed(0)
     for module in trainer.model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -87,11 +100,13 @@ class _FirstStep:
         self.plain = getattr(model, "_orig_mod", model)
         labels = batch.get("labels")
         self.items = (labels[..., 1:] != IGNORED).sum() if counted and isinstance(labels, Tensor) else None
+        self.generators = _Generators(trainer, model)
 
     def record(self) -> PathsRecord:
         """Compute the training's own path, and compare the plain ones with it."""
         attention, checkpointing = forwards.attention_of(self.plain), bool(forwards.checkpointing(self.plain))
-        switched = [attention] if attention not in ("", "eager") else []
+        with eager(self.plain) as has_eager:
+            switched = [attention] if has_eager and attention not in ("", "eager") else []
         switched += ["checkpointing"] if checkpointing else []
         switched += ["compile"] if self.plain is not self.model else []
         loss, gradients = self._own(self.model)
@@ -105,21 +120,44 @@ class _FirstStep:
             nonfinite=_nonfinite(gradients),
             asked=0,
         )
-        with torch.no_grad():
-            usual = self._cross_entropy()
+        if not any(g is not None and bool(g.count_nonzero()) for g in gradients.values()):
+            raise InapplicableError("every gradient of the training's first micro-batch is zero")
+        usual = self._usual_loss()
         comparable = usual is not None and math.isclose(usual.item(), loss, rel_tol=_LOSS_RTOL, abs_tol=1e-6)
+        drawn = self.generators.state()
         paths = []
         with _plainly(self.plain):
-            paths.append(_compared("plain kernels", *self._own(self.plain), gradients))
+            # without a difference of kernels it would be compared with itself
+            if switched:
+                paths.append(_compared("plain kernels", *self._own(self.plain), gradients))
+                if self.generators.state() != drawn:
+                    raise InapplicableError("the training draws random numbers that plain kernels draw otherwise")
             if comparable and (plain_loss := self._cross_entropy()) is not None:
                 paths.append(_compared("plain loss", *self._backward(plain_loss), gradients))
+        if not paths and not record.nonfinite:
+            raise InapplicableError("the training has no other kernels than the plain ones, and a loss of its own")
+        self._require_repeatable(loss, gradients, paths)
         return dataclasses.replace(record, asked=len(paths), paths=tuple(paths))
+
+    def _require_repeatable(self, loss: float, gradients: dict[str, Tensor | None], paths: list[PathRecord]) -> None:
+        """Raise InapplicableError where the training's own path, taken again, leads elsewhere too.
+
+        A loss that keeps a queue, an average or a generator of its own differs from pass to pass, whatever computes it.
+        """
+        gap = max((_gap(p, loss) for p in paths), default=0.0)
+        worth = _WORTH_REPEATING if self.arithmetic == "float32" else _WORTH_REPEATING_ROUNDED
+        if not gap > worth:
+            return
+        again = _compared("again", *self._own(self.model), gradients)
+        if _gap(again, loss) > _REPEATED * gap:
+            raise InapplicableError("the training's own loss and gradients are others when they are computed again")
 
     def _own(self, model: Any) -> tuple[float, dict[str, Tensor | None]]:
         """Take the Trainer's own training step, with the loss scale lowered until no gradient overflows."""
         scaler = self._scaler
         while True:
             self._clear()
+            self.generators.seed()
             items = {} if self.items is None else {"num_items_in_batch": self.items}
             loss = self.step(model, dict(self.batch), **items)
             scale = self._scale
@@ -135,6 +173,15 @@ class _FirstStep:
         (loss * self._scale).backward()  # type: ignore[no-untyped-call]
         return loss.item(), self._gradients(self._scale)
 
+    def _usual_loss(self) -> Tensor | None:
+        """Return the cross-entropy without a gradient; None where the model cannot be asked without its labels."""
+        try:
+            with torch.no_grad():
+                return self._cross_entropy()
+        # an encoder-decoder makes inputs of its labels, and a class of its own may need them for anything
+        except Exception:
+            return None
+
     def _cross_entropy(self) -> Tensor | None:
         """Return the mean cross-entropy of the next token, in float32; None without such labels or logits."""
         labels = self.batch.get("labels")
@@ -143,6 +190,7 @@ class _FirstStep:
         accepted = forwards.accepts(self.plain) - {"labels"}
         inputs = self.trainer._prepare_inputs({k: v for k, v in self.batch.items() if k in accepted})
         self.plain.train()
+        self.generators.seed()
         with self.trainer.compute_loss_context_manager():
             logits = getattr(self.plain(**inputs), "logits", None)
         if not isinstance(logits, Tensor) or logits.shape[:2] != labels.shape:
@@ -167,6 +215,38 @@ class _FirstStep:
         found = {n: p.grad for n, p in trainables(self.plain).items()}
         self._clear()
         return {n: None if g is None else _dense(g) / scale for n, g in found.items()}
+
+
+class _Generators:
+    """Sources of random numbers: those of Python, NumPy and torch, and those that the model or its Trainer holds."""
+
+    def __init__(self, trainer: Any, model: nn.Module) -> None:
+        holders = [trainer, trainer.data_collator, *model.modules()]
+        held = [v for h in holders for v in getattr(h, "__dict__", {}).values() if isinstance(v, torch.Generator)]
+        self._own = [(g, g.get_state()) for g in held]
+        self._device = next(model.parameters()).device
+
+    def seed(self) -> None:
+        """Let the pass that comes next draw the same numbers as any other."""
+        set_seed(0)
+        for generator, state in self._own:
+            generator.set_state(state)
+
+    def state(self) -> str:
+        """A digest of how far the sources have been used."""
+        states = [torch.get_rng_state(), *(g.get_state() for g, _ in self._own)]
+        if self._device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self._device))
+        parts = [repr(random.getstate()).encode(), repr(np.random.get_state()).encode()]
+        parts += [s.numpy().tobytes() for s in states]
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def _gap(path: PathRecord, loss: float) -> float:
+    """Distance of a path's gradients and of its loss, whose limit is a tenth; 0 where a loss is not finite."""
+    if not (math.isfinite(path.loss) and math.isfinite(loss)):
+        return 0.0
+    return max(path.max_change, 10 * abs(loss - path.loss) / max(abs(path.loss), 1e-3))
 
 
 def _dense(gradient: Tensor) -> Tensor:
@@ -203,8 +283,13 @@ def _compared(
 
 @contextlib.contextmanager
 def _plainly(model: Any) -> Iterator[None]:
-    """Use eager attention and no checkpointing, which stays off: the model is not used afterwards."""
-    for module in forwards.checkpointing(model):
+    """Use eager attention and no checkpointing."""
+    checkpointed = forwards.checkpointing(model)
+    for module in checkpointed:
         module.gradient_checkpointing = False
-    with eager(model):
-        yield
+    try:
+        with eager(model):
+            yield
+    finally:
+        for module in checkpointed:
+            module.gradient_checkpointing = True

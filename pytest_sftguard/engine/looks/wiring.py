@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from pytest_sftguard.engine.adapter import adapters, attachment, foundation, initial
+from pytest_sftguard.engine.after import finiteness
 from pytest_sftguard.engine.data.rows import micro_batches
 from pytest_sftguard.engine.looks import InapplicableError, Look
 from pytest_sftguard.engine.stages import Built, Rebuilt, Started
@@ -37,12 +38,15 @@ class Wiring(Look[Started]):
     def rebuilt(self, rebuilt: Rebuilt) -> None:
         """Compare the second model with its adapter and without, as it was built."""
         self._redrawn = rebuilt.redrawn
-        self._compared = initial.compare(rebuilt.fresh_trainer.model)
+        model = rebuilt.fresh_trainer.model
+        self._compared = initial.compare(model, finiteness.probe_of(rebuilt.given, model).plain)
 
     def conclude(self, reached: Started) -> dict[str, Any]:
         """Return the three records."""
-        ids = {i for _, rows in micro_batches(reached.batches) for row in rows for i in row.ids}
-        zero = foundation.zero_embeddings(reached.trainer.model, ids)
+        model = reached.trainer.model
+        pad = foundation.padding_id(model, reached.trainer.processing_class)
+        ids = {i for _, rows in micro_batches(reached.batches, pad) for row in rows for i in row.ids}
+        zero = foundation.zero_embeddings(model, ids)
         start, redrawn = self._start, self._redrawn
         loaded = None if redrawn is None else bool(start.nonzero_b) and not redrawn.intersection(start.nonzero_b.first)
         return {

@@ -19,7 +19,7 @@ from pytest_sftguard.engine.tensors.reductions import to_host
 
 _BATCHED = 64
 """Micro-batches that are computed together; copies of their integers take a few hundred kilobytes."""
-_COPIED = ("input_ids", "attention_mask", "labels")
+_COPIED = ("input_ids", "attention_mask", "labels", "advantages")
 _CONTENTS = "contents"
 """Key for the fingerprints of pictures and sounds, which are not copied."""
 _ABSENT = -1.0
@@ -59,6 +59,7 @@ class Collated:
         self._shapes: list[tuple[int, int, bool]] = []
         self._rows: dict[int, list[float]] = defaultdict(list)
         self._tokens: dict[int, list[float]] = defaultdict(list)
+        self._tied: dict[int, list[float]] = defaultdict(list)
 
     def add(self, step: int, inputs: Any) -> None:
         """Copy the relevant inputs of a micro-batch, because a loop may write the next one into the same memory."""
@@ -81,10 +82,12 @@ class Collated:
         """Store the numbers from `due`, now on the host."""
         start = 0
         for step, count, tokens in self._shapes if numbers else ():
-            rows, counted = tuple(map(int, numbers[start : start + count])), numbers[start + count]
-            start += count + 1
+            rows = tuple(map(int, numbers[start : start + count]))
+            counted, tied = numbers[start + count : start + count + 2]
+            start += count + 2
             self._rows[step].append(fingerprints.added(rows) if tokens else _ABSENT)
             self._tokens[step].append(counted)
+            self._tied[step].append(tied)
             if self._kept_rows <= _KEPT_ROWS:
                 self._kept_rows += count
                 self.fingerprints.append(rows or None)
@@ -105,6 +108,11 @@ class Collated:
         seen = [n for n in self._tokens.get(step, ()) if n != _ABSENT]
         return int(sum(seen)) if seen else None
 
+    def tied(self, step: int) -> bool:
+        """Whether the advantages of all rows of a settled step are zero, because all rewards of each group tie."""
+        seen = self._tied.get(step, [])
+        return bool(seen) and all(n == 1.0 for n in seen)
+
     def _computed(self) -> Tensor:
         numbers: list[Tensor] = []
         self._shapes = []
@@ -114,7 +122,9 @@ class Collated:
             rows = inputs.get(_CONTENTS) if of_tokens is None else of_tokens
             self._shapes.append((step, 0 if rows is None else len(rows), of_tokens is not None))
             numbers += [] if rows is None else [rows.double()]
-            numbers.append(_number(fingerprints.supervised(inputs)))
+            advantages = inputs.get("advantages")
+            tied = None if advantages is None else (advantages == 0).all()
+            numbers += [_number(fingerprints.supervised(inputs)), _number(tied)]
         device = next((n.device for n in numbers if n.device.type != "cpu"), torch.device("cpu"))
         self._waiting = []
         return torch.cat([n.to(device) for n in numbers])

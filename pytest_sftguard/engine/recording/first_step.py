@@ -62,6 +62,9 @@ class FirstStep:
                 hook.remove()
         if not self._begun:
             self._note("model")
+            # a hook that clips or drops depends on the micro-batch, and no two splits have the same ones
+            if not self._random and any(_has_hooks(p) for p in self._model.parameters()):
+                self._random = "adapter"
         self._begun = True
         logits = _logits(outputs[0]) if len(outputs) == 1 else None
         self._own_loss = _member(outputs[0], "loss") if len(outputs) == 1 else None
@@ -193,11 +196,18 @@ def _class_in_transformers(model: nn.Module) -> str:
     return type(inner).__name__ if own and "forward" not in vars(inner) else ""
 
 
+def _has_hooks(parameter: Tensor) -> bool:
+    """Whether somebody's function changes the gradient of each micro-batch."""
+    return parameter.requires_grad and bool(parameter._backward_hooks)
+
+
 def _random_state(model: nn.Module) -> tuple[Any, ...]:
     device = next(model.parameters()).device
     states: list[Any] = [torch.get_rng_state().numpy().tobytes(), random.getstate()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device).numpy().tobytes())
+    held = (v for m in model.modules() for v in vars(m).values() if isinstance(v, torch.Generator))
+    states += [g.get_state().numpy().tobytes() for g in held]
     state: Any = np.random.get_state()
     name, keys, *rest = state
     return (*states, name, keys.tobytes(), *rest)

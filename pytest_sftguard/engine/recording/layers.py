@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pytest_sftguard.engine.adapter.adapters import lora_layers, product_layers
+from pytest_sftguard.engine.adapter.adapters import lora_layers, other_products, product_layers
 from pytest_sftguard.engine.recording.recorder import Recorder
 from pytest_sftguard.engine.tensors.reductions import dtype_name
 
@@ -31,6 +31,7 @@ class LayerWatch:
         """Whether a forward pass is one of the training, whose types count."""
         self.autocast_dtype: str | None = None
         self._returned: dict[str, set[int]] = {}
+        self._elsewhere: dict[str, set[int]] = {}
         layers = lora_layers(recorder.model)
         self._blocks = _blocks(recorder.model, layers)
         self._layer_hooks, self._product_hooks = self._watch_layers(layers)
@@ -42,8 +43,12 @@ class LayerWatch:
 
     @property
     def compute_dtypes(self) -> dict[str, int]:
-        """Result types of the adapted layers' products, with the number of layers."""
-        return {dtype: len(layers) for dtype, layers in self._returned.items()}
+        """Result types of the adapted layers' products, with the number of layers.
+
+        Those of other linear layers where the adapted ones have no product of their own: some adapters change an
+        embedding or a norm, or put a matrix of their own in the place of the layer's.
+        """
+        return {dtype: len(layers) for dtype, layers in (self._returned or self._elsewhere).items()}
 
     def detach(self) -> None:
         """Remove all hooks."""
@@ -111,7 +116,9 @@ class LayerWatch:
                 hooks[name] = partial(layer.register_forward_hook, prepend=True), self._note_product(*others)
             else:
                 hooks[name] = product.register_forward_hook, self._note_product(name)
-        return hooks, [(layer.register_forward_hook, self._note_product()) for layer in products.values()]
+        rest = [(layer.register_forward_hook, self._note_product()) for layer in products.values()]
+        elsewhere = self._note_product(kept=self._elsewhere)
+        return hooks, rest + [(layer.register_forward_hook, elsewhere) for layer in other_products(self.recorder.model)]
 
     def _note_use(self, *names: str) -> Callable[..., None]:
         """Record that a token passed through the layers `names`."""
@@ -123,8 +130,9 @@ class LayerWatch:
 
         return note
 
-    def _note_product(self, *names: str) -> Callable[..., None]:
-        """Record the type of the layer's result, and that a token passed through the layers `names`."""
+    def _note_product(self, *names: str, kept: dict[str, set[int]] | None = None) -> Callable[..., None]:
+        """Record the type of the layer's result in `kept`, and that a token passed through the layers `names`."""
+        returned = self._returned if kept is None else kept
         seen: set[Any] = set()
 
         def note(module: Any, inputs: Any, output: Any) -> None:
@@ -136,7 +144,7 @@ class LayerWatch:
             what = (output.dtype, torch.is_autocast_enabled(device_type))
             if what not in seen:
                 seen.add(what)
-                self._returned.setdefault(dtype_name(output.dtype), set()).add(id(module))
+                returned.setdefault(dtype_name(output.dtype), set()).add(id(module))
                 if what[1]:
                     self.autocast_dtype = dtype_name(torch.get_autocast_dtype(device_type))
 

@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_sftguard.engine.adapter.adapters import base_digests, base_tensors, lora_layers, partial_factors, trainables
+from pytest_sftguard.engine.adapter.adapters import (
+    base_digests,
+    base_tensors,
+    lora_layers,
+    partial_factors,
+    reallocated,
+    trainables,
+)
 from pytest_sftguard.engine.recording import descent, updates
 from pytest_sftguard.engine.recording.collated import Collated
 from pytest_sftguard.engine.recording.gathering import Gathered, Numbers, finite
@@ -45,6 +52,8 @@ class Recorder:
         for moves in self._largest_move:
             moves.zero_()
         self._names = list(self.parameters)
+        masked = reallocated(model)
+        self._reallocated = [i for i, name in enumerate(self._names) if name in masked]
         self._moments = Moments(self.parameters)
         [start] = to_host([joined([largest(rows.clone()) for rows in self._start])])
         self._gathered = Gathered(self._names, ordered(self._layout.order, start))
@@ -115,6 +124,7 @@ class Recorder:
         Unless the gradients are still `scaled`, it has been divided out already.
         """
         self._follow()
+        self._accept_reallocation()
         self._places, layout, dense, where = self._dense_gradients()
         norm, most = [], []
         for rows in layout.blocks(dense, where):
@@ -129,6 +139,13 @@ class Recorder:
             "moved": self._moved() if self.taken else _NOTHING,
         }
         self._descending.keep(dense, self._places)
+
+    def _accept_reallocation(self) -> None:
+        """Measure from the present values where the adapter's own method has set elements to zero since the step."""
+        if self._reallocated:
+            kept = self._layout.tensors_of(self._previous)
+            for i in self._reallocated:
+                kept[i].copy_(self._tensors[i])
 
     def _moved(self) -> Tensor:
         """Changes of the weights since the previous step, of which the largest counts."""
@@ -219,7 +236,10 @@ class Recorder:
         self.seen_batches.settle()
         return tuple(
             dataclasses.replace(
-                s, supervised_tokens=self.seen_batches.tokens(s.step), rows=self.seen_batches.rows(s.step)
+                s,
+                supervised_tokens=self.seen_batches.tokens(s.step),
+                rows=self.seen_batches.rows(s.step),
+                tied=self.seen_batches.tied(s.step),
             )
             for s in self.steps
         )
