@@ -44,7 +44,7 @@ class NoFuture(Invariant):
             yield self.not_looked(record, "first_batch")
             return
         if seen.error:
-            yield self.not_evaluated(General.LOOK_BROKE, name="first_batch", error=seen.error)
+            yield self.not_evaluated(General.LOOK_BROKE, name="first_batch", error=seen.error, required=False)
             return
         if seen.left_out:
             yield self.not_evaluated(General.INAPPLICABLE, why=seen.left_out, required=False)

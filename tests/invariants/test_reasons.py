@@ -93,6 +93,8 @@ ELSEWHERE = {
     ("run.py", "self"): "an ErrorRecord",
     ("simulate.py", "failure"): "a FailedQuery",
     ("round_trip.py", "w"): "a warning",
+    ("generated.py", "failure"): "the report's function",
+    ("pages.py", "seen"): "an Attempt, whose message was rendered",
     ("tables.py", "a"): "an Attempt, whose message was rendered",
     ("terminal.py", "failure"): "the function of a report",
     ("test_founding_bug.py", "failure"): "the function of a report",

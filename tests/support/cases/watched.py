@@ -224,6 +224,16 @@ MAY_BE_MISSING: dict[str, tuple[Any, ...]] = {
         _with("batches", compared_rows=0),
         "rows were not counted: there were none",
     ),
+    "trainable_set_exact-no-adapter": (
+        "trainable_set_exact",
+        _with("wiring", without_adapter=True, modules=0),
+        "which of its own tensors train is the target's choice",
+    ),
+    "evidence_complete-stopped": (
+        "evidence_complete",
+        dataclasses.replace(_healthy(steps=3), max_steps=8, stopped=True),
+        "a callback ended the training after 3 of 8 optimizer steps",
+    ),
     "base_bit_frozen-all-of-it-trains": (
         "base_bit_frozen",
         dataclasses.replace(_with("base", tensors=0), adapter_type=""),
