@@ -191,13 +191,6 @@ class Invariant:
             return self.not_evaluated(General.LOOK_BROKE, name=name, error=look.error, required=False)
         return self.not_evaluated(General.LOOK_EMPTY, name=name, required=True)
 
-    def not_reloaded(self, record: RunRecord) -> Finding | None:
-        """The finding where an exception ended the comparison of the reloaded model with the trained one; else None."""
-        error = record.round_trip.not_asked if record.round_trip else ""
-        if not error:
-            return None
-        return self.not_evaluated(General.LOOK_BROKE, name="round_trip", error=error, required=False)
-
     def not_compared(self, reference: RunRecord | None) -> Finding | None:
         """The finding where there is no other run to compare with, or where it did not come to its end; else None."""
         name = self.reference

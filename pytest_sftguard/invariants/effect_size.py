@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pytest_sftguard import verdicts
+from pytest_sftguard.invariants._reloaded import not_reloaded
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.verdicts import Finding, Invariant
 
@@ -42,7 +43,7 @@ class EffectSize(Invariant):
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Look at the logits with the adapter, without it, and of the base that never had one."""
         trip = record.round_trip
-        if broken := self.not_reloaded(record):
+        if broken := not_reloaded(self, record):
             yield broken
             return
         if trip is None or trip.max_abs_logit is None or trip.max_logit_effect is None:

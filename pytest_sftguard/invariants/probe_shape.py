@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pytest_sftguard import verdicts
+from pytest_sftguard.invariants._reloaded import not_reloaded
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.verdicts import Finding, Invariant
 
@@ -38,7 +39,7 @@ class ProbeShape(Invariant):
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Look at the batch, and at what came of it."""
         seen = record.round_trip.finiteness if record.round_trip else None
-        if broken := self.not_reloaded(record):
+        if broken := not_reloaded(self, record):
             yield broken
             return
         if seen is None or not (seen.rows >= 1 and seen.logits >= 1):

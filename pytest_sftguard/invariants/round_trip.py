@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pytest_sftguard import verdicts
+from pytest_sftguard.invariants._reloaded import not_reloaded
 from pytest_sftguard.precision import MODES
 from pytest_sftguard.records import RoundTripRecord, RunRecord
 from pytest_sftguard.verdicts import Finding, Invariant
@@ -97,7 +98,7 @@ class RoundTrip(Invariant):
             yield self.failed(Reason.BASE_CHANGES)
 
     def _logits(self, record: RunRecord, trip: RoundTripRecord) -> Iterator[Finding]:
-        if broken := self.not_reloaded(record):
+        if broken := not_reloaded(self, record):
             yield broken
             return
         if trip.max_abs_logit is None or trip.max_logit_change is None or trip.max_logit_effect is None:

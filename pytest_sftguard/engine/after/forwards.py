@@ -33,29 +33,29 @@ def given(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[
 
     The labels of an encoder-decoder are kept, because it makes the inputs of its decoder from them.
     """
-    named = dict(zip(_positional(model), args, strict=False)) | dict(kwargs)
+    named = _by_name(model, args) | dict(kwargs)
     decodes = getattr(getattr(inner(model), "config", None), "is_encoder_decoder", False)
     left_out = [name for name in _OF_THE_LOSS if not (decodes and name == "labels")]
     return {k: v for k, v in named.items() if k not in left_out}
 
 
-def _positional(model: Any) -> list[str]:
-    """Names of the arguments that a forward pass takes by position."""
-    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    for held in (model, inner(model)):
-        names = [n for n, p in inspect.signature(held.forward).parameters.items() if p.kind in by_position]
-        if names:
-            return names
-    return []
+def _by_name(model: Any, args: tuple[Any, ...]) -> dict[str, Any]:
+    """Arguments that were given by position, by their names; a wrapper may take them as they come."""
+    for held in (model, inner(model)) if args else ():
+        named = dict(inspect.signature(held.forward).bind_partial(*args).arguments)
+        if "args" not in named:
+            return named
+    return {}
 
 
 def asked(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     """The main output of `model` for `inputs`; equal inputs see equal random numbers.
 
-    Seeds torch's generators, so that the caller must isolate them. Raises ValueError where the model returns no tensor.
+    Torch's generators are left as they were. Raises ValueError where the model returns no tensor.
     """
-    torch.manual_seed(0)
-    return main_output(model(**inputs))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return main_output(model(**inputs))
 
 
 def main_output(output: Any) -> Tensor:
