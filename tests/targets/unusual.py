@@ -289,7 +289,7 @@ def padded_without_mask(**arguments: Any) -> Trainer:
 
 
 def _in_packs(features: Any, positions: bool) -> Any:
-    """Rows in one line, under a mask with a number for each query and key, with padding behind."""
+    """Unpadded rows under a mask with a number for each query and key, with padding behind."""
     rows = [features[i : i + 2] for i in range(0, len(features), 2)]
     width = 4 + max(sum(len(f["input_ids"]) for f in pack) for pack in rows)
     ids, labels = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -100)
