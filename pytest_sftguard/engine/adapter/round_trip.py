@@ -29,7 +29,6 @@ from pytest_sftguard.engine.after import finiteness, forwards
 from pytest_sftguard.engine.surroundings.errors import first_line
 from pytest_sftguard.records import Names, RoundTripRecord
 
-
 _LOADING_SEED = 1_000_003
 
 
