@@ -44,6 +44,16 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+BERT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "num_labels": 3,
+    "pad_token_id": 0,
+}
 
 
 def built(
@@ -582,21 +592,11 @@ def scale_grows(**arguments: Any) -> Trainer:
 
 def bert_classifier(**arguments: Any) -> Trainer:
     """A classifier: labels of one dimension, a head that is trained whole."""
-    config = BertConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        num_labels=3,
-        pad_token_id=0,
-    )
     rows = [{"input_ids": r["input_ids"], "label": sum(r["input_ids"]) % 3} for r in tiny.rows(64)]
     lora = {"task_type": TaskType.SEQ_CLS, "target_modules": ["query", "value"]}
     return built(
         arguments,
-        config=config,
+        config=BertConfig(**BERT),
         auto=AutoModelForSequenceClassification,
         lora=lora,
         dataset=rows,

@@ -21,7 +21,7 @@ from transformers import (
 
 from pytest_sftguard.engine.models import tiny
 from tests.targets.faulty import At, on, parameters
-from tests.targets.healthy import SMALL, built
+from tests.targets.healthy import BERT, SMALL, built
 
 # the step goes downhill
 
@@ -331,20 +331,10 @@ def tokens_classified_on_padding(**arguments: Any) -> Trainer:
 
 
 def _tokens(arguments: dict[str, Any], change: Callable[[dict[str, torch.Tensor]], Any]) -> Trainer:
-    config = BertConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        num_labels=3,
-        pad_token_id=0,
-    )
     rows = [r | {"labels": [i % 3 for i in r["input_ids"]]} for r in tiny.rows(64)]
     return built(
         arguments,
-        config=config,
+        config=BertConfig(**BERT),
         auto=AutoModelForTokenClassification,
         lora={"task_type": "TOKEN_CLS", "target_modules": ["query", "value"]},
         dataset=rows,

@@ -48,22 +48,24 @@ class Redrawn:
 
 def redrawn(before: dict[str, str], trained: nn.Module, fresh: nn.Module) -> Redrawn:
     """Compare the base of `fresh` with the digests `before` of the training's, whose tensors `trained` still has."""
-    after = base_digests(fresh)
-    differing = [n for n in before if after.get(n) != before[n] and not _of_another_adapter(fresh, n)]
+    after, others = base_digests(fresh), _inactive_adapters(fresh)
+    differing = [n for n in before if after.get(n) != before[n] and not _is_of(others, n)]
     after |= {n: before[n] for n in before.keys() & after.keys() if n not in differing}
     old, new = base_tensors(trained), base_tensors(fresh)
     rows = {n: _rows(old.get(n), new.get(n)) for n in differing}
-    drawable = [
-        n for n, p in fresh.named_parameters() if n in new and not _of_another_adapter(fresh, n) and _varies(p.detach())
-    ]
+    drawable = [n for n, p in fresh.named_parameters() if n in new and not _is_of(others, n) and _varies(p.detach())]
     return Redrawn(before, after, rows, bool(drawable) and set(drawable) <= set(differing))
 
 
-def _of_another_adapter(model: nn.Module, name: str) -> bool:
-    """Whether a tensor belongs to an inactive adapter, which is random and has a file of its own."""
+def _inactive_adapters(model: nn.Module) -> set[str]:
+    """Names of the adapters beside the active one, which are random and have files of their own."""
+    return set(getattr(holder(model)[1], "peft_config", {})) - set(active_adapters(model))
+
+
+def _is_of(adapters: set[str], name: str) -> bool:
+    """Whether a tensor belongs to one of `adapters`."""
     parts = name.split(".")
-    names = set(getattr(holder(model)[1], "peft_config", {})) - set(active_adapters(model))
-    return any(a in names and b.startswith(("lora_", "modules_to_save")) for b, a in itertools.pairwise(parts))
+    return any(a in adapters and b.startswith(("lora_", "modules_to_save")) for b, a in itertools.pairwise(parts))
 
 
 def other_factors(initial: dict[str, Tensor], fresh: nn.Module) -> set[str]:

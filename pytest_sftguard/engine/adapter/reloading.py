@@ -56,7 +56,7 @@ def reloading(trained: nn.Module) -> Reloading:
     path, held = holder(trained)
     if not hasattr(held, "peft_config"):
         return _Whole()
-    return _OfPeft(trained) if held is trained and hasattr(held, "get_base_model") else _Inside(trained, path)
+    return _OfPeft(trained) if held is trained and hasattr(held, "get_base_model") else _Inside(path)
 
 
 def saved_tensors(trained: nn.Module, folder: Path) -> dict[str, Tensor]:
@@ -132,8 +132,8 @@ class _Inside:
 
     partial = True
 
-    def __init__(self, trained: nn.Module, path: str) -> None:
-        self._path, self._name = path, active_adapters(trained)[0]
+    def __init__(self, path: str) -> None:
+        self._path = path
 
     def written(self, folder: Path) -> bool:
         return any(folder.rglob(_CONFIG))
@@ -192,10 +192,7 @@ class _Whole:
         if hasattr(model_class, "from_pretrained"):
             loaded: nn.Module = model_class.from_pretrained(str(folder), dtype=next(base.parameters()).dtype)
             return loaded
-        files = self.files(folder)
-        if not files:
-            raise NotLoadableError(f"a {type(base).__name__} has no from_pretrained, and no weight file was found")
-        found = base.load_state_dict(dict(_read(files)), strict=False)
+        found = base.load_state_dict(dict(_read(self.files(folder))), strict=False)
         if found.unexpected_keys:
             raise NotLoadableError(f"a {type(base).__name__} has no from_pretrained, and its file has other names")
         return base

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -20,7 +19,6 @@ from pytest_sftguard.engine.adapter.adapters import (
     config_of,
     disabled,
     eager,
-    holder,
     in_file,
 )
 from pytest_sftguard.engine.adapter.reloading import reloading
@@ -29,10 +27,11 @@ from pytest_sftguard.engine.surroundings.errors import first_line
 from pytest_sftguard.records import Names, RoundTripRecord
 
 _LOADING_SEED = 1_000_003
+"""A seed that no training is likely to have."""
 
 
 class AdapterNotSavedError(Exception):
-    """The folder that the Trainer saved its model to does not hold the adapter that was trained."""
+    """The folder that the Trainer saved its model to does not hold what was trained."""
 
 
 def round_trip(
@@ -41,10 +40,17 @@ def round_trip(
     """Compare what was saved in `folder` with `trained`, and load it onto the base of `fresh`.
 
     `fresh` is the model as the target builds it. `unused` names tensors that no token reached, and that may be zero.
-    Returns the record, and the reloaded model in evaluation mode. Raises what peft or
+    Returns the record, and the reloaded model in evaluation mode. Raises AdapterNotSavedError, and what peft or
     transformers raises if the load fails. An exception of the comparison of logits becomes `not_asked`.
     """
     form, device = reloading(trained), next(trained.parameters()).device
+    if not form.written(folder):
+        what = f"of the trained adapter {active_adapters(trained)[0]!r}" if form.partial else "with the trained weights"
+        which = ", and the adapter that is active in it" if form.partial else ""
+        raise AdapterNotSavedError(
+            f"the Trainer's save_model wrote no file {what}: save the model that trains"
+            f" (trainer.model.save_pretrained){which}"
+        )
     files, saved = form.files(folder), form.tensors(trained, folder)
     name = active_adapters(trained)[0]
     with forwards.evaluating(trained):
@@ -54,11 +60,6 @@ def round_trip(
     base = base.to(device).eval()
     logits = _Logits(probe, partial=form.partial)
     logits.before(base)
-    if not form.written(folder):
-        raise AdapterNotSavedError(
-            f"the Trainer's save_model wrote no file of the trained adapter {name!r}: save the model that trains"
-            " (trainer.model.save_pretrained), and the adapter that is active in it"
-        )
     with warnings.catch_warnings(record=True) as caught, torch.random.fork_rng():
         warnings.simplefilter("always")
         # whoever loads the file does not know the state of the generators in the training
@@ -150,7 +151,7 @@ class _Logits:
             return None
 
     def _ask_base(self, base: nn.Module) -> Tensor:
-        with eager(base), _without_adapter_of(base):
+        with eager(base), disabled(base):
             inputs, [output], unpadded = self._probe.answers(base)
         self._asked = inputs, unpadded
         return finiteness.attended(output, inputs)
@@ -188,13 +189,6 @@ class _Logits:
 
 def _quantised(model: nn.Module) -> bool:
     return getattr(forwards.inner(model), "hf_quantizer", None) is not None
-
-
-@contextlib.contextmanager
-def _without_adapter_of(model: nn.Module) -> Iterator[None]:
-    """Run without an adapter, if the model has one."""
-    with disabled(model) if hasattr(holder(model)[1], "peft_config") else contextlib.nullcontext():
-        yield
 
 
 def _difference(one: Tensor, other: Tensor) -> float:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytest_sftguard.engine.data.rows import IGNORED
 from pytest_sftguard.engine.recording.watching import STEP
 from pytest_sftguard.records import DefectRecord
 
 IN_PLACE, SHIFT, OWN_SHIFT = 0, -1, 1
 """Where the token is that a label counts with, beside the one in its own place: none other, the one before (it predicts
 the label), or the one after (labels that were shifted already: it is the label)."""
-_IGNORED = -100
 
 
 def comparable(batch: Mapping[str, Any]) -> bool:
@@ -36,7 +36,7 @@ def defect(batches: Iterable[Mapping[str, Any]], pad: int | None, other: int) ->
     rows, first, example = 0, None, ""
     for batch in filter(comparable, batches):
         ids, labels = batch["input_ids"], batch["labels"]
-        bad = (labels != _IGNORED) & _padding(ids, batch.get("attention_mask"), pad, other)
+        bad = (labels != IGNORED) & _padding(ids, batch.get("attention_mask"), pad, other)
         if other == SHIFT:
             # nothing predicts the first token
             bad[:, 0] = False

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 from pytest_sftguard.engine.adapter.adapters import base_digests
 from pytest_sftguard.engine.looks import InapplicableError, Look
+from pytest_sftguard.engine.recording.watching import wrapped
 from pytest_sftguard.engine.stages import Started
 from pytest_sftguard.records import BaseDuringRecord, Names
 
@@ -19,9 +19,7 @@ class BaseDuring(Look[Started]):
         """Wrap the step of a micro-batch."""
         self._recorder, self._trainer = started.recorder, started.trainer
         self._at: dict[int, dict[str, str]] = {}
-        original = self._trainer.training_step
-        wrapped = functools.partial(self._training_step, original)
-        self._trainer.training_step = functools.update_wrapper(wrapped, original)
+        self._trainer.training_step = wrapped(self._trainer.training_step, self._training_step)
 
     def conclude(self, reached: Started) -> dict[str, Any]:
         """Compare the digests with those before `train()`."""

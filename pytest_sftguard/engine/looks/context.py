@@ -25,9 +25,6 @@ _ROWS = 4
 """Rows of each micro-batch: every row costs one forward pass per attention implementation."""
 _LEAST_WIDTH = 16
 """Below 16 tokens sdpa on a CPU hides NaN (pytorch#141128)."""
-_OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict", "fused_lm_head")
-"""Arguments that are left out: they choose which logits are computed, or their form. The last one is TRL's, for a loss
-without logits."""
 _SCORES = 1 << 28
 """Logits of single rows that are kept, 1 GB in float32: rows beyond are not compared, except for the first."""
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
@@ -120,10 +117,8 @@ class Context(Look[Trained]):
 
 
 def _as_given(model: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a forward pass without labels, with `use_cache` made explicit."""
-    given = {k: v for k, v in kwargs.items() if k not in _OF_THE_LOSS}
-    if args and isinstance(args[0], Tensor):
-        given.setdefault("input_ids", args[0])
+    """Return what `forwards.given` does, with `use_cache` made explicit."""
+    given = forwards.given(model, args, kwargs)
     if "use_cache" in forwards.accepts(model) and "use_cache" not in given:
         # with a cache, transformers does not recognise packed rows by their positions; checkpointing uses none
         without = forwards.checkpointing(model)

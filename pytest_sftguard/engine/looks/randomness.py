@@ -13,6 +13,7 @@ from torch import nn
 from pytest_sftguard.engine.adapter.adapters import config_of, lora_layers
 from pytest_sftguard.engine.after import forwards
 from pytest_sftguard.engine.looks import Look
+from pytest_sftguard.engine.recording.watching import wrapped
 from pytest_sftguard.engine.stages import Started
 from pytest_sftguard.records import Names, RandomnessRecord
 
@@ -46,9 +47,7 @@ class Randomness(Look[Started]):
                 if holder in factors and holder != name:
                     self._of_adapter.add(name)
                 self._hooks.append(module.register_forward_pre_hook(functools.partial(self._note, name)))
-        trainer = started.trainer
-        original = trainer.compute_loss
-        trainer.compute_loss = functools.update_wrapper(functools.partial(self._compute_loss, original), original)
+        started.trainer.compute_loss = wrapped(started.trainer.compute_loss, self._compute_loss)
 
     def conclude(self, reached: Started) -> dict[str, Any]:
         """Return what was seen."""

@@ -48,10 +48,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.batches: list[dict[str, Any]] = []
         self._copies: list[dict[str, Any]] = []
         self.first_step = FirstStep(trainer, recorder.model)
-        trainer.compute_loss = _wrapped(trainer.compute_loss, self._compute_loss)
-        trainer.training_step = _wrapped(trainer.training_step, self._training_step)
-        trainer.accelerator.backward = _wrapped(trainer.accelerator.backward, self._backward)
-        trainer.accelerator.clip_grad_norm_ = _wrapped(trainer.accelerator.clip_grad_norm_, self._before)
+        trainer.compute_loss = wrapped(trainer.compute_loss, self._compute_loss)
+        trainer.training_step = wrapped(trainer.training_step, self._training_step)
+        trainer.accelerator.backward = wrapped(trainer.accelerator.backward, self._backward)
+        trainer.accelerator.clip_grad_norm_ = wrapped(trainer.accelerator.clip_grad_norm_, self._before)
         trainer.add_callback(self)
         self.loader: Any = None
         """The data loader of the training, as accelerate has prepared it; None before the training begins."""
@@ -69,7 +69,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if prepared is not self._watched:
             self._watched = prepared
             self.schedule = Schedule(kwargs.get("lr_scheduler"))
-            prepared.step = _wrapped(_wrapped(prepared.step, self._before), self._optimizer_step)
+            prepared.step = wrapped(wrapped(prepared.step, self._before), self._optimizer_step)
 
     def detach(self) -> None:
         """Remove the hooks from the model; the Trainer stays wrapped."""
@@ -161,7 +161,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         return scaler if scaler is not None and scaler.is_enabled() else None
 
 
-def _wrapped(original: _Method, around: _Method) -> _Method:
+def wrapped(original: _Method, around: _Method) -> _Method:
     """`around(original, ...)` in place of `original`, with its name and signature."""
     return functools.update_wrapper(functools.partial(around, original), original)
 
