@@ -11,6 +11,7 @@ from pytest_sftguard.invariants import (
     answers_beat_base,
     effective_steps,
     every_factor_moves,
+    factor_gradients_agree,
     gradient_present,
     log_honest,
     lr_trace,
@@ -18,6 +19,7 @@ from pytest_sftguard.invariants import (
     one_batch_overfit,
     optimizer_owns_trainables,
     update_lower_bound,
+    update_repeats,
     update_upper_bound,
     weights_and_moments_finite,
 )
@@ -338,7 +340,7 @@ def _altered(case: Case) -> list[Clue]:
     if _clipping_left_out(case) or _clipped_elsewhere(case) or _clipped_before_unscaling(case):
         return []
     zeroed = case.failed(log_honest.Reason.ZEROED_GRADIENTS)
-    given = case.failed(norm_honest.Reason.GIVEN)
+    given = case.failed(norm_honest.Reason.GIVEN, norm_honest.Reason.PARTED)
     # where one step gives NaN, what the next ones do follows from it
     lost = case.lost is not None and bool(given) and (given[0].step or 0) >= case.lost.step
     return [] if lost else [decisive(f) for f in [*zeroed, *given][:1]]
@@ -451,9 +453,12 @@ def _no_gradient_at_all(case: Case) -> list[Clue]:
 
 
 def _other_update(case: Case) -> list[Clue]:
-    """A step that moves tensors otherwise than the optimizer's own arithmetic on float32 copies, or than Adam can."""
-    if not case.finite or case.half_trainables:
+    """A step that another optimizer of the class takes otherwise, also on float32 copies, or that Adam cannot take."""
+    if not case.finite:
         return []
+    other = case.failed(update_repeats.Reason.OTHER)
+    if other or case.half_trainables:
+        return [decisive(f) for f in other]
     apart, far = case.failed(update_lower_bound.Reason.APART), case.failed(update_upper_bound.Reason.TOO_FAR)
     return [decisive(f) for f in [*apart, *far][:1]]
 
@@ -578,6 +583,13 @@ COURSE: tuple[Mechanism, ...] = (
         "the optimizer is given other gradients than the backward pass made and the Trainer clips",
         "look for what scales, clips, replaces or cleans gradients between backward and the optimizer, as callbacks do",
         _altered,
+    ),
+    Mechanism(
+        "factor_gradient_altered",
+        "the gradient of one factor of a LoRA layer is not the derivative of what the layer computes",
+        "look for hooks on the parameters or on the layer's inner modules, and for a backward pass of own code",
+        shown_by(factor_gradients_agree.Reason.APART),
+        locates=True,
     ),
     Mechanism(
         "logged_norm_altered",

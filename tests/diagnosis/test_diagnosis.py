@@ -167,6 +167,7 @@ COURSE = {
     "weights_changed_from_outside": with_step(healthy(), 3, max_change_before=1e9),
     "gradients_not_cleared": with_step(healthy(), 3, stale_gradients=Names.of([A])),
     "gradients_altered": with_step(healthy(max_grad_norm=0.0), 3, received_grad_norm=0.25),
+    "factor_gradient_altered": with_step(healthy(), 3, factor_mismatch=0.5),
     "clipping_left_out": clipped(lambda norm: norm),
     "clipped_at_another_norm": clipped(lambda norm: min(norm, 0.125)),
     "clipped_before_unscaling": clipped(lambda norm: 1 / 65536, healthy(SCALED, max_grad_norm=1.0)),
