@@ -43,6 +43,7 @@ ASSERTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "gradients_altered": (_GRADIENT, ANY),
     # what changes the output of one factor parts the gradients too
     "factor_gradient_altered": (("backward", "forward"), ANY),
+    "loss_changed_on_the_way": (("loss",), ANY),
     # saving
     "adapter_keys_dropped": ((), ANY),
     "adapter_file_empty": ((), ANY),

@@ -14,6 +14,7 @@ from pytest_sftguard.invariants import (
     factor_gradients_agree,
     gradient_present,
     log_honest,
+    loss_is_the_models,
     lr_trace,
     norm_honest,
     one_batch_overfit,
@@ -27,6 +28,8 @@ from pytest_sftguard.records import StepRecord
 
 _OFF_SCHEDULE = (lr_trace.Reason.ELSEWHERE, lr_trace.Reason.OFF_SCHEDULE)
 """A rate of another place of the schedule, or of none; one that is 0 or NaN says nothing of the schedule's pace."""
+_CHANGED = tuple(r for r in loss_is_the_models.Reason if r.name.startswith(("MULTIPLIED", "SHIFTED", "ROUNDED")))
+"""A rule by which losses come from the model's."""
 _RTOL = 1e-3
 """How closely two norms of the same gradients agree, as a share; norms in half precision are told apart by more."""
 _LARGE_STEP = 0.3
@@ -583,6 +586,12 @@ COURSE: tuple[Mechanism, ...] = (
         "the optimizer is given other gradients than the backward pass made and the Trainer clips",
         "look for what scales, clips, replaces or cleans gradients between backward and the optimizer, as callbacks do",
         _altered,
+    ),
+    Mechanism(
+        "loss_changed_on_the_way",
+        "the loss that is trained on is the model's own, changed by a rule on its way through compute_loss",
+        "look at overrides of compute_loss, for a division by the accumulation that the Trainer does too, or a sign",
+        shown_by(*_CHANGED),
     ),
     Mechanism(
         "factor_gradient_altered",

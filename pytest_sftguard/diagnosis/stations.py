@@ -37,6 +37,7 @@ _OF_INVARIANTS: Mapping[str, Station] = {
     "precision_is_real": Station.START,
     "fp32_master": Station.START,
     "raw_loss_finite": Station.FORWARD,
+    "loss_is_the_models": Station.FORWARD,
     "context_independence": Station.FORWARD,
     "batch_split_equivalence": Station.FORWARD,
     "precision_agreement": Station.FORWARD,

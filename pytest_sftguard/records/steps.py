@@ -16,6 +16,8 @@ class StepRecord:
     """Number of the step, from 1."""
     micro_losses: tuple[float, ...] = ()
     """Loss of each micro-batch as `compute_loss` returned it, before any filter."""
+    model_losses: tuple[float, ...] = ()
+    """Loss of each micro-batch in the output of the model's only forward pass; empty where one has no such loss."""
     loss: float | None = None
     """Loss of the step: the sum of what `training_step` returned for its micro-batches."""
     grad_norm: float | None = None

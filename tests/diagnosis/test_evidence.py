@@ -23,6 +23,7 @@ REASONS = {n: importlib.import_module(f"{invariants.__name__}.{n}").Reason for n
 # the canned rates are larger than any that one trains at, which would be evidence
 PLAIN = with_steps(healthy(), learning_rate=1e-3)
 
+CHANGED = ("multiplied", "multiplied_at_times", "shifted", "shifted_at_times", "rounded")
 DECISIVE = {
     # the reason states what the mechanism states; there is nothing else that it could be
     "answers_beat_base.promise_broken": {"learned_something_else"},
@@ -59,6 +60,8 @@ DECISIVE = {
     # two norms of the same gradients, before and after what lies between backward and the optimizer
     "log_honest.zeroed_gradients": {"gradients_altered"},
     "norm_honest.given": {"gradients_altered"},
+    # each loss is compared with the one that it comes from
+    **{f"loss_is_the_models.{r}": {"loss_changed_on_the_way"} for r in CHANGED},
     # each gradient is compared with itself, and the common factor taken out
     "norm_honest.parted": {"gradients_altered"},
     # an identity of the two gradients, whatever the loss is

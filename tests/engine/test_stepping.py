@@ -18,6 +18,11 @@ SEEN = {
     "rounded_between_the_factors": ("factor_gradients_agree", 2, "factor_gradient_altered"),
     "gradient_permuted_before_the_step": ("norm_honest", 2, "gradients_altered"),
     "small_gradient_scaled_before_the_step": ("norm_honest", 1, "gradients_altered"),
+    "loss_divided_again": ("loss_is_the_models", 1, "loss_changed_on_the_way"),
+    "loss_negated": ("loss_is_the_models", 1, "loss_changed_on_the_way"),
+    "loss_scaled_later": ("loss_is_the_models", 3, "loss_changed_on_the_way"),
+    "loss_with_an_offset": ("loss_is_the_models", 1, "loss_changed_on_the_way"),
+    "loss_rounded": ("loss_is_the_models", 1, "loss_changed_on_the_way"),
     "update_scaled": ("update_repeats", 2, "update_is_not_the_optimizers"),
     "update_left_out_in_part": ("update_repeats", 2, "update_is_not_the_optimizers"),
 }

@@ -104,7 +104,67 @@ def update_left_out_in_part(**arguments: Any) -> Trainer:
     return _stepping(arguments, lambda tensor, before: tensor[0, :4].copy_(before[0, :4]))
 
 
+# the loss is the model's
+
+
+def _losses(arguments: dict[str, Any], change: Any) -> Trainer:
+    """A training in which `change` is called with each loss, and the number of its step."""
+    trainer = built(arguments)
+    compute_loss = trainer.compute_loss
+
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        loss = compute_loss(*args, **kwargs)
+        return change(loss, trainer.state.global_step + 1)
+
+    trainer.compute_loss = changed
+    return trainer
+
+
+def loss_divided_again(**arguments: Any) -> Trainer:
+    """compute_loss divides by the accumulation, as the Trainer does."""
+    return _losses(arguments, lambda loss, step: loss / 2)
+
+
+def loss_negated(**arguments: Any) -> Trainer:
+    """compute_loss turns the sign around."""
+    return _losses(arguments, lambda loss, step: -loss)
+
+
+def loss_scaled_later(**arguments: Any) -> Trainer:
+    """From the third step on the loss is 1 % larger."""
+    return _losses(arguments, lambda loss, step: loss * 1.01 if step > 2 else loss)
+
+
+def loss_with_an_offset(**arguments: Any) -> Trainer:
+    """A constant is added, which the gradient does not show."""
+    return _losses(arguments, lambda loss, step: loss + 0.25)
+
+
+def loss_rounded(**arguments: Any) -> Trainer:
+    """The loss is rounded to eighths, and its gradient is not."""
+    return _losses(arguments, lambda loss, step: loss + (loss.detach().mul(8).round().div(8) - loss.detach()))
+
+
 # sound
+
+
+def focal_loss(**arguments: Any) -> Trainer:
+    """The loss is a function of the model's own that is no multiple: sound."""
+    return _losses(arguments, lambda loss, step: (1 - (-loss).exp()) ** 2 * loss)
+
+
+def penalty_that_grows(**arguments: Any) -> Trainer:
+    """A second loss is added, with a weight that is 0 at first: sound."""
+    trainer = built(arguments)
+    compute_loss = trainer.compute_loss
+
+    def changed(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss, outputs = compute_loss(model, inputs, *args, **kwargs | {"return_outputs": True})
+        confident = outputs.logits.float().logsumexp(-1).square().mean()
+        return loss + 1e-2 * trainer.state.global_step * confident
+
+    trainer.compute_loss = changed
+    return trainer
 
 
 def clipped_by_hooks(**arguments: Any) -> Trainer:

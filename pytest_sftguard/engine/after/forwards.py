@@ -77,6 +77,15 @@ def main_output(output: Any) -> Tensor:
     raise ValueError(f"a {type(output).__name__} without a tensor of numbers")
 
 
+def loss_of(output: Any) -> Tensor | None:
+    """The loss, one number, in what a model returned: its member `loss`, or the first of a tuple; None without one."""
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+    else:
+        loss = output[0] if isinstance(output, tuple) and output else getattr(output, "loss", None)
+    return loss if isinstance(loss, Tensor) and loss.is_floating_point() and loss.numel() == 1 else None
+
+
 def attention_of(model: Any) -> str:
     """Name of the model's attention implementation; empty if it has no choice."""
     return str(getattr(getattr(inner(model), "config", None), "_attn_implementation", None) or "")

@@ -72,12 +72,18 @@ class Factors:
                 self._seen += pairs
         return torch.cat([f.to(found[0].device) for f in found]).flatten() if found else torch.empty(0)
 
-    def mismatch(self, numbers: Sequence[float]) -> Mismatch | None:
-        """The worst layer by the `numbers` of `products`; None if none was looked at, or a gradient is not finite."""
+    def mismatch(self, numbers: Sequence[float], *, coarse: bool = False) -> Mismatch | None:
+        """The worst layer by the `numbers` of `products`; None if none was looked at, or a gradient is not finite.
+
+        Under a loss scale small gradients are `coarse`, as float16 underflows: a layer then counts by its own size only
+        down to a tenth of the largest.
+        """
         rows = [numbers[i : i + _NUMBERS] for i in range(0, len(numbers), _NUMBERS)]
         if not rows or not all(map(math.isfinite, numbers)):
             return None
-        shares = {p.layer: row[0] / row[1] for p, row in zip(self._seen, rows, strict=True) if row[1] > 0}
+        least = 0.1 * max(row[1] for row in rows) if coarse else 0.0
+        sizes = [(p.layer, row[0], max(row[1], least)) for p, row in zip(self._seen, rows, strict=True)]
+        shares = {layer: apart / size for layer, apart, size in sizes if size > 0}
         layer = max(shares, key=lambda n: shares[n], default="")
         bounded = _shared([x for row in rows for x in row[2:]])
         return Mismatch(layer, shares.get(layer, 0.0), self._hooked() and bounded)

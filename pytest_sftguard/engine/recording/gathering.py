@@ -39,6 +39,8 @@ class Numbers:
     """Summands of the step's loss, one for each micro-batch."""
     micro: list[float]
     """Raw loss of each micro-batch."""
+    own: list[float]
+    """The loss that the model itself computed in each micro-batch; empty where it did not in all of them."""
     places: list[int]
     """Indices of the parameters that have a gradient."""
     gradient_order: Sequence[int] | None
@@ -136,6 +138,7 @@ class Gathered:
         return StepRecord(
             step=len(self._records) + 1,
             micro_losses=tuple(seen.micro),
+            model_losses=tuple(seen.own),
             loss=_added_up(seen.loss),
             grad_norm=None if seen.gradient_order is None else _hypot(seen.norm),
             max_abs_gradient=None if seen.gradient_order is None else _largest(most),

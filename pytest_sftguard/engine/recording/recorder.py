@@ -72,6 +72,7 @@ class Recorder:
 
     def _open(self) -> None:
         self._micro_losses: list[Tensor] = []
+        self._model_losses: list[Tensor] = []
         self._returned: list[Tensor] = []
         self._places: list[int] = []
         self._gradient_order: Sequence[int] | None = None
@@ -109,15 +110,17 @@ class Recorder:
         """Record the inputs of a micro-batch of the present step."""
         self.seen_batches.add(self.taken + 1, inputs)
 
-    def micro_batch(self, loss: Tensor) -> None:
-        """Record the raw loss of a micro-batch, of any shape; its mean counts."""
+    def micro_batch(self, loss: Tensor, models: Tensor | None = None) -> None:
+        """Record the raw loss of a micro-batch, of any shape, whose mean counts, and the loss of the model's output."""
         # `zero_grad` leaves None behind, so that nothing has to be read from the device
         self._cleared = self._cleared or (self._had_gradients and all(p.grad is None for p in self._tensors))
-        self._micro_losses.append(_mean(loss))
+        self._micro_losses.append(mean(loss))
+        if models is not None:
+            self._model_losses.append(models)
 
     def micro_batch_done(self, returned: Tensor) -> None:
         """Record a summand of the step's loss."""
-        self._returned.append(_mean(returned))
+        self._returned.append(mean(returned))
         self._had_gradients = self._had_gradients or any(p.grad is not None for p in self._tensors)
 
     @torch.no_grad()
@@ -194,6 +197,8 @@ class Recorder:
             "scale_after": _one(loss_scale),
             "loss": _stacked(self._returned),
             "micro": _stacked(self._micro_losses),
+            # a step counts where the model itself computed all of its losses
+            "own": _stacked(self._model_losses if len(self._model_losses) == len(self._micro_losses) else []),
             "stale": self._stale[1],
             "update": joined(update_seen),
             "weights": joined(weights_seen),
@@ -209,7 +214,7 @@ class Recorder:
             [*tensors.values(), *others, products]
         )
         numbers = dict(zip(tensors, lists, strict=True))
-        mismatch = self._factors.mismatch(numbers.pop("factors"))
+        mismatch = self._factors.mismatch(numbers.pop("factors"), coarse=bool(numbers["scale"]))
         departure = None if self._stepping is None else self._stepping.departure()
         direction = self._descending.direction(self._names, directed, skipped=_fell(numbers))
         self.seen_batches.take(collated)
@@ -295,7 +300,7 @@ class Recorder:
             strict=True,
         ):
             end, begin = parameter.detach().float(), start.float()
-            changed = ((move > 0) & end.isfinite()).float().mean().item() if end.numel() else 0.0
+            changed = _moved_share(name, (move > 0) & end.isfinite())
             record = TensorRecord(
                 name=name,
                 dtype=dtype_name(parameter.dtype),
@@ -457,6 +462,20 @@ _NOTHING = torch.empty(0)
 """Stands for absent numbers; nobody writes to it."""
 
 
+def _moved_share(name: str, moved: Tensor) -> float:
+    """Share of the elements of a tensor that moved, `moved` of its shape, without units of a layer that are silent.
+
+    Behind and before a rectifier that never fires, all elements for an input of A or an output of B have no gradient.
+    That may be so for a half of them.
+    """
+    over = next((d for factor, d in (("lora_A", 0), ("lora_B", 1)) if f".{factor}." in name), None)
+    if over is not None and moved.dim() == 2:
+        alive = moved.any(over)
+        if 2 * int(alive.sum()) >= len(alive):
+            moved = moved[:, alive] if over == 0 else moved[alive]
+    return moved.float().mean().item() if moved.numel() else 0.0
+
+
 def _types(parameters: list[Tensor]) -> tuple[list[torch.dtype], list[torch.device]]:
     """Types of all parameters, and the device of the first: a model moves as a whole."""
     return [p.dtype for p in parameters], [p.device for p in parameters[:1]]
@@ -476,7 +495,7 @@ def _unscaled(numbers: Tensor, loss_scale: Tensor | None) -> Tensor:
     return numbers if loss_scale is None else numbers / loss_scale
 
 
-def _mean(loss: Tensor) -> Tensor:
+def mean(loss: Tensor) -> Tensor:
     """A copy of the mean, which later changes in place do not affect."""
     return loss.detach().clone() if loss.dim() == 0 else loss.detach().float().mean()
 
