@@ -72,16 +72,15 @@ class Factors:
                 self._seen += pairs
         return torch.cat([f.to(found[0].device) for f in found]).flatten() if found else torch.empty(0)
 
-    def mismatch(self, numbers: Sequence[float], *, coarse: bool = False) -> Mismatch | None:
+    def mismatch(self, numbers: Sequence[float]) -> Mismatch | None:
         """The worst layer by the `numbers` of `products`; None if none was looked at, or a gradient is not finite.
 
-        Under a loss scale small gradients are `coarse`, as float16 underflows: a layer then counts by its own size only
-        down to a tenth of the largest.
+        A layer counts by its own size down to a tenth of the largest: in float16, smaller gradients underflow.
         """
         rows = [numbers[i : i + _NUMBERS] for i in range(0, len(numbers), _NUMBERS)]
         if not rows or not all(map(math.isfinite, numbers)):
             return None
-        least = 0.1 * max(row[1] for row in rows) if coarse else 0.0
+        least = 0.1 * max(row[1] for row in rows)
         sizes = [(p.layer, row[0], max(row[1], least)) for p, row in zip(self._seen, rows, strict=True)]
         shares = {layer: apart / size for layer, apart, size in sizes if size > 0}
         layer = max(shares, key=lambda n: shares[n], default="")

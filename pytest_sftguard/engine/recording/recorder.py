@@ -214,7 +214,7 @@ class Recorder:
             [*tensors.values(), *others, products]
         )
         numbers = dict(zip(tensors, lists, strict=True))
-        mismatch = self._factors.mismatch(numbers.pop("factors"), coarse=bool(numbers["scale"]))
+        mismatch = self._factors.mismatch(numbers.pop("factors"))
         departure = None if self._stepping is None else self._stepping.departure()
         direction = self._descending.direction(self._names, directed, skipped=_fell(numbers))
         self.seen_batches.take(collated)
