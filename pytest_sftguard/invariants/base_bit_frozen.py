@@ -17,6 +17,10 @@ class Reason(verdicts.Reason):
     NOT_SEEN = "no base tensor was digested"
     TRAINABLE = "{observed:# tensor} of the base, which no adapter file holds, had requires_grad=True: {names}"
     CHANGED = "{observed} of {total:# base tensor} changed in training: {names}"
+    REARRANGED = (
+        "an evaluation let bitsandbytes rearrange the weights of {observed:# 4-bit layer} for inference on this CPU,"
+        " and no gradient passes through them since: {names}; set support_avx512bf16_for_cpu = False on these layers"
+    )
     OTHER_DIGEST = "the digest of the {total:# base tensor} changed in training"
 
 
@@ -34,5 +38,6 @@ class BaseBitFrozen(Invariant):
             return
         yield from self.forbid(Reason.TRAINABLE, base.trainable)
         yield from self.forbid(Reason.CHANGED, base.changed, total=base.tensors)
+        yield from self.forbid(Reason.REARRANGED, base.rearranged)
         if base.digest_before != base.digest_after and not base.changed:
             yield self.failed(Reason.OTHER_DIGEST, limit=0, total=base.tensors)

@@ -120,6 +120,8 @@ class BaseRecord:
     """Buffers outside the state dict that the model's own forward pass rewrites; they are allowed to change."""
     trainable: Names = NONE
     """Tensors that have `requires_grad`, though they are not part of the adapter."""
+    rearranged: Names = NONE
+    """4-bit layers that were trained through in the layout for inference on a CPU, which has no backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from pytest_sftguard.engine.adapter.adapters import (
 )
 from pytest_sftguard.engine.adapter.reloading import reloading
 from pytest_sftguard.engine.after import finiteness, forwards
+from pytest_sftguard.engine.building import quantised
 from pytest_sftguard.engine.surroundings.errors import first_line
 from pytest_sftguard.records import Names, RoundTripRecord
 
@@ -53,6 +54,7 @@ def round_trip(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         reloaded = form.loaded(base, folder).to(device).eval()
+    quantised.like(reloaded, trained)
     loaded: dict[str, Tensor] = {in_file(n, active_adapters(reloaded)[0]): p for n, p in reloaded.named_parameters()}
     never = {in_file(n, name) for n in unused}
     missing, unexpected = _unlike(trained, expected, saved) if form.partial else ([], [])
