@@ -22,7 +22,7 @@ class Tier:
 
 
 _QUICK = ("wiring", "supervision", "prompts")
-_STANDARD = (*_QUICK, "replay", "context", "paths", "evaluation", "base_answers", "decoding", "merging")
+_STANDARD = (*_QUICK, "replay", "context", "paths", "evaluation", "base_answers", "decoding", "answering", "merging")
 
 TIERS: dict[str, Tier] = {
     # the training, and what model, data and file show without another forward pass

@@ -4,6 +4,7 @@ Written by the engine while a cell runs; read by invariants, diagnoses and repor
 """
 
 from pytest_sftguard.records.answers import (
+    AnsweringRecord,
     AnswerRecord,
     BaseAnswersRecord,
     DecodingRecord,

@@ -10,6 +10,7 @@ from typing import Any
 
 from pytest_sftguard.hardware import HardwareProfile
 from pytest_sftguard.records.answers import (
+    AnsweringRecord,
     AnswerRecord,
     BaseAnswersRecord,
     DecodingRecord,
@@ -166,6 +167,8 @@ class RunRecord:
     """The scores from which the answers were decoded; None if no question was asked."""
     decoding: DecodingRecord | None = None
     """Answers in a batch and alone; None without the look `decoding`."""
+    answering: AnsweringRecord | None = None
+    """What the target's own `generate` does; None without the look `answering`."""
     adapter_digest: str = ""
     """Digest of the bits of every trainable tensor after the last step; empty if none was seen."""
     first_step: FirstStepRecord | None = None

@@ -25,6 +25,7 @@ FILLED = {
     "evaluation": ("evaluation",),
     "base_answers": ("base_answers",),
     "decoding": ("decoding",),
+    "answering": ("answering",),
     "merging": ("merge",),
 }
 """Fields of a record that each look fills."""

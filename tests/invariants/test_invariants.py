@@ -386,6 +386,10 @@ MAY_BE_MISSING = {
     "lr_trace-unknown": ("lr_trace", within(healthy(), "schedule", unknown="follows a metric")),
     "identity_at_init-no-factors": ("identity_at_init", within(healthy(), "initial", init="")),
     "identity_at_init-uncompared": ("identity_at_init", within(healthy(), "initial", logits=None, uncompared="so")),
+    "answers_from_adapter-no-forward-pass": (
+        "answers_from_adapter",
+        within(healthy(), "answering", compared=0, max_change=None),
+    ),
     "precision_agreement-quantised": ("precision_agreement", healthy(Cell("nf4-bf16", 2, 1))),
     "prompt_is_prefix-nothing-shared": ("prompt_is_prefix", within(healthy(), "prompts", matched=0)),
 }

@@ -9,6 +9,7 @@ from typing import Any
 from pytest_sftguard.matrix import Cell
 from pytest_sftguard.precision import mode_named
 from pytest_sftguard.records import (
+    AnsweringRecord,
     ComparisonRecord,
     ContextRecord,
     DecodingRecord,
@@ -55,6 +56,7 @@ def FIELDS(cell: Cell, names: list[str]) -> dict[str, Any]:  # noqa: N802 - one 
         ),
         "evaluation": EvaluationRecord(batches=2, rows=8),
         "decoding": DecodingRecord(arithmetic="float32", prompts=4, padded=3, max_change=1e-7, repeated=True),
+        "answering": AnsweringRecord(prompts=4, forwards=8, compared=4, max_change=1e-7, left_change=0.0),
     }
 
 
@@ -111,6 +113,11 @@ def decoded(**changes: Any) -> RunRecord:
     return within(healthy(), "decoding", **changes)
 
 
+def answering(**changes: Any) -> RunRecord:
+    """A healthy record with `changes` in what was seen of the target's own `generate`."""
+    return within(healthy(), "answering", **changes)
+
+
 def parted(margin: float | None) -> tuple[DifferenceRecord, ...]:
     """One prompt that is answered otherwise in a batch, at a place with this margin."""
     return (DifferenceRecord(prompt="1 + 1 =", position=0, margin=margin, alone="2", batched="3"),)
@@ -124,6 +131,18 @@ def looked(name: str, **changes: Any) -> RunRecord:
 
 
 FAILURES = {
+    "answers_from_adapter": {
+        "base": (answering(max_change=0.3, as_base=3), "answers with the base: the first scores of 3 of 4 prompts"),
+        "little-of-the-base": (answering(max_change=1e-3, as_base=4), "of 4 of 4 prompts are those"),
+        "other-scores": (answering(max_change=0.5), "are not the adapter's own for the same tokens"),
+        "scores-nan": (answering(max_change=NAN), "are not the adapter's own"),
+        "truncated": (answering(truncated=2, truncated_example="3 of 9 tokens"), "part of 2 of 4 prompts .3 of 9 tok"),
+        "dropout": (answering(dropouts=Names.of(["layers.0.dropout"])), "was active in .*: layers.0.dropout; it must"),
+        "left-training": (answering(left_training=True), "left the model in training mode"),
+        "left-changed": (answering(left_change=0.5, compared=0, max_change=None), "left another model than it was"),
+        "left-nan": (answering(left_change=NAN, compared=0, max_change=None), "left another model than it was"),
+        "sampled": (answering(resampled=3), "samples: 3 of 4 answers changed with the random seed"),
+    },
     "context_independence": {
         "packs": (compared(max_change=1.1, packed=4), "as trained on under sdpa .* see each other"),
         "padded": (
@@ -208,6 +227,7 @@ NOT_EVALUATED = {
 }
 
 THRESHOLDS = {
+    ("answers_from_adapter", "limit"): (answering(max_change=0.1), 0.0, 0.01),
     ("context_independence", "float32_limit"): (of_type("float32", 0.5), 0.0, 0.1),
     ("context_independence", "tf32_limit"): (of_type("tf32", 0.5), 0.0, 0.1),
     ("context_independence", "float16_limit"): (of_type("float16", 0.5), 0.0, 0.1),
