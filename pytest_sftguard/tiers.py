@@ -21,7 +21,7 @@ class Tier:
     """Other runs that it is compared with, trained for the purpose where no cell of the session will do."""
 
 
-_QUICK = ("wiring", "supervision", "prompts")
+_QUICK = ("wiring", "supervision", "prompts", "kept_checkpoint")
 _STANDARD = (*_QUICK, "replay", "context", "paths", "evaluation", "base_answers", "decoding", "answering", "merging")
 
 TIERS: dict[str, Tier] = {

@@ -23,7 +23,7 @@ from pytest_sftguard.records.comparisons import (
 )
 from pytest_sftguard.records.encoding import RecordError, numbers, write_text
 from pytest_sftguard.records.learning import Learning
-from pytest_sftguard.records.rows import DefectRecord, EvaluationRecord, PromptsRecord, SupervisionRecord
+from pytest_sftguard.records.rows import DefectRecord, EvaluationRecord, KeptRecord, PromptsRecord, SupervisionRecord
 from pytest_sftguard.records.run import SCHEMA, ErrorRecord, LookRecord, RunRecord
 from pytest_sftguard.records.steps import (
     FirstStepRecord,

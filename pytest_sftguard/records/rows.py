@@ -87,3 +87,35 @@ class EvaluationRecord:
     """Metrics that were not finite in any of the training's evaluations."""
     best_metric_finite: bool = True
     """Whether the best metric in the Trainer's state is finite, or absent."""
+    dropouts: Names = NONE
+    """Modules that dropped activations in an evaluation."""
+    repeat_change: float | None = None
+    """Relative difference of the losses of one batch that was evaluated twice; None if none with a finite loss was."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptRecord:
+    """The checkpoint that the Trainer keeps as the best one."""
+
+    metric: str
+    """Metric by which it is chosen, such as `eval_loss`."""
+    greater_is_better: bool
+    """Whether more of it is better, by the Trainer's arguments."""
+    loads: bool
+    """Whether the best checkpoint is to be loaded at the end."""
+    steps: tuple[int, ...]
+    """Optimizer steps at which there were evaluations with the metric."""
+    values: tuple[float, ...]
+    """Values of the metric there."""
+    losses: tuple[float, ...] = ()
+    """Evaluation losses there; empty unless each evaluation has one."""
+    best_metric: float | None = None
+    """The best value by the Trainer's state; None if it has none."""
+    kept_step: int | None = None
+    """Step of the checkpoint that the Trainer calls the best; None if there is none."""
+    gone: bool = False
+    """Whether that checkpoint does not exist at the end."""
+    compared: int = 0
+    """Number of trainable tensors that were compared with those of that checkpoint."""
+    differing: Names = NONE
+    """Those of them that are not the checkpoint's, bit for bit."""

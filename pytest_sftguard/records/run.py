@@ -20,7 +20,7 @@ from pytest_sftguard.records.answers import (
 from pytest_sftguard.records.comparisons import ContextRecord, MergeRecord, PathsRecord, RoundTripRecord
 from pytest_sftguard.records.encoding import RecordError, decode, encode, read_json, write_text
 from pytest_sftguard.records.migration import from_schema_1
-from pytest_sftguard.records.rows import EvaluationRecord, PromptsRecord, SupervisionRecord
+from pytest_sftguard.records.rows import EvaluationRecord, KeptRecord, PromptsRecord, SupervisionRecord
 from pytest_sftguard.records.steps import FirstStepRecord, LogRecord, ReplayRecord, ScheduleRecord, StepRecord
 from pytest_sftguard.records.tensors import (
     BaseRecord,
@@ -169,6 +169,8 @@ class RunRecord:
     """Answers in a batch and alone; None without the look `decoding`."""
     answering: AnsweringRecord | None = None
     """What the target's own `generate` does; None without the look `answering`."""
+    kept: KeptRecord | None = None
+    """The checkpoint that is kept as the best; None without the look `kept_checkpoint`, or where none is chosen."""
     adapter_digest: str = ""
     """Digest of the bits of every trainable tensor after the last step; empty if none was seen."""
     first_step: FirstStepRecord | None = None

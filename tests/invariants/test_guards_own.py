@@ -26,6 +26,7 @@ FILLED = {
     "base_answers": ("base_answers",),
     "decoding": ("decoding",),
     "answering": ("answering",),
+    "kept_checkpoint": ("kept",),
     "merging": ("merge",),
 }
 """Fields of a record that each look fills."""

@@ -390,6 +390,10 @@ MAY_BE_MISSING = {
         "answers_from_adapter",
         within(healthy(), "answering", compared=0, max_change=None),
     ),
+    "kept_checkpoint-nan": ("kept_checkpoint_is_best", within(healthy(), "kept", values=(NAN,) * 3, losses=())),
+    "kept_checkpoint-unknown-metric": ("kept_checkpoint_is_best", within(healthy(), "kept", metric="eval_own")),
+    "kept_checkpoint-nothing-to-compare": ("kept_checkpoint_is_best", within(healthy(), "kept", compared=0)),
+    "evaluation_is_still-no-loss": ("evaluation_is_still", within(healthy(), "evaluation", repeat_change=None)),
     "precision_agreement-quantised": ("precision_agreement", healthy(Cell("nf4-bf16", 2, 1))),
     "prompt_is_prefix-nothing-shared": ("prompt_is_prefix", within(healthy(), "prompts", matched=0)),
 }

@@ -46,7 +46,7 @@ class Answering(Look[Reloaded]):
             with _watched(model) as seen:
                 torch.manual_seed(0)
                 texts = target.texts(model, tokenizer, prompts)
-            left_training = any(m.training for m in _dropping(model))
+            left_training = any(m.training for _, m in forwards.dropouts(model))
             model.eval()
             left = float(forwards.distance(_last(model, asked[0]), before))
             torch.manual_seed(1)
@@ -100,16 +100,12 @@ def _watched(model: Any) -> Iterator[_Seen]:
         seen.rows += _rows(ids, given.get("attention_mask"), logits, model)
         del seen.rows[_ROWS:]
 
-    def dropped(name: str) -> Any:
-        return lambda module, args: seen.dropouts.add(name) if module.training else None
-
     # a PeftModel calls the inner model's forward method, without its hooks; `generate` calls the inner model
     held = {id(m): m for m in (model, forwards.inner(model))}.values()
     hooks = [m.register_forward_hook(look, with_kwargs=True) for m in held]
-    names = {m: n for n, m in model.named_modules()}
-    hooks += [m.register_forward_pre_hook(dropped(names[m])) for m in _dropping(model)]
     try:
-        yield seen
+        with forwards.dropping(model) as seen.dropouts:
+            yield seen
     finally:
         for hook in hooks:
             hook.remove()
@@ -119,11 +115,6 @@ def _lost_adapter(model: nn.Module) -> bool:
     """Whether the adapter was disabled or taken out."""
     layers = attachment.tuner_layers(model).values()
     return not layers or any(getattr(m, "disable_adapters", False) is True for m in layers)
-
-
-def _dropping(model: nn.Module) -> list[nn.Module]:
-    """The modules that drop activations in training mode."""
-    return [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]
 
 
 def _length(cache: Any) -> int:
