@@ -37,6 +37,7 @@ from pytest_sftguard.records.steps import (
 from pytest_sftguard.records.tensors import (
     NONE,
     BaseRecord,
+    FamilyRecord,
     FoundationRecord,
     InitialRecord,
     Names,

@@ -9,6 +9,7 @@ from pytest_sftguard.matrix import Cell
 from pytest_sftguard.records import (
     DefectRecord,
     ErrorRecord,
+    FamilyRecord,
     FinitenessRecord,
     FoundationRecord,
     InitialRecord,
@@ -28,7 +29,14 @@ _NAMES = Names.of([_B])
 def FIELDS(cell: Cell, names: list[str]) -> dict[str, Any]:  # noqa: N802 - a table that needs the cell
     """What a healthy record holds of it."""
     return {
-        "wiring": WiringRecord(trainable=len(names), modules=1),
+        "wiring": WiringRecord(
+            trainable=len(names),
+            modules=1,
+            families=(
+                FamilyRecord(name="q_proj (Linear)", weights=2, adapted=2, elements=128, adapted_elements=128),
+                FamilyRecord(name="lm_head (Linear)", weights=1, adapted=0, elements=256, adapted_elements=0),
+            ),
+        ),
         "initial": InitialRecord(
             factors=1,
             init="True",
@@ -88,6 +96,11 @@ def _trip(**changes: Any) -> RunRecord:
 
 
 FAILURES: dict[str, dict[str, Any]] = {
+    "targets_reached": {
+        "fused": (_with("wiring", fused=_NAMES), "names 1 weight of experts in one tensor, .* name them in target_par"),
+        "left-out": (_with("wiring", left_out=_NAMES), "1 layer with the name of a target had no adapter"),
+        "one-digit": (_with("wiring", beyond_one_digit=_NAMES), "ends at layer 9, .* it misses 1 layer, first"),
+    },
     "trainable_set_exact": {
         "none": (_with("wiring", trainable=0), "no trainable tensor"),
         "no-module": (_with("wiring", modules=0), "attached to no module"),
@@ -184,6 +197,7 @@ FAILURES: dict[str, dict[str, Any]] = {
 _CRASHED = {"error": ErrorRecord(stage="train", type="IndexError", message="index out of range")}
 NOT_EVALUATED: dict[str, dict[str, Any]] = {
     "trainable_set_exact": {"lost": (_unlooked("wiring", "wiring"), "left nothing to judge by")},
+    "targets_reached": {"lost": (_unlooked("wiring", "wiring"), "left nothing to judge by")},
     "optimizer_owns_trainables": {
         "no-optimizer": (_healthy(optimizer=None), "no optimizer was seen"),
         "not-seen": (_with("optimizer", owns_trainables=None), "no optimizer was seen"),
