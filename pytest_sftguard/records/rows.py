@@ -61,6 +61,18 @@ class PromptsRecord:
     """Number of those ends that differ."""
     example: str = ""
     """One deviation, with its tokens."""
+    pairs: int = 0
+    """Number of pairs of neighbouring tokens of the questions that were looked for, because no row matched."""
+    shared_pairs: float | None = None
+    """Share of them that the rows hold; None if they were not looked for."""
+    offset: int | None = None
+    """Number that, added to the ids of the questions, makes the rows hold most of their pairs; not 0."""
+    offset_pairs: float | None = None
+    """Share of the pairs that the rows hold with that number added."""
+    rows_reread: float | None = None
+    """Share of the rows' ids that the tokenizer makes of their text again; None unless no pair is shared."""
+    questions_reread: float | None = None
+    """The same share of the questions' ids."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from pytest_sftguard.matrix import Cell
@@ -24,6 +25,16 @@ from pytest_sftguard.records import (
 _A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
 _B = _A.replace("lora_A", "lora_B")
 _NAMES = Names.of([_B])
+_UNLIKE: dict[str, Any] = {
+    "matched": 0,
+    "pairs": 40,
+    "shared_pairs": 0.0,
+    "offset": 1,
+    "offset_pairs": 0.1,
+    "rows_reread": 0.3,
+    "questions_reread": 0.98,
+}
+"""Prompts that share no pair of tokens with the rows of another tokenizer."""
 
 
 def FIELDS(cell: Cell, names: list[str]) -> dict[str, Any]:  # noqa: N802 - a table that needs the cell
@@ -181,6 +192,19 @@ FAILURES: dict[str, dict[str, Any]] = {
         ),
     },
     "prompt_is_prefix": {
+        "shifted": (
+            _with("prompts", **_UNLIKE | {"offset_pairs": 0.9}),
+            "are those of the questions .1: they share 90%",
+        ),
+        "shifted-words": (
+            _with("prompts", **_UNLIKE | {"offset": -2, "offset_pairs": 0.8, "shared_pairs": 0.3}),
+            "of the questions -2: they share 80% of 40 pairs .* and 30% as they are",
+        ),
+        "other-tokenizer": (
+            _with("prompts", **_UNLIKE),
+            "none of 40 pairs .* and 30% of their ids come back .* .98% of",
+        ),
+        "reread-nan": (_with("prompts", **_UNLIKE | {"rows_reread": math.nan}), "and nan% of their ids come back"),
         "deviating": (_with("prompts", deviating=2, example="x"), "2 of 16 rows did not begin .*: x"),
         "short": (_with("prompts", short=2), "2 of 16 rows had more before"),
         "forms": (_with("prompts", matched=0, forms=2, strange_forms=1), "1 of 2 prompt ends differed"),
@@ -237,6 +261,12 @@ NOT_EVALUATED: dict[str, dict[str, Any]] = {
 }
 
 THRESHOLDS: dict[tuple[str, str], Any] = {
+    ("prompt_is_prefix", "min_shifted"): (
+        _with("prompts", **_UNLIKE | {"offset_pairs": 0.5, "rows_reread": 1.0}),
+        0.4,
+        0.05,
+    ),
+    ("prompt_is_prefix", "min_reread"): (_with("prompts", **_UNLIKE), 0.9, -0.09),
     ("identity_at_init", "rounded_rtol"): (
         _with("initial", identical=False, changed_logits=9, max_logit_change=0.5, max_abs_logit=1.0),
         0.0,
