@@ -116,13 +116,13 @@ class KeptRecord:
     loads: bool
     """Whether the best checkpoint is to be loaded at the end."""
     steps: tuple[int, ...]
-    """Optimizer steps at which there were evaluations with the metric."""
+    """Optimizer steps at which there were evaluations with a finite value of the metric."""
     values: tuple[float, ...]
     """Values of the metric there."""
     losses: tuple[float, ...] = ()
-    """Evaluation losses there; empty unless each evaluation has one."""
+    """Evaluation losses there; empty unless each evaluation has a finite one."""
     best_metric: float | None = None
-    """The best value by the Trainer's state; None if it has none."""
+    """The best value by the Trainer's state; None if it has none, or one that is not finite."""
     kept_step: int | None = None
     """Step of the checkpoint that the Trainer calls the best; None if there is none."""
     gone: bool = False

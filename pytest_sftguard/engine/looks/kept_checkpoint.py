@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ class KeptCheckpoint(Look[Trained]):
         lines = [line for line in state.log_history if _is_number(line.get(metric))]
         if not lines:
             raise InapplicableError(f"no evaluation of the training gave {metric}")
-        losses = [float(v) if _is_number(v := line.get("eval_loss")) else None for line in lines]
+        # what is not finite is never the best, and another invariant's affair
+        lines = [line for line in lines if math.isfinite(line[metric])]
+        losses = [float(v) if _is_finite(v := line.get("eval_loss")) else None for line in lines]
         kept = state.best_model_checkpoint
         record = KeptRecord(
             metric=metric,
@@ -38,7 +41,7 @@ class KeptCheckpoint(Look[Trained]):
             steps=tuple(int(line["step"]) for line in lines),
             values=tuple(float(line[metric]) for line in lines),
             losses=() if None in losses else tuple(x for x in losses if x is not None),
-            best_metric=float(state.best_metric) if _is_number(state.best_metric) else None,
+            best_metric=float(state.best_metric) if _is_finite(state.best_metric) else None,
             kept_step=_step_of(kept),
             gone=kept is not None and not Path(kept).is_dir(),
             **(_loaded(reached.trained_model, Path(kept)) if kept and args.load_best_model_at_end else {}),
@@ -48,6 +51,10 @@ class KeptCheckpoint(Look[Trained]):
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return _is_number(value) and math.isfinite(value)
 
 
 def _step_of(folder: str | None) -> int | None:
