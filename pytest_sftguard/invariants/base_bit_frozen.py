@@ -53,7 +53,7 @@ class BaseBitFrozen(Invariant):
         if (during := record.base_during) is not None:
             only = Names.of(n for n in during.changed.first if n not in base.changed.first)
             yield from self.forbid(Reason.CHANGED_DURING, only, step=during.step, total=base.tensors)
-        elif (look := record.look("base_during")) is not None and look.error:
+        elif (look := record.look("base_during")) is not None and not look.inapplicable:
             yield self.not_looked(record, "base_during")
         if base.digest_before != base.digest_after and not base.changed:
             yield self.failed(Reason.OTHER_DIGEST, limit=0, total=base.tensors)

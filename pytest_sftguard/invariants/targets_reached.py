@@ -14,6 +14,7 @@ from pytest_sftguard.verdicts import Finding, Invariant
 class Reason(verdicts.Reason):
     """What the targets name and the adapter does not reach."""
 
+    NO_ADAPTER = "the model has no adapter"
     FUSED = (
         "target_modules names {observed:# weight} of experts in one tensor, which it cannot match, and reaches the"
         " dense layers of the same name alone: {names}; name them in target_parameters"
@@ -35,6 +36,9 @@ class TargetsReached(Invariant):
         """Look at what the targets miss."""
         if (wiring := record.wiring) is None:
             yield self.not_looked(record, "wiring")
+            return
+        if wiring.without_adapter:
+            yield self.not_evaluated(Reason.NO_ADAPTER, required=False)
             return
         yield from self.forbid(Reason.FUSED, wiring.fused)
         yield from self.forbid(Reason.LEFT_OUT, wiring.left_out)

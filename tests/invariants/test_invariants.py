@@ -394,6 +394,7 @@ MAY_BE_MISSING = {
     "kept_checkpoint-unknown-metric": ("kept_checkpoint_is_best", within(healthy(), "kept", metric="eval_own")),
     "kept_checkpoint-nothing-to-compare": ("kept_checkpoint_is_best", within(healthy(), "kept", compared=0)),
     "evaluation_is_still-no-loss": ("evaluation_is_still", within(healthy(), "evaluation", repeat_change=None)),
+    "targets_reached-no-adapter": ("targets_reached", within(healthy(), "wiring", without_adapter=True)),
     "precision_agreement-quantised": ("precision_agreement", healthy(Cell("nf4-bf16", 2, 1))),
     "prompt_is_prefix-nothing-shared": ("prompt_is_prefix", within(healthy(), "prompts", matched=0)),
 }

@@ -284,4 +284,6 @@ OPTIONAL = {
     "initial.loaded": "matters only where both factors of a pair start away from zero",
     "initial.max_abs_logit": "matters only where the start is neutral but for rounding",
     "round_trip.other_seed": "None where a toy base is drawn from the seed as a whole",
+    "round_trip.finiteness.tokens": "None where the rows are not of tokens alone",
+    "wiring.families[]": "printed for the reader; nothing is judged by it",
 }

@@ -312,4 +312,6 @@ THRESHOLDS = {
 
 OPTIONAL = {
     "paths.switched[]": "names what the training uses, for the message alone",
+    "evaluation.repeat_change": "None where no batch has a finite loss, which is another invariant's affair",
+    "kept.losses[]": "matters only where the name of the metric does not say which direction is better",
 }

@@ -44,7 +44,12 @@ class _Weight:
 
 
 def families(model: nn.Module) -> tuple[FamilyRecord, ...]:
-    """The families of the base's weights in the order of the model, with what the active adapter reaches of them."""
+    """The families of the base's weights in the order of the model, with what the active adapter reaches of them.
+
+    None in a model without an adapter.
+    """
+    if config_of(model) is None:
+        return ()
     groups: dict[str, list[_Weight]] = {}
     for weight in _weights(model):
         groups.setdefault(weight.family, []).append(weight)

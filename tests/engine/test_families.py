@@ -9,7 +9,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
-from pytest_sftguard.engine.adapter import reach
+from pytest_sftguard.engine.adapter import families
 from pytest_sftguard.engine.models import tiny
 
 SMALL = {
@@ -56,7 +56,7 @@ def llama(layers: int = 2) -> Any:
 
 def missed(model: Any) -> dict[str, int]:
     """How many weights each field names."""
-    return {name: names.count for name, names in reach.missed(model).items() if names}
+    return {name: names.count for name, names in families.missed(model).items() if names}
 
 
 def with_a_layer_more(model: Any) -> Any:
@@ -125,7 +125,7 @@ def test_what_a_configuration_chooses_is_not_half(config: Any, lora: Any) -> Non
 def test_families_count_what_is_adapted() -> None:
     """Each family has its weights, elements and adapted ones; factors are in none."""
     model = adapted(moe(), target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
-    counted = {f.name: (f.adapted, f.weights) for f in reach.families(model)}
+    counted = {f.name: (f.adapted, f.weights) for f in families.families(model)}
     assert counted["q_proj (Linear)"] == (2, 2)
     assert counted["k_proj (Linear)"] == (0, 2)
     assert counted["down_proj (Qwen3MoeExperts)"] == (1, 1)
@@ -133,11 +133,11 @@ def test_families_count_what_is_adapted() -> None:
     assert counted["down_proj (Linear)"] == (0, 1)
     base = AutoModelForCausalLM.from_config(moe())
     every = sum(p.numel() for p in base.parameters() if p.dim() > 1)
-    assert sum(f.elements for f in reach.families(model)) == every
+    assert sum(f.elements for f in families.families(model)) == every
 
 
 def test_a_model_without_an_adapter_misses_nothing() -> None:
-    """Its families are counted, and none is adapted."""
+    """No family of its is adapted, so that none is counted."""
     model = AutoModelForCausalLM.from_config(tiny.llama(32, 0.1))
-    assert reach.missed(model) == {}
-    assert {f.adapted for f in reach.families(model)} == {0}
+    assert families.missed(model) == {}
+    assert families.families(model) == ()
