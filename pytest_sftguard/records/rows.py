@@ -163,6 +163,6 @@ class KeptRecord:
     gone: bool = False
     """Whether that checkpoint does not exist at the end."""
     compared: int = 0
-    """Number of trainable tensors that were compared with those of that checkpoint."""
+    """Number of trained tensors that were compared with those of that checkpoint."""
     differing: Names = NONE
     """Those of them that are not the checkpoint's, bit for bit."""

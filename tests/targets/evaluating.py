@@ -6,9 +6,10 @@ import shutil
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from pytest_sftguard.engine.models import sums
+from pytest_sftguard.engine.models import sums, tiny
+from tests.targets import tasks
 
 _BEST = {
     "eval_strategy": "steps",
@@ -39,6 +40,22 @@ def overfitted(**arguments: Any) -> Trainer:
     return best(**arguments | {"learning_rate": 0.3, "lr_scheduler_type": "constant"})
 
 
+def whole(*, model: str | None = None, dtype: str = "float32", **arguments: Any) -> Trainer:
+    """Every weight of the model trains, until the loss rises again; a checkpoint holds them all."""
+    base = tiny.causal_base(model, getattr(torch, dtype), tiny.llama(64, 0.1))
+    args = TrainingArguments(**arguments | _BEST | {"learning_rate": 0.1, "lr_scheduler_type": "constant"})
+    set_seed(args.seed)
+    rows = sums.rows(sums.tokenizer())
+    return Trainer(model=base, args=args, train_dataset=rows, eval_dataset=rows[:8], data_collator=tiny.collate)
+
+
+def rewarded(**arguments: Any) -> Trainer:
+    """An evaluation set whose batches are lists of prompts."""
+    trainer = tasks.grpo(**arguments)
+    trainer.eval_dataset = trainer.train_dataset
+    return trainer
+
+
 def best_by_step_alone(**arguments: Any) -> Trainer:
     """No checkpoint is chosen."""
     return sums.build_trainer(**arguments | {"eval_strategy": "steps", "eval_steps": 2})
@@ -59,6 +76,13 @@ def worst_perplexity(**arguments: Any) -> Trainer:
 def not_loaded(**arguments: Any) -> Trainer:
     """Wrong: the best checkpoint does not arrive in the model."""
     trainer = overfitted(**arguments)
+    trainer._load_best_model = lambda: None
+    return trainer
+
+
+def whole_not_loaded(**arguments: Any) -> Trainer:
+    """Wrong: the same where every weight trains."""
+    trainer = whole(**arguments)
     trainer._load_best_model = lambda: None
     return trainer
 

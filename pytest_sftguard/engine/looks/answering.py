@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pytest_sftguard.engine.adapter import adapters, attachment
 from pytest_sftguard.engine.after import forwards
 from pytest_sftguard.engine.looks import InapplicableError, Look
+from pytest_sftguard.engine.looks.supervision import require_causal_model
 from pytest_sftguard.engine.stages import Reloaded
 from pytest_sftguard.records import AnsweringRecord, Names
 
@@ -29,28 +30,29 @@ class Answering(Look[Reloaded]):
 
     def conclude(self, reached: Reloaded) -> dict[str, Any]:
         """Compare the first scores in `generate` with the adapter's own for the same tokens."""
-        target, tokenizer, model = reached.target, reached.trainer.processing_class, reached.reloaded_model
+        target, given, model = reached.target, reached.trainer.processing_class, reached.reloaded_model
+        # a processor of images or sounds holds the tokenizer of its texts
+        tokenizer = getattr(given, "tokenizer", given)
         if target.generate is None:
             raise InapplicableError("the target brings no generate(model, tokenizer, prompts) of its own")
         if not reached.config.questions or target.questions is None or not callable(tokenizer):
             raise InapplicableError("the target offers no questions() that its tokenizer could read")
-        if getattr(getattr(forwards.inner(model), "config", None), "is_encoder_decoder", False):
-            raise InapplicableError("the model reads prompts with an encoder")
-        pairs = target.pairs(reached.config.questions, tokenizer)
+        require_causal_model(model)
+        pairs = target.pairs(reached.config.questions, given)
         prompts = list(dict.fromkeys(prompt + target.answer_prefix for prompt, _ in pairs))[:_PROMPTS]
         asked = [tokenizer(p)["input_ids"] for p in prompts]
         # `generate` has answered the questions by now, and may have left the model without its adapter
-        sound = reached.trained_model if _lost_adapter(model) else model
+        sound = reached.trained_model if _lost_adapter(model, reached.trained_model) else model
         with forwards.evaluating(model), forwards.evaluating(sound):
             before = _last(sound, asked[0])
             with _watched(model) as seen:
                 torch.manual_seed(0)
-                texts = target.texts(model, tokenizer, prompts)
+                texts = target.texts(model, given, prompts)
             left_training = any(m.training for _, m in forwards.dropouts(model))
             model.eval()
             left = float(forwards.distance(_last(model, asked[0]), before))
             torch.manual_seed(1)
-            again = target.texts(model, tokenizer, prompts)
+            again = target.texts(model, given, prompts)
             model.eval()
             # what `generate` left behind is no adapter to compare with
             compared = _compared(model, seen.rows) if left <= _FLOOR or left != left else {}
@@ -90,8 +92,8 @@ def _watched(model: Any) -> Iterator[_Seen]:
     def look(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         seen.forwards += 1
         given = forwards.given(model, args, kwargs)
-        ids, logits = given.get("input_ids"), getattr(output, "logits", None)
-        if not isinstance(ids, Tensor) or not isinstance(logits, Tensor) or ids.dim() != 2 or ids.shape[1] < 2:
+        ids, logits = given.get("input_ids"), _logits(output)
+        if not isinstance(ids, Tensor) or logits is None or ids.dim() != 2 or ids.shape[1] < 2:
             return
         if _length(given.get("past_key_values")) > ids.shape[1]:
             # a later part of a prompt that is read in parts
@@ -111,8 +113,20 @@ def _watched(model: Any) -> Iterator[_Seen]:
             hook.remove()
 
 
-def _lost_adapter(model: nn.Module) -> bool:
-    """Whether the adapter was disabled or taken out."""
+def _logits(output: Any) -> Tensor | None:
+    """The scores that the model returned, (batch, tokens, vocabulary); None where it returned something else."""
+    try:
+        found = forwards.main_output(output)
+    # nothing may be raised within somebody's `generate`
+    except (TypeError, ValueError):
+        return None
+    return found if found.dim() == 3 else None
+
+
+def _lost_adapter(model: nn.Module, trained: nn.Module) -> bool:
+    """Whether the adapter that `trained` has was disabled in `model`, or taken out of it."""
+    if not attachment.tuner_layers(trained):
+        return False
     layers = attachment.tuner_layers(model).values()
     return not layers or any(getattr(m, "disable_adapters", False) is True for m in layers)
 
@@ -129,15 +143,16 @@ def _rows(ids: Tensor, mask: Any, logits: Tensor, model: Any) -> Iterator[tuple[
     for i, row in enumerate(ids.tolist()[:_ROWS]):
         kept = [k for k, token in enumerate(row) if (mask[i, k] if known else token != pad)]
         if kept:
-            end = kept[-1] if logits.shape[1] == ids.shape[1] else -1
+            # a prompt that was learned comes before the row; `generate` may compute the last scores alone
+            before = logits.shape[1] - ids.shape[1]
+            end = kept[-1] + before if before >= 0 else -1
             yield tuple(row[k] for k in kept), logits[i, end].detach().float().clone()
 
 
 def _last(model: Any, ids: Sequence[int]) -> Tensor:
     """The scores of the token after `ids`, one row without padding."""
     row = torch.tensor([ids], device=next(model.parameters()).device)
-    logits: Tensor = model(input_ids=row, attention_mask=torch.ones_like(row)).logits
-    return logits[0, -1].float()
+    return forwards.main_output(model(input_ids=row, attention_mask=torch.ones_like(row)))[0, -1].float()
 
 
 def _compared(model: Any, rows: list[tuple[tuple[int, ...], Tensor]]) -> dict[str, Any]:

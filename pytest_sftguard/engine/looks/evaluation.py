@@ -54,7 +54,7 @@ class Evaluation(Look[Trained]):
         change: float | None = None
         for name_or_set in sets:
             for batch in itertools.islice(trainer.get_eval_dataloader(name_or_set), _BATCHES):
-                labels = batch.get("labels")
+                labels = batch.get("labels") if isinstance(batch, Mapping) else None
                 if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point():
                     rows += len(labels)
                     unlabelled += int((labels[:, 1:] == IGNORED).all(1).sum())

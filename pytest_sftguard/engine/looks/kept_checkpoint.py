@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from pytest_sftguard.engine.adapter.adapters import active_adapters, in_file, trainables
-from pytest_sftguard.engine.adapter.reloading import saved_tensors
+from pytest_sftguard.engine.adapter.reloading import reloading
 from pytest_sftguard.engine.looks import InapplicableError, Look
 from pytest_sftguard.engine.stages import Trained
 from pytest_sftguard.records import KeptRecord, Names
@@ -63,10 +63,15 @@ def _step_of(folder: str | None) -> int | None:
 
 
 def _loaded(model: Any, folder: Path) -> dict[str, Any]:
-    """Trainable tensors of `model` that are not those of the checkpoint in `folder`; none if it has no file of them."""
-    saved = saved_tensors(model, folder) if folder.is_dir() else {}
-    adapter = active_adapters(model)[0]
-    pairs = {n: (p.detach().cpu(), saved.get(in_file(n, adapter))) for n, p in trainables(model).items()}
-    both = {n: (own, theirs) for n, (own, theirs) in pairs.items() if theirs is not None and own.shape == theirs.shape}
-    differing = [n for n, (own, theirs) in both.items() if not torch.equal(own.float(), theirs.float())]
-    return {"compared": len(both), "differing": Names.of(differing)}
+    """Tensors of `model` that are not those of the checkpoint in `folder`; none if it has no file of them."""
+    form = reloading(model)
+    saved = form.tensors(model, folder) if folder.is_dir() else {}
+    both = {n: (t.detach().cpu(), saved[n]) for n, t in form.kept(model).items() if n in saved}
+    alike = {n: (own, theirs) for n, (own, theirs) in both.items() if own.shape == theirs.shape}
+    differing = [n for n, (own, theirs) in alike.items() if not _equal(own, theirs)]
+    return {"compared": len(alike), "differing": Names.of(differing)}
+
+
+def _equal(own: Tensor, saved: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; NaN is the same as NaN, because another invariant forbids it."""
+    return torch.allclose(own.float(), saved.float(), rtol=0, atol=0, equal_nan=True)
