@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transformers import EarlyStoppingCallback
+
 from pytest_sftguard.engine import replicas, variants
 from pytest_sftguard.engine.adapter import adapters
 from pytest_sftguard.engine.adapter.foundation import Loads
@@ -191,7 +193,7 @@ class _Cell:
             max_grad_norm=trainer.args.max_grad_norm,
             log=watch.log(),
             global_step=trainer.state.global_step,
-            stopped=bool(trainer.control.should_training_stop),
+            stopped=_stopped_early(trainer),
             restored=bool(trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint),
             micro_batches_per_epoch=watch.micro_batches_per_epoch,
             schedule=watch.schedule.record(started.config.steps) if watch.schedule else None,
@@ -219,6 +221,12 @@ class _Cell:
         )
         self.reached = ready = rebuilt.then(Reloaded, reloaded_model=reloaded)
         return ready
+
+
+def _stopped_early(trainer: Any) -> bool:
+    """Whether early stopping ended the training, rather than another callback, which need not be meant to."""
+    found = [c for c in trainer.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+    return any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in found)
 
 
 def _rebuilt(trained: Trained) -> tuple[Rebuilt, Redrawn, int | None]:

@@ -21,7 +21,7 @@ class Reason(verdicts.Reason):
 
     ENDED_EARLY = "the run ended in {stage}: {error}[[ ({where})]]"
     OTHER_STEPS = "{observed} of {limit:# optimizer step} took place"
-    STOPPED = "a callback ended the training after {steps} of {asked:# optimizer step}"
+    STOPPED = "early stopping ended the training after {steps} of {asked:# optimizer step}"
     OTHER_COUNT = "the Trainer counted {observed:# optimizer step}, and took {limit}"
     NO_COUNT = "the Trainer's count of its optimizer steps was not seen"
     OTHER_NUMBERS = "the steps are not numbered 1, 2, 3, ...: some are missing or were taken twice"

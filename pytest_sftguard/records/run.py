@@ -126,7 +126,7 @@ class RunRecord:
     global_step: int | None = None
     """The Trainer's own count of steps at the end."""
     stopped: bool = False
-    """Whether a callback, or the Trainer at its last step, asked for the end of the training."""
+    """Whether transformers' early stopping ended the training, after as many evaluations as its patience says."""
     restored: bool = False
     """Whether the Trainer has put the weights of its best checkpoint back at the end."""
     micro_batches_per_epoch: int | None = None

@@ -235,7 +235,7 @@ MAY_BE_MISSING: dict[str, tuple[Any, ...]] = {
     "evidence_complete-stopped": (
         "evidence_complete",
         dataclasses.replace(_healthy(steps=3), max_steps=8, stopped=True),
-        "a callback ended the training after 3 of 8 optimizer steps",
+        "early stopping ended the training after 3 of 8 optimizer steps",
     ),
     "base_bit_frozen-all-of-it-trains": (
         "base_bit_frozen",
