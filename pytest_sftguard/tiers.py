@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pytest_sftguard.matrix import Cell, RunConfig
+from pytest_sftguard.precision import mode_named
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,28 @@ class Tier:
     """Other runs that it is compared with, trained for the purpose where no cell of the session will do."""
 
 
-_QUICK = ("wiring", "supervision", "prompts", "batches", "randomness", "base_during", "reach")
-_STANDARD = (*_QUICK, "replay", "context", "paths", "first_batch", "evaluation", "base_answers", "decoding", "merging")
+_QUICK = (
+    "wiring",
+    "supervision",
+    "prompts",
+    "batches",
+    "randomness",
+    "base_during",
+    "reach",
+    "kept_checkpoint",
+)
+_STANDARD = (
+    *_QUICK,
+    "replay",
+    "context",
+    "paths",
+    "first_batch",
+    "evaluation",
+    "base_answers",
+    "decoding",
+    "answering",
+    "merging",
+)
 
 TIERS: dict[str, Tier] = {
     # the training, and what model, data and file show without another forward pass
@@ -63,6 +84,8 @@ def reference_config(config: RunConfig, name: str, session: Iterable[RunConfig] 
 def _fp32(config: RunConfig, session: Iterable[RunConfig]) -> RunConfig:
     if config.cell.precision == "fp32":
         raise NoReferenceError("the cell is itself the float32 one")
+    if mode_named(config.cell.precision).quantisation:
+        raise NoReferenceError("no float32 cell has the rounded weights of a quantised base")
     wanted = dataclasses.replace(config.cell, precision="fp32")
     same = [c for c in _siblings(config, session) if c.cell == wanted]
     return same[0] if same else _alone(config, "fp32", cell=wanted)

@@ -33,6 +33,7 @@ _OF_INVARIANTS: Mapping[str, Station] = {
     "base_finite": Station.START,
     "identity_at_init": Station.START,
     "trainable_set_exact": Station.START,
+    "targets_reached": Station.START,
     "optimizer_owns_trainables": Station.START,
     "precision_is_real": Station.START,
     "fp32_master": Station.START,
@@ -62,12 +63,15 @@ _OF_INVARIANTS: Mapping[str, Station] = {
     "round_trip": Station.FILE,
     "effect_size": Station.FILE,
     "probe_shape": Station.FILE,
+    "kept_checkpoint_is_best": Station.FILE,
     "merge_equivalence": Station.MERGING,
     "eval_and_decode_finite": Station.ANSWERS,
     "decode_batch_invariance": Station.ANSWERS,
     "strict_answers": Station.ANSWERS,
     "answers_beat_base": Station.ANSWERS,
     "stops": Station.ANSWERS,
+    "answers_from_adapter": Station.ANSWERS,
+    "evaluation_is_still": Station.ANSWERS,
 }
 """The station that each invariant looks at; one that is not here, such as a user's own, says nothing of a place."""
 

@@ -30,6 +30,8 @@ FILLED = {
     "reach": ("reach",),
     "first_batch": ("derivative", "footprint", "aim", "future"),
     "randomness": ("randomness",),
+    "answering": ("answering",),
+    "kept_checkpoint": ("kept",),
     "merging": ("merge",),
 }
 """Fields of a record that each look fills."""

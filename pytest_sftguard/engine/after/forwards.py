@@ -145,6 +145,37 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def dropouts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that drop activations, or attention, in training mode, with their names."""
+    found = []
+    for name, module in model.named_modules():
+        rate = getattr(module, "p", getattr(module, "drop_prob", 0)) if "Dropout" in type(module).__name__ else 0
+        rates = (rate, getattr(module, "attention_dropout", 0))
+        if any(isinstance(r, (int, float)) and r > 0 for r in rates):
+            found.append((name, module))
+    return found
+
+
+@contextlib.contextmanager
+def dropping(model: nn.Module) -> Iterator[set[str]]:
+    """Collect the names of the modules of `model` that drop something within."""
+    active: set[str] = set()
+
+    def noting(name: str) -> Any:
+        def note(module: nn.Module, args: Any) -> None:
+            if module.training:
+                active.add(name)
+
+        return note
+
+    hooks = [m.register_forward_pre_hook(noting(n)) for n, m in dropouts(model)]
+    try:
+        yield active
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def nonfinite(logits: Tensor) -> Tensor:
     """Whether the scores of a token contain NaN or +inf, or are all -inf. Shape without the last dimension.
 

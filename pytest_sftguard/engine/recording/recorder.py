@@ -68,6 +68,7 @@ class Recorder:
         self.ever_used: set[str] = set()
         self.rewritten: set[str] = set()
         self._descending = _Descending()
+        self.rearranged: set[str] = set()
         self._open()
 
     def _open(self) -> None:
@@ -336,6 +337,7 @@ class Recorder:
             digest_after=combined(after),
             changed=Names.of(sorted(changed)),
             rewritten=Names.of(sorted(self.rewritten)),
+            rearranged=Names.of(sorted(self.rearranged)),
             trainable=Names.of(n for n in base_tensors(self.model) if n in self.parameters),
         )
 
