@@ -43,8 +43,8 @@ class RandomnessAlive(Invariant):
         if seen is None:
             yield self.not_looked(record, "randomness")
             return
-        if seen.evaluating is None:
-            yield self.not_evaluated(Reason.NOT_SEEN, required=bool(seen.compared))
+        if seen.evaluating is None and not seen.compared:
+            yield self.not_evaluated(Reason.NOT_SEEN, required=False)
             return
         off = list(self._off(seen))
         yield from off
