@@ -91,7 +91,7 @@ def _weights(model: nn.Module) -> Iterator[_Weight]:
     layers = tuner_layers(inner)
     own = {f"{path}.{part}" for path, layer in layers.items() for part in _factors(layer)}
     for path, owner in inner.named_modules():
-        if any(path == n or path.startswith(f"{n}.") for n in own):
+        if _within(path, own):
             continue
         for name, tensor in owner.named_parameters(recurse=False):
             shape = getattr(getattr(tensor, "quant_state", None), "shape", tensor.shape)
@@ -99,6 +99,12 @@ def _weights(model: nn.Module) -> Iterator[_Weight]:
                 continue
             module = ".".join(p for p in path.split(".") if p not in ("base_layer", "original_module"))
             yield _Weight(module, name, owner, tensor, (module, name) in adapted)
+
+
+def _within(path: str, places: set[str]) -> bool:
+    """Whether `path` is one of `places`, or inside of one."""
+    parts = path.split(".")
+    return any(".".join(parts[:end]) in places for end in range(1, len(parts) + 1))
 
 
 def _factors(layer: Any) -> list[str]:
