@@ -437,7 +437,7 @@ def dpo(*, model: str | None = None, dtype: str = "float32", **arguments: Any) -
 
 def kto(*, model: str | None = None, dtype: str = "float32", **arguments: Any) -> Trainer:
     """TRL's Kahneman-Tversky optimisation, on rows that are good or bad."""
-    from trl.experimental.kto import KTOConfig, KTOTrainer
+    from trl import KTOConfig, KTOTrainer
 
     args = _arguments(arguments, KTOConfig, max_length=None)
     rows = [

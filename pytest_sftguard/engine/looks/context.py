@@ -94,9 +94,16 @@ class Context(Look[Trained]):
         labelled = any(batch.get("labels") is not None for batch in reached.batches)
         separators = _separators(model, reached.trainer) if labelled else set()
         comparisons: list[ComparisonRecord] = []
+        batches = [_Batch(model, given, separators) for given in self._given]
+        if any(_others(b.given) and s.packed for b in batches for s in b.segments):
+            return self._without_comparisons(
+                dataclasses.replace(
+                    record, left_out="this look needs to know what else belongs to which packed sequence"
+                )
+            )
         with forwards.evaluating(model), autocast():
-            for given in self._given:
-                comparisons += _Batch(model, given, separators).compare()
+            for batch in batches:
+                comparisons += batch.compare()
         if not comparisons:
             return self._without_comparisons(dataclasses.replace(record, left_out=_ALONE_ALREADY))
         return {"context": dataclasses.replace(record, asked=len(comparisons), comparisons=tuple(comparisons))}
@@ -146,7 +153,17 @@ def _incomparable(model: Any, given: list[dict[str, Any]]) -> str:
         return "the attention mask does not show which tokens of a row see each other"
     if any(g["position_ids"].ndim != 2 for g in given if isinstance(g.get("position_ids"), Tensor)):
         return "positions of several dimensions do not show where packed sequences begin"
+    for name, value in (pair for g in given for pair in _others(g) if len(pair[1]) != len(g["input_ids"])):
+        return f"this look needs to know which part of {name}, of length {len(value)}, belongs to which row"
     return ""
+
+
+def _others(given: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    """The tensors beside those with one number per token, by name, such as pictures."""
+    ids = given["input_ids"]
+    of_tokens = ("input_ids", "attention_mask", "position_ids")
+    named = [(k, v) for k, v in given.items() if k not in of_tokens and isinstance(v, Tensor) and v.ndim]
+    return [(k, v) for k, v in named if v.shape != ids.shape]
 
 
 def _is_known_mask(mask: Any, ids: Tensor) -> bool:
@@ -218,6 +235,9 @@ class _Batch:
         prompt = getattr(config_of(model), "is_prompt_learning", False)
         self.sides = ("right",) if prompt else ("left", "right")
         """Sides to pad on. A learned prompt stays in front of the padding, so that its distance to the row changes."""
+        if prompt:
+            # peft warns of positions, and leaves them out
+            self.accepts.discard("position_ids")
         self.reference: list[Tensor] = []
 
     def compare(self) -> Iterator[ComparisonRecord]:
@@ -268,6 +288,7 @@ class _Batch:
         if self._square and self.mask is not None:
             own = self.mask[segment.row % len(self.mask)]
             more["attention_mask"] = own[:, places][:, :, places][None]
+        more |= self._of_rows([segment])
         return self.forward(input_ids=self.ids[segment.row, places][None], **more, **self._switches())[0]
 
     def _padded(self, side: str) -> list[Tensor]:
@@ -289,6 +310,7 @@ class _Batch:
                 more[key][i, spans[i]] = value[s.row, s.places]
         if "position_ids" in self.accepts and "position_ids" not in more:
             more["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
+        more |= self._of_rows(self.segments)
         logits = self.forward(input_ids=ids, attention_mask=mask, **more, **self._switches())
         return [logits[i, span] for i, span in enumerate(spans)]
 
@@ -299,6 +321,11 @@ class _Batch:
         if self.positions is not None and "position_ids" not in dict(found):
             found.append(("position_ids", self.positions))
         return found
+
+    def _of_rows(self, segments: list[_Segment]) -> dict[str, Tensor]:
+        """Return the arguments with one part per row, such as its picture, for the rows of `segments`."""
+        rows = [s.row for s in segments]
+        return {k: v[rows] for k, v in _others(self.given)}
 
     def _switches(self) -> dict[str, Any]:
         return {k: v for k, v in self.given.items() if isinstance(v, bool)}
@@ -364,13 +391,13 @@ def _affordable(segments: list[_Segment], model: Any) -> list[_Segment]:
 
 
 def _padding(model: Any) -> int:
-    pad = getattr(forwards.inner(model).config, "pad_token_id", None)
+    pad = getattr(getattr(forwards.inner(model), "config", None), "pad_token_id", None)
     return pad if isinstance(pad, int) and pad >= 0 else 0
 
 
 def _ends(model: Any) -> set[Any]:
     """Return the ids that begin or end a sequence; also the padding id, where the model does not declare it."""
-    config = forwards.inner(model).config
+    config = getattr(forwards.inner(model), "config", None)
     pad = getattr(config, "pad_token_id", None)
     end = getattr(config, "eos_token_id", None)
     known = {*(end if isinstance(end, (list, tuple)) else [end]), getattr(config, "bos_token_id", None)}
