@@ -325,7 +325,7 @@ def sentence_transformer(*, model: str | None = None, dtype: str = "float32", **
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
     )
-    from sentence_transformers.models import Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
     args = _arguments(arguments, SentenceTransformerTrainingArguments)
