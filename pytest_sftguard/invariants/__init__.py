@@ -46,8 +46,11 @@ def with_thresholds(invariants: Iterable[Checks], thresholds: Mapping[str, Any])
         own = {f.name: left.pop(f"{name}.{f.name}") for f in _fields(invariant) if f"{name}.{f.name}" in left}
         made.append(dataclasses.replace(invariant, **own) if own else invariant)  # type: ignore[type-var]
     if left:
+        wrong = min(left)
         known = sorted(f"{invariant_name(i)}.{f.name}" for i in made for f in _fields(i))
-        raise registry.NotFoundError(f"there is no threshold {min(left)!r}: choose from {', '.join(known)}")
+        # those of the same invariant are what the user looks for
+        near = [name for name in known if name.partition(".")[0] == wrong.partition(".")[0]]
+        raise registry.NotFoundError(f"there is no threshold {wrong!r}: choose from {', '.join(near or known)}")
     return made
 
 

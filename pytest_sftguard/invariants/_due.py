@@ -58,10 +58,15 @@ def silent_at(tensors: Iterable[TensorRecord], step: StepRecord) -> set[str]:
     """Tensors that a sound step may leave as they are: their layer, an expert perhaps, was given nothing to learn.
 
     No token passed through it, or none that the loss depends on, so that all its gradients are there and exactly zero.
+    In AdaLoRA, the factors of a layer whose ranks are all taken away have no gradient, and the values between them do.
     """
     zero = set(step.zero_gradients.first)
     heard = {_layer(t.name) for t in tensors if t.name not in zero}
-    return {*step.idle.first, *(n for n in zero if _layer(n) not in heard)}
+    valued = {_layer(t.name) for t in tensors if ".lora_E" in t.name}
+    return {
+        *step.idle.first,
+        *(n for n in zero if _layer(n) not in heard or (_layer(n) in valued and "lora_E" not in n)),
+    }
 
 
 def is_factor(name: str) -> bool:

@@ -17,6 +17,7 @@ class Reason(verdicts.Reason):
     """Which tensors did not move."""
 
     NO_EFFECT = "no step left a changed, finite adapter"
+    SGD = "SGD's updates are as small as the gradients, and small ones are lost in a rounding of the weights"
     STILL_AT_STEP = "{names} did not change at step {step}"
     STILL = "no finite change other than zero of {names} over the run ({still} of {due:# tensor})"
     PARTLY = "{observed:.1%} of the elements of {tensor} ever changed ({partly} of {due:# tensor} below the limit)"
@@ -46,6 +47,9 @@ class EveryFactorMoves(Invariant):
         if not effective:
             yield self.failed(Reason.NO_EFFECT, observed=0, limit="at least 1 step")
             return
+        if record.optimizer is not None and record.optimizer.name == "SGD":
+            yield self.not_evaluated(Reason.SGD, required=False)
+            return
         due = Due(record)
         told = False
         for s in effective:
@@ -61,6 +65,8 @@ class EveryFactorMoves(Invariant):
 
     def _over_the_run(self, due: list[TensorRecord]) -> Iterator[Finding]:
         still = [t for t in due if not (t.delta_norm is not None and t.delta_norm > 0)]
+        # AdaLoRA sets the values of the ranks that it takes away to zero, where they began
+        still = [t for t in still if not (".lora_E" in t.name and _fraction(t) > 0)]
         if still:
             seen: dict[str, Any] = {"still": len(still), "due": len(due), "names": Names.of(t.name for t in still)}
             yield self.failed(Reason.STILL, observed=still[0].delta_norm, limit="> 0", **seen)

@@ -6,7 +6,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pytest_sftguard import verdicts
 from pytest_sftguard.precision import MODES
@@ -64,7 +64,9 @@ class LossInFloat32(Invariant):
                 return
             sums = [loss * tokens for loss, tokens in pairs]
             if self._all_on(sums, rounded, exact=False):
-                yield self.failed(Reason.HALF_SUM, observed=len(losses), limit="float32", dtype=dtype)
+                library = self._of_the_library(record, dtype)
+                seen: dict[str, Any] = {"observed": len(losses), "limit": "float32", "dtype": dtype}
+                yield library or self.failed(Reason.HALF_SUM, **seen)
                 return
 
     def _all_on(self, numbers: list[float], rounded: Callable[[float], float], *, exact: bool) -> bool:
@@ -81,13 +83,24 @@ class LossInFloat32(Invariant):
         return len(telling) >= self.min_losses
 
     def _half(self, record: RunRecord, dtype: str, losses: list[float]) -> Finding:
-        mode, first = MODES.get(record.precision), record.first_step
-        pure = mode is not None and not mode.autocast and mode.weights_dtype != "float32"
-        if pure and first is not None and first.loss_class:
-            return self.not_evaluated(Reason.LIBRARY, required=False, dtype=dtype, loss_class=first.loss_class)
-        if pure and (first is None or not first.loss_dtype):
+        if (library := self._of_the_library(record, dtype)) is not None:
+            return library
+        if _is_pure(record) and (record.first_step is None or not record.first_step.loss_dtype):
             return self.not_evaluated(Reason.NOT_KNOWN, required=False, dtype=dtype, weights=dtype)
         return self.failed(Reason.HALF, observed=len(losses), limit="float32", dtype=dtype, example=losses[0])
+
+    def _of_the_library(self, record: RunRecord, dtype: str) -> Finding | None:
+        """The finding where transformers itself computes the loss of a model in half precision; else None."""
+        first = record.first_step
+        if not _is_pure(record) or first is None or not first.loss_class:
+            return None
+        return self.not_evaluated(Reason.LIBRARY, required=False, dtype=dtype, loss_class=first.loss_class)
+
+
+def _is_pure(record: RunRecord) -> bool:
+    """Whether all of the model is in half precision, without autocast."""
+    mode = MODES.get(record.precision)
+    return mode is not None and not mode.autocast and mode.weights_dtype != "float32"
 
 
 def _bfloat16(x: float) -> float:

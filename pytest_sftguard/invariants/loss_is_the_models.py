@@ -35,6 +35,7 @@ class Reason(verdicts.Reason):
         "compute_loss returns the loss that the model computed rounded to {observed} significant bits, in {count} of"
         " {total:# micro-batch}"
     )
+    LIBRARY = "{library}'s own compute_loss divides or extends the loss that the model computes"
     NOT_SEEN = "the loss is not that of one forward pass of the model"
     TOO_FEW = "{observed:# different loss} tell too little of how compute_loss changes the model's own"
     OWN = "compute_loss computes a loss of its own beside the model's"
@@ -46,8 +47,8 @@ class LossIsTheModels(Invariant):
 
     Another loss, such as one with weights, a penalty or a teacher, is in no fixed relation to the model's own. A
     multiple of it, or a sum with a constant, is the same loss changed on the way: divided twice by the accumulation,
-    negated, scaled from some step on. The loss of transformers' own `compute_loss`, which multiplies it by the number
-    of processes, is taken as it is.
+    negated, scaled from some step on. What the `compute_loss` of transformers or TRL itself returns, which may divide
+    by tokens or multiply by processes, is taken as it is.
     """
 
     rtol: float = 1e-5
@@ -76,7 +77,10 @@ class LossIsTheModels(Invariant):
         half = record.first_step is not None and record.first_step.loss_dtype in ("bfloat16", "float16")
         rtol = self.half_rtol if half else self.rtol
         others = [(step, loss, own) for step, loss, own in pairs if not abs(loss - own) <= rtol * abs(own)]
-        if others and not (record.first_step is not None and record.first_step.model_loss):
+        library = "" if record.first_step is None else record.first_step.loss_library
+        if others and library:
+            yield self.not_evaluated(Reason.LIBRARY, required=False, library=library)
+        elif others:
             yield self._rule(others, len(pairs), rtol)
 
     def _rule(self, others: Sequence[tuple[int, float, float]], total: int, rtol: float) -> Finding:

@@ -169,6 +169,9 @@ class FirstStepRecord:
     model_loss: str = ""
     """Class of the model whose own forward pass computes the loss, called by the Trainer's own `compute_loss`; empty if
     other code computes it, or if that was not seen."""
+    loss_library: str = ""
+    """Package whose own `compute_loss` the Trainer has, such as transformers or trl; empty if the user has a hand in
+    it, or if that was not seen."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -306,7 +306,7 @@ def test_threshold_of_the_user(pytester, engine, one_cell, share, outcome):
 
 
 def test_threshold_that_there_is_not(pytester, engine, one_cell, clean):
-    """A threshold's name that is none is told, with those that there are."""
+    """A threshold's name that is none is told, with those that its invariant has."""
     result = pytester.runpytest_inprocess('--sftguard-thresholds={"strict_answers.min_parsed": 1}')
     clean(result, "there is no threshold 'strict_answers.min_parsed': choose from", lines=30)
 

@@ -325,8 +325,8 @@ def sentence_transformer(*, model: str | None = None, dtype: str = "float32", **
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
     )
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
     args = _arguments(arguments, SentenceTransformerTrainingArguments)
     words, folder = sums.tokenizer(), args.output_dir

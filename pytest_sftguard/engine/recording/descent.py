@@ -57,7 +57,7 @@ def products(
 ) -> Tensor:
     """The numbers of each tensor that `direction` needs, shape (tensors x 7,), on the device of the first.
 
-    `gradients` are those of the loss, multiplied by any positive number. Nothing waits for the device.
+    `gradients` are those of the loss, without a loss scale. Nothing waits for the device.
     """
     rows = []
     for old, new, gradient, (rate, decay) in zip(before, after, gradients, decays, strict=True):

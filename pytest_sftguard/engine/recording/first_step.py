@@ -23,6 +23,7 @@ from pytest_sftguard.records import FirstStepRecord
 if TYPE_CHECKING:
     from transformers import Trainer
 
+_LIBRARIES = ("transformers", "trl", "sentence_transformers")
 _TOKENS = 256
 """Rows of logits that are widened to float32 together: 150 MB for a vocabulary of 150,000."""
 
@@ -36,6 +37,7 @@ class FirstStep:
         self._smoothing = float(getattr(trainer.args, "label_smoothing_factor", 0.0) or 0.0)
         self._random = ""
         self._model_loss = _model_of_loss(trainer, model)
+        self._loss_library = _library_of_loss(trainer)
         self._counts: list[Tensor] = []
         self._sums: list[tuple[Tensor, Tensor]] = []
         self._labels: list[Tensor] = []
@@ -101,6 +103,7 @@ class FirstStep:
             token_loss=sum(sums) / total if total else None,
             label_entropy=self._entropy() if total else None,
             model_loss=self._model_loss,
+            loss_library=self._loss_library,
         )
 
     def _watch_random(self) -> list[Any]:
@@ -168,6 +171,12 @@ def _model_of_loss(trainer: Any, model: nn.Module) -> str:
     own = own or "training_step" in vars(trainer) or type(trainer).training_step is not Trainer.training_step
     helped = getattr(trainer, "compute_loss_func", None) is not None or getattr(trainer, "label_smoother", None)
     return "" if own or helped else type(forwards.inner(model)).__name__
+
+
+def _library_of_loss(trainer: Any) -> str:
+    """The package whose own `compute_loss` the Trainer has, such as transformers or trl; empty if it is the user's."""
+    package = type(trainer).compute_loss.__module__.partition(".")[0]
+    return package if package in _LIBRARIES and "compute_loss" not in vars(trainer) else ""
 
 
 def _shifts(model: Any) -> bool:

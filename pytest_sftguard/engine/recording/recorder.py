@@ -149,7 +149,7 @@ class Recorder:
             "moved": self._moved() if self.taken else _NOTHING,
             "factors": self._factors.products(self.taken + 1),
         }
-        self._descending.keep(dense, self._places)
+        self._descending.keep(dense, self._places, scale)
 
     def _accept_reallocation(self) -> None:
         """Measure from the present values where the adapter's own method has set elements to zero since the step."""
@@ -435,10 +435,14 @@ class _Descending:
         """Compare nothing, because of `why`."""
         self._waiting, self._gradients, self.why = False, [], why
 
-    def keep(self, gradients: list[Tensor], places: list[int]) -> None:
-        """Keep copies of the gradients as the backward pass left them: whatever comes after it may change them."""
+    def keep(self, gradients: list[Tensor], places: list[int], scale: Tensor | None) -> None:
+        """Keep the gradients as the backward pass left them, without their `scale`: what comes after may change them.
+
+        Weight decay may be a part of the gradient, and is not scaled.
+        """
         if self._waiting:
-            self._places, self._gradients = places, [g.detach().clone() for g in gradients]
+            kept = [g.detach().clone() for g in gradients] if scale is None else [g.detach() / scale for g in gradients]
+            self._places, self._gradients = places, kept
 
     def products(self, optimizer: torch.optim.Optimizer, before: list[Tensor], after: list[Tensor]) -> Tensor:
         """Numbers for `direction`, to be transferred with those of the step; none once the first move was seen."""

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from pytest_sftguard.records import FirstStepRecord, RunRecord
+from pytest_sftguard.records import FirstStepRecord, Names, RunRecord
 
 _B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight"
 _LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -52,6 +52,13 @@ def _losses(change: Callable[[float], float], *, first: int = 1, own: FirstStepR
         returned = change(loss) if s.step >= first else loss
         steps.append(dataclasses.replace(s, micro_losses=(returned,) * count, model_losses=(loss,) * count))
     return dataclasses.replace(record, steps=tuple(steps), first_step=own)
+
+
+def _by_sgd() -> RunRecord:
+    """A record in which SGD leaves a tensor where it is."""
+    from tests.support.canned import within
+
+    return within(_steps(unchanged=Names.of([_B])), "optimizer", name="SGD", betas=())
 
 
 def _half(record: RunRecord) -> RunRecord:
@@ -136,6 +143,11 @@ MAY_BE_MISSING: dict[str, tuple[Any, ...]] = {
         _steps(model_losses=()),
         "the loss is not that of one forward pass",
     ),
+    "loss_is_the_models-library": (
+        "loss_is_the_models",
+        _losses(lambda x: x / 2, own=FirstStepRecord(loss_library="trl")),
+        "trl's own compute_loss divides or extends the loss",
+    ),
     "loss_is_the_models-few": (
         "loss_is_the_models",
         _losses(lambda x: 2 * x, first=5),
@@ -145,6 +157,11 @@ MAY_BE_MISSING: dict[str, tuple[Any, ...]] = {
         "loss_is_the_models",
         _losses(lambda x: x + 0.1 * x * x),
         "compute_loss computes a loss of its own beside the model's",
+    ),
+    "every_factor_moves-sgd": (
+        "every_factor_moves",
+        _by_sgd(),
+        "SGD's updates are as small as the gradients",
     ),
     "update_repeats-no-step": ("update_repeats", _healthy(steps=(), log=()), "no optimizer step was seen"),
     "update_repeats-never": (

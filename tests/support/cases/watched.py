@@ -212,6 +212,11 @@ MAY_BE_MISSING: dict[str, tuple[Any, ...]] = {
         _losses(*_BFLOAT16, precision="bf16-true", loss_dtype="bfloat16", loss_class="BertForX"),
         "transformers' BertForX computes them in the type of its logits",
     ),
+    "loss_in_float32-sums-of-the-library": (
+        "loss_in_float32",
+        _losses(*_SUMS, precision="bf16-true", loss_dtype="float32", loss_class="ViTForX"),
+        "transformers' ViTForX computes them in the type of its logits",
+    ),
     "loss_in_float32-not-known": (
         "loss_in_float32",
         _losses(*_BFLOAT16, precision="bf16-true"),
