@@ -20,8 +20,28 @@ class Tier:
     """Other runs that it is compared with, trained for the purpose where no cell of the session will do."""
 
 
-_QUICK = ("wiring", "supervision", "prompts", "batches", "randomness", "base_during", "reach")
-_STANDARD = (*_QUICK, "replay", "context", "paths", "first_batch", "evaluation", "base_answers", "decoding", "merging")
+_QUICK = (
+    "wiring",
+    "supervision",
+    "prompts",
+    "batches",
+    "randomness",
+    "base_during",
+    "reach",
+    "checkpoints",
+)
+_STANDARD = (
+    *_QUICK,
+    "large_checkpoints",
+    "replay",
+    "context",
+    "paths",
+    "first_batch",
+    "evaluation",
+    "base_answers",
+    "decoding",
+    "merging",
+)
 
 TIERS: dict[str, Tier] = {
     # the training, and what model, data and file show without another forward pass

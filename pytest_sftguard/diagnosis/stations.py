@@ -57,6 +57,7 @@ _OF_INVARIANTS: Mapping[str, Station] = {
     "base_bit_frozen": Station.BETWEEN,
     "resume_equivalence": Station.BETWEEN,
     "round_trip": Station.FILE,
+    "checkpoint_round_trip": Station.FILE,
     "effect_size": Station.FILE,
     "probe_shape": Station.FILE,
     "merge_equivalence": Station.MERGING,

@@ -11,6 +11,7 @@ from pytest_sftguard.records.answers import (
     GenerationRecord,
     ParserRecord,
 )
+from pytest_sftguard.records.checkpoint import CheckpointRecord
 from pytest_sftguard.records.comparisons import (
     ComparisonRecord,
     ContextRecord,

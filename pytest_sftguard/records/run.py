@@ -16,6 +16,7 @@ from pytest_sftguard.records.answers import (
     GenerationRecord,
     ParserRecord,
 )
+from pytest_sftguard.records.checkpoint import CheckpointRecord
 from pytest_sftguard.records.comparisons import ContextRecord, MergeRecord, PathsRecord, RoundTripRecord
 from pytest_sftguard.records.encoding import RecordError, decode, encode, read_json, write_text
 from pytest_sftguard.records.micro_batch import AimRecord, DerivativeRecord, FootprintRecord, FutureRecord
@@ -161,6 +162,8 @@ class RunRecord:
     """The base inside `train()`; None without the look `base_during`."""
     reach: ReachRecord | None = None
     """The adapted layers that a token passed through; None without the look `reach`."""
+    checkpoint: CheckpointRecord | None = None
+    """A checkpoint saved and loaded; None without the look `checkpoints`."""
     prompts: PromptsRecord | None = None
     """The prompts of generation; None without the look `prompts`."""
     schedule: ScheduleRecord | None = None

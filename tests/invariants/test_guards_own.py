@@ -28,6 +28,8 @@ FILLED = {
     "batches": ("batches",),
     "base_during": ("base_during",),
     "reach": ("reach",),
+    "checkpoints": ("checkpoint",),
+    "large_checkpoints": ("checkpoint",),
     "first_batch": ("derivative", "footprint", "aim", "future"),
     "randomness": ("randomness",),
     "merging": ("merge",),
