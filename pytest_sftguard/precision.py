@@ -57,6 +57,13 @@ class PrecisionMode:
     """`TrainingArguments` that the mode sets."""
     cuda_only: bool = False
     """Whether only NVIDIA devices have the mode."""
+    quantisation: str | None = None
+    """Type in which the base's linear layers are stored, such as `nf4`; None where they are not quantised."""
+
+    @property
+    def storage_dtype(self) -> str:
+        """Type of the adapted layers' weights as they are stored, a torch dtype name."""
+        return "uint8" if self.quantisation else self.weights_dtype
 
 
 _BFLOAT16 = Agreement(
@@ -99,8 +106,14 @@ _FLOAT32 = Agreement(
     trajectory_rtol=0.02,
     reason="batch splits: 3e-7 and 2e-6, in 30 layers as well",
 )
+_NF4 = replace(
+    _BFLOAT16,
+    reason="the products are bfloat16's, and so are the limits: batch splits of two layers on a CPU gave 8e-8 and 4e-4;"
+    " no float32 cell has the rounded weights of the base, so that none is a reference",
+)
 _EXACT = "the reloaded weights are the same bits, so only a different kernel choice may show: a few ulp of float32"
 _HALF = "weights round once to 8 (bfloat16) or 11 (float16) significant bits; 8 half-ulps cover one forward pass"
+_FOUR_BITS = "the reloaded weights are the same four bits, and the products are bfloat16's: 8 of its half-ulps"
 _TF32_KERNELS = "tf32 keeps 10 mantissa bits, and the kernel may differ between batch shapes"
 
 MODES: dict[str, PrecisionMode] = {
@@ -114,6 +127,18 @@ MODES: dict[str, PrecisionMode] = {
         PrecisionMode("fp16-mixed", "float32", "float16", True, True, 1e-6, _EXACT, _FLOAT16, {"fp16": True}),
         PrecisionMode("bf16-true", "bfloat16", "bfloat16", False, False, 1.6e-2, _HALF, _BFLOAT16),
         PrecisionMode("fp16-true", "float16", "float16", False, False, 4e-3, _HALF, _FLOAT16),
+        PrecisionMode(
+            "nf4-bf16",
+            "bfloat16",
+            "bfloat16",
+            True,
+            False,
+            1.6e-2,
+            _FOUR_BITS,
+            _NF4,
+            {"bf16": True},
+            quantisation="nf4",
+        ),
     )
 }
 """Every mode by name."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pytest_sftguard.matrix import Cell, RunConfig
+from pytest_sftguard.precision import mode_named
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ _QUICK = (
     "randomness",
     "base_during",
     "reach",
+    "kept_checkpoint",
     "checkpoints",
 )
 _STANDARD = (
@@ -40,6 +42,7 @@ _STANDARD = (
     "evaluation",
     "base_answers",
     "decoding",
+    "answering",
     "merging",
 )
 
@@ -83,6 +86,8 @@ def reference_config(config: RunConfig, name: str, session: Iterable[RunConfig] 
 def _fp32(config: RunConfig, session: Iterable[RunConfig]) -> RunConfig:
     if config.cell.precision == "fp32":
         raise NoReferenceError("the cell is itself the float32 one")
+    if mode_named(config.cell.precision).quantisation:
+        raise NoReferenceError("no float32 cell has the rounded weights of a quantised base")
     wanted = dataclasses.replace(config.cell, precision="fp32")
     same = [c for c in _siblings(config, session) if c.cell == wanted]
     return same[0] if same else _alone(config, "fp32", cell=wanted)

@@ -41,6 +41,9 @@ ASSERTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "gradients_not_cleared": (_GRADIENT, ("scale", "stale", "freeze")),
     "log_laundered": ((), ANY),
     "gradients_altered": (_GRADIENT, ANY),
+    # what changes the output of one factor parts the gradients too
+    "factor_gradient_altered": (("backward", "forward"), ANY),
+    "loss_changed_on_the_way": (("loss",), ANY),
     # saving
     "adapter_keys_dropped": ((), ANY),
     "adapter_file_empty": ((), ANY),

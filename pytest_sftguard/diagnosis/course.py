@@ -11,13 +11,16 @@ from pytest_sftguard.invariants import (
     answers_beat_base,
     effective_steps,
     every_factor_moves,
+    factor_gradients_agree,
     gradient_present,
     log_honest,
+    loss_is_the_models,
     lr_trace,
     norm_honest,
     one_batch_overfit,
     optimizer_owns_trainables,
     update_lower_bound,
+    update_repeats,
     update_upper_bound,
     weights_and_moments_finite,
 )
@@ -25,6 +28,8 @@ from pytest_sftguard.records import StepRecord
 
 _OFF_SCHEDULE = (lr_trace.Reason.ELSEWHERE, lr_trace.Reason.OFF_SCHEDULE)
 """A rate of another place of the schedule, or of none; one that is 0 or NaN says nothing of the schedule's pace."""
+_CHANGED = tuple(r for r in loss_is_the_models.Reason if r.name.startswith(("MULTIPLIED", "SHIFTED", "ROUNDED")))
+"""A rule by which losses come from the model's."""
 _RTOL = 1e-3
 """How closely two norms of the same gradients agree, as a share; norms in half precision are told apart by more."""
 _LARGE_STEP = 0.3
@@ -338,7 +343,7 @@ def _altered(case: Case) -> list[Clue]:
     if _clipping_left_out(case) or _clipped_elsewhere(case) or _clipped_before_unscaling(case):
         return []
     zeroed = case.failed(log_honest.Reason.ZEROED_GRADIENTS)
-    given = case.failed(norm_honest.Reason.GIVEN)
+    given = case.failed(norm_honest.Reason.GIVEN, norm_honest.Reason.PARTED)
     # where one step gives NaN, what the next ones do follows from it
     lost = case.lost is not None and bool(given) and (given[0].step or 0) >= case.lost.step
     return [] if lost else [decisive(f) for f in [*zeroed, *given][:1]]
@@ -451,9 +456,12 @@ def _no_gradient_at_all(case: Case) -> list[Clue]:
 
 
 def _other_update(case: Case) -> list[Clue]:
-    """A step that moves tensors otherwise than the optimizer's own arithmetic on float32 copies, or than Adam can."""
-    if not case.finite or case.half_trainables:
+    """A step that another optimizer of the class takes otherwise, also on float32 copies, or that Adam cannot take."""
+    if not case.finite:
         return []
+    other = case.failed(update_repeats.Reason.OTHER)
+    if other or case.half_trainables:
+        return [decisive(f) for f in other]
     apart, far = case.failed(update_lower_bound.Reason.APART), case.failed(update_upper_bound.Reason.TOO_FAR)
     return [decisive(f) for f in [*apart, *far][:1]]
 
@@ -578,6 +586,19 @@ COURSE: tuple[Mechanism, ...] = (
         "the optimizer is given other gradients than the backward pass made and the Trainer clips",
         "look for what scales, clips, replaces or cleans gradients between backward and the optimizer, as callbacks do",
         _altered,
+    ),
+    Mechanism(
+        "loss_changed_on_the_way",
+        "the loss that is trained on is the model's own, changed by a rule on its way through compute_loss",
+        "look at overrides of compute_loss, for a division by the accumulation that the Trainer does too, or a sign",
+        shown_by(*_CHANGED),
+    ),
+    Mechanism(
+        "factor_gradient_altered",
+        "the gradient of one factor of a LoRA layer is not the derivative of what the layer computes",
+        "look for hooks on the parameters or on the layer's inner modules, and for a backward pass of own code",
+        shown_by(factor_gradients_agree.Reason.APART),
+        locates=True,
     ),
     Mechanism(
         "logged_norm_altered",

@@ -18,6 +18,7 @@ from pytest_sftguard.engine.adapter.foundation import Loads
 from pytest_sftguard.engine.adapter.redrawing import Redrawn, other_factors, redrawn
 from pytest_sftguard.engine.adapter.round_trip import round_trip
 from pytest_sftguard.engine.after import finiteness, generation, parsing
+from pytest_sftguard.engine.building import quantised
 from pytest_sftguard.engine.building.targets import TargetError, resolve
 from pytest_sftguard.engine.looks import Looks
 from pytest_sftguard.engine.machine.profiles import choose_device, device_profile, versions
@@ -65,7 +66,7 @@ def _run(config: RunConfig, progress: Callable[[int], None] | None) -> RunRecord
         device=profile,
         variant=config.variant,
         versions=versions(),
-        not_run=unavailable or profile.lacks(mode),
+        not_run=unavailable or profile.lacks(mode) or quantised.lacks_library(mode),
     )
     if record.not_run is not None:
         return record
@@ -141,6 +142,7 @@ class _Cell:
         if config.variant:
             return
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        quantised.keep_layout(model)
         self.reached = trained = started.then(Trained, trained_model=model)
         reloaded = self._round_trip(trained)
         tokenizer = trainer.processing_class
@@ -204,7 +206,9 @@ class _Cell:
 
     def _round_trip(self, trained: Trained) -> Reloaded:
         model, saved = trained.trained_model, trained.folder / "adapter"
-        trained.trainer.save_model(str(saved))
+        # `state_dict` spoils what bitsandbytes rearranged, and that is after the training
+        with quantised.kept(model):
+            trained.trainer.save_model(str(saved))
         rebuilt, compared, other_seed = _rebuilt(trained)
         self.looks.rebuilt(rebuilt)
         probe = finiteness.probe_of(trained.given, model)

@@ -12,6 +12,7 @@ from torch import nn
 
 from pytest_sftguard.engine.adapter.foundation import Loads
 from pytest_sftguard.engine.after import forwards
+from pytest_sftguard.engine.building import quantised
 from pytest_sftguard.engine.building.bases import Bases
 from pytest_sftguard.engine.building.targets import Target
 from pytest_sftguard.engine.building.trainers import build
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 StageT = TypeVar("StageT", bound="Asked")
+
+TRAINED = ("training", "resuming")
+"""Names of the builds that are trained as the user trains: nothing in them is set otherwise."""
 
 _bases = Bases()
 """The checkpoints of the process: its cells train on the same ones."""
@@ -60,7 +64,10 @@ class Asked:
         arguments = {**self.config.training_arguments, **training_arguments}
         config = dataclasses.replace(self.config, training_arguments=arguments)
         with _bases.shared():
-            return build(self.target, config, mode or self.mode, self.device_type, self.folder / name)
+            trainer = build(self.target, config, mode or self.mode, self.device_type, self.folder / name)
+        if name not in TRAINED:
+            quantised.keep_layout(trainer.model)
+        return trainer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,10 @@ class Reason(verdicts.Reason):
         "{observed} of {total:# base tensor} differed inside train(), before step {step}, and were restored by its end:"
         " {names}"
     )
+    REARRANGED = (
+        "an evaluation let bitsandbytes rearrange the weights of {observed:# 4-bit layer} for inference on this CPU,"
+        " and no gradient passes through them since: {names}; set support_avx512bf16_for_cpu = False on these layers"
+    )
     OTHER_DIGEST = "the digest of the {total:# base tensor} changed in training"
 
 
@@ -45,6 +49,7 @@ class BaseBitFrozen(Invariant):
             return
         yield from self.forbid(Reason.TRAINABLE, base.trainable)
         yield from self.forbid(Reason.CHANGED, base.changed, total=base.tensors)
+        yield from self.forbid(Reason.REARRANGED, base.rearranged)
         if (during := record.base_during) is not None:
             only = Names.of(n for n in during.changed.first if n not in base.changed.first)
             yield from self.forbid(Reason.CHANGED_DURING, only, step=during.step, total=base.tensors)

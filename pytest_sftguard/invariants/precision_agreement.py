@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from pytest_sftguard import verdicts
 from pytest_sftguard.invariants._comparing import MOST_IN, Both, ComparingSteps, moved, randomness, resolution, same
-from pytest_sftguard.precision import mode_named
+from pytest_sftguard.precision import MODES, mode_named
 from pytest_sftguard.records import RunRecord, StepRecord
 from pytest_sftguard.verdicts import Finding
 
@@ -18,6 +18,7 @@ class Reason(verdicts.Reason):
     """How a training differs from the float32 one."""
 
     FLOAT32_ITSELF = "the cell is the float32 one itself"
+    QUANTISED = "no float32 cell has the rounded weights of a quantised base"
     REFERENCE_LOST = "the loss of the float32 reference is not finite at every step: it is no reference"
     NO_ROUNDING = "the losses and gradients of {steps:# step} are float32's to the bit: {precision} did not happen"
     DIFFERS = "the {name} of step {step} is {ours:.6g}, and {theirs:.6g} in float32" + MOST_IN
@@ -45,8 +46,11 @@ class PrecisionAgreement(ComparingSteps):
     differs: ClassVar[Reason] = Reason.DIFFERS
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
-        """Compare the run with its float32 sibling, which it may be itself."""
-        if record.precision == "fp32":
+        """Compare the run with its float32 sibling, which it may be itself, and which a quantised base cannot have."""
+        mode = MODES.get(record.precision)
+        if mode is not None and mode.quantisation:
+            yield self.not_evaluated(Reason.QUANTISED, required=False)
+        elif record.precision == "fp32":
             yield self.not_evaluated(Reason.FLOAT32_ITSELF, required=False)
         else:
             yield from super().check(record, reference)

@@ -22,6 +22,10 @@ class Reason(verdicts.Reason):
     NOT_SEEN = "no matrix product of an adapted layer was seen"
     COMPUTED = _NOT_REAL + "{layers} of {total:# adapted layer} computed in {dtypes}, not in {due}"
     WEIGHTS = _NOT_REAL + "the base's weights are {dtypes}, not {due}; does the target pass on `dtype`?"
+    NOT_QUANTISED = _NOT_REAL + (
+        "the base's weights are {dtypes}, not quantised; in this mode a target with the parameter `quantization_config`"
+        " is given one, to be passed on to from_pretrained"
+    )
     NO_SCALER = _NOT_REAL + "no loss scaler was at work"
     AUTOCAST = _NOT_REAL + "autocast was {autocast}, not {due}"
     TF32 = _NOT_REAL + "tf32 was {tf32} for matrix products"
@@ -50,9 +54,7 @@ class PrecisionIsReal(Invariant):
             yield self.not_evaluated(
                 Reason.COMPUTED, mode=name, layers=layers, total=total, dtypes=tuple(others), due=due
             )
-        weights = tuple(sorted(record.weights_dtypes))
-        if any(dtype in _FLOATING and dtype != mode.weights_dtype for dtype in weights):
-            yield self.not_evaluated(Reason.WEIGHTS, mode=name, dtypes=weights, due=mode.weights_dtype)
+        yield from self._weights(record, mode)
         if mode.scaler and not record.loss_scaling:
             yield self.not_evaluated(Reason.NO_SCALER, mode=name)
         autocast = due if mode.autocast else None
@@ -61,6 +63,15 @@ class PrecisionIsReal(Invariant):
             yield self.not_evaluated(Reason.AUTOCAST, mode=name, autocast=seen, due=autocast or "off")
         if due == "float32":
             yield from self._tf32(record, mode)
+
+    def _weights(self, record: RunRecord, mode: PrecisionMode) -> Iterator[Finding]:
+        weights = tuple(sorted(record.weights_dtypes))
+        if mode.quantisation:
+            # a head and embeddings are not quantised, and may be adapted too
+            if all(dtype in _FLOATING for dtype in weights):
+                yield self.not_evaluated(Reason.NOT_QUANTISED, mode=mode.name, dtypes=weights)
+        elif any(dtype in _FLOATING and dtype != mode.weights_dtype for dtype in weights):
+            yield self.not_evaluated(Reason.WEIGHTS, mode=mode.name, dtypes=weights, due=mode.weights_dtype)
 
     def _tf32(self, record: RunRecord, mode: PrecisionMode) -> Iterator[Finding]:
         if record.tf32 is None:

@@ -4,6 +4,7 @@ Written by the engine while a cell runs; read by invariants, diagnoses and repor
 """
 
 from pytest_sftguard.records.answers import (
+    AnsweringRecord,
     AnswerRecord,
     BaseAnswersRecord,
     DecodingRecord,
@@ -30,7 +31,14 @@ from pytest_sftguard.records.micro_batch import (
     FootprintRecord,
     FutureRecord,
 )
-from pytest_sftguard.records.rows import BatchesRecord, DefectRecord, EvaluationRecord, PromptsRecord, SupervisionRecord
+from pytest_sftguard.records.rows import (
+    BatchesRecord,
+    DefectRecord,
+    EvaluationRecord,
+    KeptRecord,
+    PromptsRecord,
+    SupervisionRecord,
+)
 from pytest_sftguard.records.run import SCHEMA, ErrorRecord, LookRecord, RunRecord
 from pytest_sftguard.records.steps import (
     FirstStepRecord,
@@ -44,6 +52,7 @@ from pytest_sftguard.records.steps import (
 from pytest_sftguard.records.tensors import (
     NONE,
     BaseRecord,
+    FamilyRecord,
     FoundationRecord,
     InitialRecord,
     Names,

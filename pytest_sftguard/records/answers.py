@@ -122,3 +122,31 @@ class DecodingRecord:
     """Number of prompts of the batch with padding behind them; None if the model's inputs were not seen."""
     unmasked: int | None = None
     """Number of the batch's padding tokens that its attention mask, or a missing one, lets others attend to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnsweringRecord:
+    """What was seen of the target's own `generate`."""
+
+    prompts: int
+    """Number of prompts that it was given."""
+    forwards: int = 0
+    """Number of the model's forward passes in it."""
+    compared: int = 0
+    """Number of rows whose first scores were compared with the adapter's own for the same tokens."""
+    max_change: float | None = None
+    """Largest distance between those centred scores, relative to their norm; None if none were compared."""
+    as_base: int = 0
+    """Number of those rows whose scores are those of the model with its adapter disabled."""
+    truncated: int = 0
+    """Number of prompts of which the model was given a part alone."""
+    truncated_example: str = ""
+    """How much of one of them it was given."""
+    dropouts: Names = NONE
+    """Dropouts that were called in training mode."""
+    left_training: bool = False
+    """Whether a dropout was left in training mode."""
+    left_change: float | None = None
+    """Distance between the adapter's scores after one prompt, before and after the call."""
+    resampled: int = 0
+    """Number of answers that were others under another random seed."""

@@ -96,6 +96,18 @@ class PromptsRecord:
     """Number of those ends that differ."""
     example: str = ""
     """One deviation, with its tokens."""
+    pairs: int = 0
+    """Number of pairs of neighbouring tokens of the questions that were looked for, because no row matched."""
+    shared_pairs: float | None = None
+    """Share of them that the rows hold; None if they were not looked for."""
+    offset: int | None = None
+    """Number that, added to the ids of the questions, makes the rows hold most of their pairs; not 0."""
+    offset_pairs: float | None = None
+    """Share of the pairs that the rows hold with that number added."""
+    rows_reread: float | None = None
+    """Share of the rows' ids that the tokenizer makes of their text again; None unless no pair is shared."""
+    questions_reread: float | None = None
+    """The same share of the questions' ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,3 +134,35 @@ class EvaluationRecord:
     """Metrics that were not finite in any of the training's evaluations."""
     best_metric_finite: bool = True
     """Whether the best metric in the Trainer's state is finite, or absent."""
+    dropouts: Names = NONE
+    """Modules that dropped activations in an evaluation."""
+    repeat_change: float | None = None
+    """Relative difference of the losses of one batch that was evaluated twice; None if none with a finite loss was."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptRecord:
+    """The checkpoint that the Trainer keeps as the best one."""
+
+    metric: str
+    """Metric by which it is chosen, such as `eval_loss`."""
+    greater_is_better: bool
+    """Whether more of it is better, by the Trainer's arguments."""
+    loads: bool
+    """Whether the best checkpoint is to be loaded at the end."""
+    steps: tuple[int, ...]
+    """Optimizer steps at which there were evaluations with a finite value of the metric."""
+    values: tuple[float, ...]
+    """Values of the metric there."""
+    losses: tuple[float, ...] = ()
+    """Evaluation losses there; empty unless each evaluation has a finite one."""
+    best_metric: float | None = None
+    """The best value by the Trainer's state; None if it has none, or one that is not finite."""
+    kept_step: int | None = None
+    """Step of the checkpoint that the Trainer calls the best; None if there is none."""
+    gone: bool = False
+    """Whether that checkpoint does not exist at the end."""
+    compared: int = 0
+    """Number of trained tensors that were compared with those of that checkpoint."""
+    differing: Names = NONE
+    """Those of them that are not the checkpoint's, bit for bit."""

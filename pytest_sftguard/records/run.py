@@ -10,6 +10,7 @@ from typing import Any
 
 from pytest_sftguard.hardware import HardwareProfile
 from pytest_sftguard.records.answers import (
+    AnsweringRecord,
     AnswerRecord,
     BaseAnswersRecord,
     DecodingRecord,
@@ -21,7 +22,7 @@ from pytest_sftguard.records.comparisons import ContextRecord, MergeRecord, Path
 from pytest_sftguard.records.encoding import RecordError, decode, encode, read_json, write_text
 from pytest_sftguard.records.micro_batch import AimRecord, DerivativeRecord, FootprintRecord, FutureRecord
 from pytest_sftguard.records.migration import from_schema_1
-from pytest_sftguard.records.rows import BatchesRecord, EvaluationRecord, PromptsRecord, SupervisionRecord
+from pytest_sftguard.records.rows import BatchesRecord, EvaluationRecord, KeptRecord, PromptsRecord, SupervisionRecord
 from pytest_sftguard.records.steps import FirstStepRecord, LogRecord, ReplayRecord, ScheduleRecord, StepRecord
 from pytest_sftguard.records.tensors import (
     BaseRecord,
@@ -194,6 +195,10 @@ class RunRecord:
     """The scores from which the answers were decoded; None if no question was asked."""
     decoding: DecodingRecord | None = None
     """Answers in a batch and alone; None without the look `decoding`."""
+    answering: AnsweringRecord | None = None
+    """What the target's own `generate` does; None without the look `answering`."""
+    kept: KeptRecord | None = None
+    """The checkpoint that is kept as the best; None without the look `kept_checkpoint`, or where none is chosen."""
     adapter_digest: str = ""
     """Digest of the bits of every trainable tensor after the last step; empty if none was seen."""
     first_step: FirstStepRecord | None = None

@@ -16,6 +16,8 @@ class StepRecord:
     """Number of the step, from 1."""
     micro_losses: tuple[float, ...] = ()
     """Loss of each micro-batch as `compute_loss` returned it, before any filter."""
+    model_losses: tuple[float, ...] = ()
+    """Loss of each micro-batch in the output of the model's only forward pass; empty where one has no such loss."""
     loss: float | None = None
     """Loss of the step: the sum of what `training_step` returned for its micro-batches."""
     grad_norm: float | None = None
@@ -68,6 +70,24 @@ class StepRecord:
     """Why there is no cosine, such as momentum of an earlier training; empty if nothing prevents it."""
     received_grad_norm: float | None = None
     """Global L2 norm of the unscaled gradients that the optimizer received, after clipping and anything else."""
+    parting: float | None = None
+    """How far the optimizer's gradient of one tensor is from the one of the backward pass times the factor that all
+    tensors have in common, relative to its norm; the largest of all, None if that was not seen."""
+    parting_tensor: str = ""
+    """Name of that tensor; empty if no gradient changed but by the factor."""
+    factor_mismatch: float | None = None
+    """How far A times its transposed gradient is from the transposed gradient of B times B, which are equal where the
+    loss knows the two factors of a LoRA layer by their product alone; relative to the largest possible norm, of the
+    worst layer. None in steps without that look, or without such a layer."""
+    factor_layer: str = ""
+    """Name of that layer."""
+    factors_bounded: bool = False
+    """Whether hooks seem to bound the elements of the factors' gradients."""
+    departure: float | None = None
+    """How far the update of one tensor is from the update that a second optimizer of the same class gives it, relative
+    to the largest change of its elements; of the worst tensor. None in steps that were not repeated."""
+    departure_tensor: str = ""
+    """Name of that tensor."""
     supervised_tokens: int | None = None
     """Labels of the step that count after the shift; None if the batches have no labels."""
     tied: bool = False

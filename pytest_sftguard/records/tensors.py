@@ -122,6 +122,27 @@ class BaseRecord:
     """Buffers outside the state dict that the model's own forward pass rewrites; they are allowed to change."""
     trainable: Names = NONE
     """Tensors that have `requires_grad`, though they are not part of the adapter."""
+    rearranged: Names = NONE
+    """4-bit layers that were trained through in the layout for inference on a CPU, which has no backward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyRecord:
+    """The weights of the base whose modules have one class and one last name, such as all `q_proj`."""
+
+    name: str
+    """Last name and class, as `q_proj (Linear)`."""
+    weights: int
+    """Number of weights of two dimensions or more."""
+    adapted: int
+    """Number of those that the active adapter adapts, or saves as a whole."""
+    elements: int
+    """Number of elements of all."""
+    adapted_elements: int
+    """Number of elements of the adapted ones."""
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.adapted}/{self.weights}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +165,14 @@ class WiringRecord:
     """Whether the adapter was disabled, so that no forward pass used it."""
     without_adapter: bool = False
     """Whether the model has no adapter, so that tensors of its own train."""
+    families: tuple[FamilyRecord, ...] = ()
+    """The weights of the base by family, and how many of them the adapter reaches."""
+    fused: Names = NONE
+    """Weights of experts in one tensor with the name of a target, which reaches layers of this name alone."""
+    left_out: Names = NONE
+    """Layers with the name of a target that have no adapter, though others of this name have one."""
+    beyond_one_digit: Names = NONE
+    """Layers from number 10 on that a target with a bare `\\d` misses."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ def section(runs: Sequence[Run], screen: Screen) -> list[str]:
     return [
         *_table(runs, screen),
         *screen.wrap(f"on {'; '.join(devices)}"),
+        *_reach(runs, screen),
         *_failures(runs, screen),
         *_open_questions(runs, screen),
     ]
@@ -73,6 +74,17 @@ def _fitted(table: Sequence[Sequence[str]], width: int) -> list[int]:
     while sum(widths) + len(_GAP) * (len(widths) - 1) > width:
         widths[min(range(len(widths)), key=harm)] -= 1
     return widths
+
+
+def _reach(runs: Sequence[Run], screen: Screen) -> Iterator[str]:
+    """What the adapter reaches in each family of layers, once for all cells with the same; only with details."""
+    reached: dict[str, list[Run]] = {}
+    for entry in runs if screen.details else ():
+        wiring = entry[1].record.wiring
+        if wiring is not None and wiring.families:
+            reached.setdefault(", ".join(map(str, wiring.families)), []).append(entry)
+    for families, cells in reached.items():
+        yield from screen.wrap(f"adapted weights: {families} ({_named(cells, runs)})")
 
 
 def _failures(runs: Sequence[Run], screen: Screen) -> Iterator[str]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pytest_sftguard.diagnosis import MECHANISMS, diagnose
 from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.matrix import Cell
-from pytest_sftguard.records import DefectRecord, ErrorRecord, Names, RecordError, RunRecord
+from pytest_sftguard.records import DefectRecord, ErrorRecord, FirstStepRecord, Names, RecordError, RunRecord
 from pytest_sftguard.verdicts import JudgedRun, judge
 from tests.strategies import gaps, healthy_records, put, remove
 from tests.support.canned import HEAD, A, B, healthy, with_step, with_steps, with_tensor, within
@@ -107,6 +107,16 @@ def paced(rates):
     return dataclasses.replace(record, steps=steps)
 
 
+def changed_losses():
+    """A record in which compute_loss halves each of the model's losses."""
+    record = healthy(steps=5)
+    steps = tuple(
+        dataclasses.replace(s, micro_losses=tuple(loss / 2 for loss in s.model_losses), model_losses=s.model_losses)
+        for s in record.steps
+    )
+    return dataclasses.replace(record, steps=steps, first_step=FirstStepRecord())
+
+
 WIRING = {
     "adapter_partly_frozen": within(healthy(), "wiring", frozen=Names.of([A])),
     "adapter_not_attached": within(healthy(), "wiring", unmatched=Names.of(["gate"])),
@@ -167,6 +177,8 @@ COURSE = {
     "weights_changed_from_outside": with_step(healthy(), 3, max_change_before=1e9),
     "gradients_not_cleared": with_step(healthy(), 3, stale_gradients=Names.of([A])),
     "gradients_altered": with_step(healthy(max_grad_norm=0.0), 3, received_grad_norm=0.25),
+    "loss_changed_on_the_way": changed_losses(),
+    "factor_gradient_altered": with_step(healthy(), 3, factor_mismatch=0.5),
     "clipping_left_out": clipped(lambda norm: norm),
     "clipped_at_another_norm": clipped(lambda norm: min(norm, 0.125)),
     "clipped_before_unscaling": clipped(lambda norm: 1 / 65536, healthy(SCALED, max_grad_norm=1.0)),

@@ -23,6 +23,7 @@ REASONS = {n: importlib.import_module(f"{invariants.__name__}.{n}").Reason for n
 # the canned rates are larger than any that one trains at, which would be evidence
 PLAIN = with_steps(healthy(), learning_rate=1e-3)
 
+CHANGED = ("multiplied", "multiplied_at_times", "shifted", "shifted_at_times", "rounded")
 DECISIVE = {
     # the reason states what the mechanism states; there is nothing else that it could be
     "answers_beat_base.promise_broken": {"learned_something_else"},
@@ -59,6 +60,12 @@ DECISIVE = {
     # two norms of the same gradients, before and after what lies between backward and the optimizer
     "log_honest.zeroed_gradients": {"gradients_altered"},
     "norm_honest.given": {"gradients_altered"},
+    # each loss is compared with the one that it comes from
+    **{f"loss_is_the_models.{r}": {"loss_changed_on_the_way"} for r in CHANGED},
+    # each gradient is compared with itself, and the common factor taken out
+    "norm_honest.parted": {"gradients_altered"},
+    # an identity of the two gradients, whatever the loss is
+    "factor_gradients_agree.apart": {"factor_gradient_altered"},
     # the optimizer was given the right ones
     "norm_honest.logged": {"logged_norm_altered", "norm_is_not_the_gradients"},
     "log_honest.other_loss": {"logged_loss_altered"},
@@ -113,6 +120,8 @@ DECISIVE = {
     "trainable_set_exact.incomplete": {"adapter_not_attached"},
     # further than any gradients could make Adam move, or than the replay of the same ones moved
     "update_lower_bound.apart": {"update_is_not_the_optimizers"},
+    # the same step of another optimizer of the class
+    "update_repeats.other": {"update_is_not_the_optimizers"},
     "update_upper_bound.too_far": {"update_is_not_the_optimizers"},
 }
 """Mechanisms that the reason of one finding names in an otherwise sound record, by invariant and reason. Each comment

@@ -32,6 +32,8 @@ FILLED = {
     "large_checkpoints": ("checkpoint",),
     "first_batch": ("derivative", "footprint", "aim", "future"),
     "randomness": ("randomness",),
+    "answering": ("answering",),
+    "kept_checkpoint": ("kept",),
     "merging": ("merge",),
 }
 """Fields of a record that each look fills."""

@@ -158,6 +158,10 @@ FAILURES = {
     "base_bit_frozen": {
         "digest": (within(healthy(), "base", digest_after="other"), "digest of the 12 base tensors changed"),
         "named": (within(healthy(), "base", changed=Names.of(["embed"])), "1 of 12 base tensors changed .*: embed"),
+        "rearranged": (
+            within(healthy(), "base", rearranged=Names.of(["layers.0"])),
+            "rearrange the weights of 1 4-bit layer .* since: layers.0; set",
+        ),
         "trainable": (
             within(healthy(), "base", trainable=Names.of(["embed"])),
             "1 tensor of the base, which no .*: embed",
@@ -323,6 +327,10 @@ NOT_EVALUATED = {
             "1 of 14 adapted layers computed in float32, not in float16",
         ),
         "other-weights": (healthy(weights_dtypes={"bfloat16": 2}), "the base's weights are bfloat16, not float32"),
+        "not-quantised": (
+            healthy(Cell("nf4-bf16", 2, 1), weights_dtypes={"bfloat16": 2}),
+            "the base's weights are bfloat16, not quantised; in this mode a target with",
+        ),
         "no-scaler": (healthy(SCALED, loss_scaling=False), "no loss scaler was at work"),
         "no-autocast": (healthy(Cell("bf16-mixed", 2, 1), autocast_dtype=None), "autocast was off"),
         "other-autocast": (healthy(Cell("bf16-mixed", 2, 1), autocast_dtype="float16"), "autocast was float16"),
@@ -378,6 +386,16 @@ MAY_BE_MISSING = {
     "lr_trace-unknown": ("lr_trace", within(healthy(), "schedule", unknown="follows a metric")),
     "identity_at_init-no-factors": ("identity_at_init", within(healthy(), "initial", init="")),
     "identity_at_init-uncompared": ("identity_at_init", within(healthy(), "initial", logits=None, uncompared="so")),
+    "answers_from_adapter-no-forward-pass": (
+        "answers_from_adapter",
+        within(healthy(), "answering", compared=0, max_change=None),
+    ),
+    "kept_checkpoint-nan": ("kept_checkpoint_is_best", within(healthy(), "kept", values=(NAN,) * 3, losses=())),
+    "kept_checkpoint-unknown-metric": ("kept_checkpoint_is_best", within(healthy(), "kept", metric="eval_own")),
+    "kept_checkpoint-nothing-to-compare": ("kept_checkpoint_is_best", within(healthy(), "kept", compared=0)),
+    "evaluation_is_still-no-loss": ("evaluation_is_still", within(healthy(), "evaluation", repeat_change=None)),
+    "targets_reached-no-adapter": ("targets_reached", within(healthy(), "wiring", without_adapter=True)),
+    "precision_agreement-quantised": ("precision_agreement", healthy(Cell("nf4-bf16", 2, 1))),
     "prompt_is_prefix-nothing-shared": ("prompt_is_prefix", within(healthy(), "prompts", matched=0)),
 }
 

@@ -97,7 +97,7 @@ def healthy(
         device=device,
         versions={"python": "3.11.7", "torch": "2.13.0"},
         compute_dtypes={mode.compute_dtype: 2},
-        weights_dtypes={mode.weights_dtype: 2},
+        weights_dtypes={mode.storage_dtype: 2},
         autocast_dtype=mode.compute_dtype if mode.autocast else None,
         loss_scaling=mode.scaler,
         tf32=mode.name == "tf32" if device.device_type == "cuda" else None,

@@ -57,9 +57,14 @@ def test_unknown_mode_lists_the_modes(name):
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=lambda m: m.name)
 def test_name_says_weights_and_compute(mode):
-    """A `-true` mode computes in the type of its weights, a `-mixed` mode has float32 weights and autocast."""
+    """A `-true` mode computes in the type of its weights, a `-mixed` mode has float32 weights and autocast.
+
+    A quantised base keeps the rest of its weights in the type that it computes in.
+    """
     suffix = mode.name.rpartition("-")[2]
-    expected = {"true": (mode.compute_dtype, False), "mixed": ("float32", True)}.get(suffix, ("float32", False))
+    expected = {"true": (mode.compute_dtype, False), "mixed": ("float32", True), "bf16": ("bfloat16", True)}.get(
+        suffix, ("float32", False)
+    )
     assert (mode.weights_dtype, mode.autocast) == expected
 
 

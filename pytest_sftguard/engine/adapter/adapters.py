@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pytest_sftguard.engine.after import forwards
+from pytest_sftguard.engine.building import quantised
 from pytest_sftguard.engine.tensors.reductions import digests, dtype_name
 
 _OUTSIDE_LAYERS = ("modules_to_save", "trainable_tokens_")
@@ -85,8 +86,8 @@ def _prefix(held: Any) -> str | None:
 
 
 def base_digests(model: nn.Module) -> dict[str, str]:
-    """Digest of each base tensor."""
-    return digests(base_tensors(model).items())
+    """Digest of each base tensor; bitsandbytes' rearrangement of 4-bit weights on a CPU does not change it."""
+    return digests((n, quantised.canonical(t)) for n, t in base_tensors(model).items())
 
 
 def adapted_layers(model: nn.Module) -> list[nn.Module]:

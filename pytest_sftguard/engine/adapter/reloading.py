@@ -114,6 +114,7 @@ class _OfPeft:
         elif getattr(fresh.active_peft_config, "is_prompt_learning", False):
             base = fresh.get_base_model()
         else:
+            _put_originals_back(fresh)
             base = fresh.unload()
         if hasattr(base, "peft_config"):
             # `unload` leaves it behind, and peft warns of it
@@ -125,6 +126,16 @@ class _OfPeft:
 
         loaded: nn.Module = PeftModel.from_pretrained(base, str(self._folder(folder)))
         return loaded
+
+
+def _put_originals_back(model: nn.Module) -> None:
+    """Replace the trained copies of `modules_to_save`: peft 0.21 unloads none that has no weight of its own."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    copies = [(n, m) for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    for name, module in copies:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module.original_module)
 
 
 class _Inside:

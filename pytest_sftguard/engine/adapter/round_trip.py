@@ -23,6 +23,7 @@ from pytest_sftguard.engine.adapter.adapters import (
 )
 from pytest_sftguard.engine.adapter.reloading import reloading
 from pytest_sftguard.engine.after import finiteness, forwards
+from pytest_sftguard.engine.building import quantised
 from pytest_sftguard.engine.surroundings.errors import first_line
 from pytest_sftguard.records import Names, RoundTripRecord
 
@@ -65,6 +66,7 @@ def round_trip(
         # whoever loads the file does not know the state of the generators in the training
         torch.manual_seed(_LOADING_SEED)
         reloaded = form.loaded(base, folder).to(device).eval()
+    quantised.like(reloaded, trained)
     loaded: dict[str, Tensor] = {in_file(n, active_adapters(reloaded)[0]): p for n, p in reloaded.named_parameters()}
     with torch.no_grad():
         loaded |= {n: t for n, t in form.kept(reloaded).items() if n not in loaded}

@@ -77,6 +77,15 @@ def main_output(output: Any) -> Tensor:
     raise ValueError(f"a {type(output).__name__} without a tensor of numbers")
 
 
+def loss_of(output: Any) -> Tensor | None:
+    """The loss, one number, in what a model returned: its member `loss`, or the first of a tuple; None without one."""
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+    else:
+        loss = output[0] if isinstance(output, tuple) and output else getattr(output, "loss", None)
+    return loss if isinstance(loss, Tensor) and loss.is_floating_point() and loss.numel() == 1 else None
+
+
 def attention_of(model: Any) -> str:
     """Name of the model's attention implementation; empty if it has no choice."""
     return str(getattr(getattr(inner(model), "config", None), "_attn_implementation", None) or "")
@@ -134,6 +143,37 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
+
+
+def dropouts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that drop activations, or attention, in training mode, with their names."""
+    found = []
+    for name, module in model.named_modules():
+        rate = getattr(module, "p", getattr(module, "drop_prob", 0)) if "Dropout" in type(module).__name__ else 0
+        rates = (rate, getattr(module, "attention_dropout", 0))
+        if any(isinstance(r, (int, float)) and r > 0 for r in rates):
+            found.append((name, module))
+    return found
+
+
+@contextlib.contextmanager
+def dropping(model: nn.Module) -> Iterator[set[str]]:
+    """Collect the names of the modules of `model` that drop something within."""
+    active: set[str] = set()
+
+    def noting(name: str) -> Any:
+        def note(module: nn.Module, args: Any) -> None:
+            if module.training:
+                active.add(name)
+
+        return note
+
+    hooks = [m.register_forward_pre_hook(noting(n)) for n, m in dropouts(model)]
+    try:
+        yield active
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def nonfinite(logits: Tensor) -> Tensor:

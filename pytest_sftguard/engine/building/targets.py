@@ -61,6 +61,10 @@ class Target:
             )
         return trainer
 
+    def takes(self, keyword: str) -> bool:
+        """Whether the function has a parameter of its own with this name."""
+        return keyword in inspect.signature(self.build).parameters
+
     def texts(self, model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
         """Answers of the target's own `generate` to `prompts`. Raises TargetError unless it returns a text for each."""
         assert self.generate is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_sftguard.engine.building import quantised
 from pytest_sftguard.engine.building.cpu_float16 import make_real
 from pytest_sftguard.engine.building.targets import Target, TargetError
 from pytest_sftguard.engine.surroundings import float32
@@ -39,6 +40,8 @@ def build(target: Target, config: RunConfig, mode: PrecisionMode, device_type: s
         **mode.training_arguments,
         **config.training_arguments,
     }
+    if mode.quantisation and target.takes("quantization_config"):
+        arguments["quantization_config"] = quantised.config_for(mode)
     float32.forget_requests()
     trainer = target.trainer(**arguments)
     for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):

@@ -123,6 +123,9 @@ OPTIMIZERS = {
 """Optimizers, and the factor of their learning rates to AdamW's."""
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "linear with warm-up")
 PRECISIONS = ("fp32", "bf16-mixed", "bf16-true", "fp16-mixed")
+NOT_IN = {"none": ("bf16-true",), "adalora": ("bf16-true",)}
+"""Precisions in which a method is not sound: bfloat16 swallows the updates of norms, whose weights are about 1; and in
+a base of bfloat16, peft 0.21 trains the number of AdaLoRA's ranks, which divides the update and is in no file."""
 BATCHES = ((1, 1), (1, 4), (2, 2), (3, 1), (4, 1), (4, 2), (8, 1))
 
 
@@ -211,7 +214,7 @@ def compose(seed: int, number: int) -> Healthy:
         schedule=draw.choice(SCHEDULES),
         rate=float(f"{rate:.2g}"),
         collator=collator,
-        precision=draw.choice(PRECISIONS),
+        precision=draw.choice([p for p in PRECISIONS if p not in NOT_IN.get(adapter, ())]),
         # rows that are laid end to end are one row of tokens, and packs are as long as a batch
         batch=draw.choice(BATCHES),
         attention=draw.choice(architecture.attention),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pytest_sftguard.engine.after import forwards
@@ -25,14 +26,18 @@ class Evaluation(Look[Trained]):
 
     def __init__(self) -> None:
         self._seen: list[Tensor | None] = []
+        self._dropouts: set[str] = set()
 
     def attach(self, started: Started) -> None:
         """Read what `prediction_step` returns, which the Trainer averages."""
         trainer: Any = started.trainer
+        self._model = trainer.model
         trainer.prediction_step = partial(self._watched, trainer.prediction_step)
 
     def _watched(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
+        with forwards.dropping(self._model) as active:
+            result = original(*args, **kwargs)
+        self._dropouts |= active
         self._seen.append(_bad(result[0] if isinstance(result, tuple) else result))
         return result
 
@@ -46,13 +51,18 @@ class Evaluation(Look[Trained]):
             raise InapplicableError("the target's Trainer has no eval_dataset")
         in_training, after = self._seen, []
         rows = unlabelled = 0
+        change: float | None = None
         for name_or_set in sets:
             for batch in itertools.islice(trainer.get_eval_dataloader(name_or_set), _BATCHES):
-                labels = batch.get("labels")
+                labels = batch.get("labels") if isinstance(batch, Mapping) else None
                 if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point():
                     rows += len(labels)
                     unlabelled += int((labels[:, 1:] == IGNORED).all(1).sum())
-                after.append(_loss_of(trainer, batch))
+                with forwards.dropping(trainer.model) as active:
+                    loss = _loss_of(trainer, batch)
+                    change = _repeated(trainer, batch) if change is None else change
+                self._dropouts |= active
+                after.append(_bad(loss))
         losses, best = _logged(trainer)
         bad = [
             f"batch {i} {when}"
@@ -74,18 +84,33 @@ class Evaluation(Look[Trained]):
                 ),
                 never_finite=Names.of(n for n, values in losses.items() if not any(map(math.isfinite, values))),
                 best_metric_finite=best is None or math.isfinite(best),
+                dropouts=Names.of(sorted(self._dropouts)),
+                repeat_change=change,
             )
         }
 
 
-def _loss_of(trainer: Any, batch: Any) -> Tensor | None:
-    """Return whether the loss of one batch is not finite, in the training's arithmetic; None where it has no loss."""
+def _loss_of(trainer: Any, batch: Any) -> Any:
+    """Return the loss of one batch, in the training's arithmetic; None where it has no loss."""
     model = trainer.model
     with forwards.evaluating(model), trainer.accelerator.autocast():
-        return _bad(trainer.prediction_step(model, batch, prediction_loss_only=True)[0])
+        return trainer.prediction_step(model, batch, prediction_loss_only=True)[0]
+
+
+def _repeated(trainer: Any, batch: Any) -> float | None:
+    """Return the relative difference of the losses of a batch that is evaluated twice with equal random numbers."""
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        loss = _loss_of(trainer, batch)
+        if not isinstance(loss, Tensor) or not loss.isfinite().all():
+            return None
+        losses.append(float(loss.float().mean()))
+    return abs(losses[0] - losses[1]) / max(abs(losses[0]), 1e-20) if losses[0] != losses[1] else 0.0
 
 
 def _bad(loss: Any) -> Tensor | None:
+    """Return whether a loss is not finite; None where there is none."""
     return ~loss.detach().isfinite().all() if isinstance(loss, Tensor) else None
 
 

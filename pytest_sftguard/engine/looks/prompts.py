@@ -7,6 +7,7 @@ from itertools import takewhile
 from typing import Any
 
 from pytest_sftguard.engine.data.examples import Example, Examples
+from pytest_sftguard.engine.data.language import language
 from pytest_sftguard.engine.data.rows import Row, micro_batches, sample
 from pytest_sftguard.engine.looks import InapplicableError, Look
 from pytest_sftguard.engine.looks.supervision import require_causal_model
@@ -31,15 +32,17 @@ class Prompts(Look[Started]):
         if examples is None:
             raise InapplicableError("the target asks no questions")
         pad = getattr(trainer.processing_class, "pad_token_id", None)
-        rows = _with_prompts(r for _, batch in micro_batches(reached.batches, pad) for r in batch)
+        every = list(dict.fromkeys(r for _, batch in micro_batches(reached.batches, pad) for r in batch))
         # the rows that were trained on count; the data set's are added where those are too few
-        if len(rows) < _FEW:
-            rows = _with_prompts([*rows, *sample(trainer.train_dataset, pad)])
-        if not rows:
-            raise InapplicableError("every row supervises its prompt, or has none")
+        if len(_with_prompts(every)) < _FEW:
+            every += sample(trainer.train_dataset, pad)
+        rows = _with_prompts(every)
         held = [found for row in rows if (found := examples.example(row)) is not None]
+        shared = {} if held else language(examples, every)
+        if not rows and not shared:
+            raise InapplicableError("every row supervises its prompt, or has none")
         record = _matched(examples, held) if held else _forms(examples, rows)
-        return {"prompts": PromptsRecord(questions=len(examples.questions), rows=len(rows), **record)}
+        return {"prompts": PromptsRecord(questions=len(examples.questions), rows=len(rows), **record, **shared)}
 
 
 def _with_prompts(rows: Iterable[Row]) -> list[Row]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from transformers import TrainerCallback
 
 from pytest_sftguard.engine.looks import InapplicableError, Look
 from pytest_sftguard.engine.recording.recorder import Recorder
+from pytest_sftguard.engine.recording.stepping import made, options
 from pytest_sftguard.engine.stages import Started
 from pytest_sftguard.engine.surroundings.errors import first_line
 from pytest_sftguard.engine.surroundings.isolation import isolated
@@ -121,15 +121,12 @@ class _Shadow:
 
     def _made(self) -> torch.optim.Optimizer:
         """Return a second optimizer of the same class, with the same groups and states, in float32."""
-        made: type[torch.optim.Optimizer] = type(self.optimizer)
         names = {id(p): n for n, p in self._real.items()}
         groups = []
         for group in self.optimizer.param_groups:
             copies = [self._copies[names[id(p)]] for p in group["params"] if id(p) in names]
-            groups.append({**_options(group), "params": copies})
-        taken = inspect.signature(made.__init__).parameters
-        defaults = {k: copy.deepcopy(v) for k, v in self.optimizer.defaults.items() if k in taken}
-        twin = made(groups, **(defaults | {k: None for k in ("fused", "foreach") if k in taken}))
+            groups.append({**options(group), "params": copies})
+        twin = made(self.optimizer, groups)
         for name, p in self._real.items():
             if p in self.optimizer.state:
                 twin.state[self._copies[name]] = {k: _state(v) for k, v in self.optimizer.state[p].items()}
@@ -161,7 +158,7 @@ class _Shadow:
             grad = None if p.grad is None else _float32(p.grad)
             self._copies[name].grad = grad if grad is None or scale is None else grad / scale
         for mine, group in zip(self._twin.param_groups, optimizer.param_groups, strict=True):
-            mine.update(_options(group))
+            mine.update(options(group))
         before = [c.detach().clone() for c in self._copies.values()]
         self._twin.step()
         torch._foreach_add_(self._replayed, torch._foreach_sub([c.detach() for c in self._copies.values()], before))
@@ -188,12 +185,6 @@ def _state(value: Any) -> Any:
     if isinstance(value, Tensor):
         return _float32(value) if value.is_floating_point() and value.numel() > 1 else value.detach().clone()
     return copy.deepcopy(value)
-
-
-def _options(group: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a group of parameters, without the choice of a kernel."""
-    own = {k: copy.deepcopy(v) for k, v in group.items() if k not in ("params", "param_names")}
-    return own | {k: None for k in ("fused", "foreach") if k in own}
 
 
 def _skips(optimizer: Any) -> bool:

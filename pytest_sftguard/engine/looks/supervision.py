@@ -284,7 +284,13 @@ class _Audit:
         ended = sum(map(self._ends, learned))
         if not self.facts.eos or ended * 2 <= len(learned):
             return lambda row: False
-        return lambda row: len(row.ids) == longest and len(row.starts) == 1 and _supervised(row) and not self._ends(row)
+        # a pack, which ends where it is full, has the ends of other texts within
+        return lambda row: (
+            len(row.ids) == longest
+            and len(row.starts) == 1
+            and _supervised(row)
+            and not self.facts.eos.intersection(row.labels or ())
+        )
 
 
 def _offset(rows: Sequence[Row]) -> int | None:

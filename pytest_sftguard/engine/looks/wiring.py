@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from pytest_sftguard.engine.adapter import adapters, attachment, foundation, initial
+from pytest_sftguard.engine.adapter import adapters, attachment, families, foundation, initial
 from pytest_sftguard.engine.after import finiteness
 from pytest_sftguard.engine.data.rows import micro_batches
 from pytest_sftguard.engine.looks import InapplicableError, Look
@@ -25,7 +25,9 @@ class Wiring(Look[Started]):
         model = built.trainer.model
         if getattr(adapters.config_of(model), "is_prompt_learning", False):
             raise InapplicableError("the adapter is a prompt, and attached to no layer")
-        self._wiring: WiringRecord = attachment.wiring(model, built.trainer.optimizer)
+        attached = attachment.wiring(model, built.trainer.optimizer)
+        reached: dict[str, Any] = {"families": families.families(model), **families.missed(model)}
+        self._wiring: WiringRecord = dataclasses.replace(attached, **reached)
         self._start = initial.start(model)
         tensors, bad = foundation.nonfinite(model)
         self._base: dict[str, Any] = {

@@ -192,6 +192,8 @@ def rehearsal(config: RunConfig, device: HardwareProfile) -> Iterator[Rehearsal]
     """
     # tf32 takes the same bytes as float32
     mode = mode_named("fp32" if config.cell.precision == "tf32" else config.cell.precision)
+    if mode.quantisation:
+        raise PredictionError("a quantised base has no fake tensors, so that its memory is not predicted")
     arguments = {k: v for k, v in config.training_arguments.items() if k not in ("tf32", "use_cpu")}
     config, target = dataclasses.replace(config, training_arguments=arguments), resolve(config.target)
     with isolated(), tempfile.TemporaryDirectory(prefix="sftguard-") as folder:

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
-from pytest_sftguard.engine.recording import updates
+from pytest_sftguard.engine.recording import received, updates
 from pytest_sftguard.engine.recording.descent import Direction
+from pytest_sftguard.engine.recording.factors import Mismatch
+from pytest_sftguard.engine.recording.stepping import Departure
 from pytest_sftguard.engine.tensors.layouts import ordered
 from pytest_sftguard.records import NONE, Names, StepRecord
 
@@ -37,12 +39,16 @@ class Numbers:
     """Summands of the step's loss, one for each micro-batch."""
     micro: list[float]
     """Raw loss of each micro-batch."""
+    own: list[float]
+    """The loss that the model itself computed in each micro-batch; empty where it did not in all of them."""
     places: list[int]
     """Indices of the parameters that have a gradient."""
     gradient_order: Sequence[int] | None
     """Indices of the tensors in `norm` and `most`; None if the gradients were not seen."""
     norm: list[float]
     """L2 norm of each gradient."""
+    signed: list[float]
+    """Sum of each gradient's elements under fixed random signs."""
     most: list[float]
     """Largest absolute element of each gradient."""
     moved: list[float]
@@ -59,6 +65,12 @@ class Numbers:
     """Largest absolute element of each tensor after the step."""
     received: list[float] | None
     """L2 norms of the gradients that the optimizer received; None if they were not seen."""
+    received_signed: list[float]
+    """Their signed sums; empty if they were not seen, or belong to other tensors than `signed`."""
+    mismatch: Mismatch | None
+    """How far the gradients of two factors are from each other; None in a step without that look."""
+    departure: Departure | None
+    """How far the update is from the optimizer's own; None in a step without that look."""
     rates: updates.Rates | None
     """Learning rates of the tensors; None outside the Adam family."""
     dtypes: Sequence[torch.dtype]
@@ -80,10 +92,13 @@ class Numbers:
 
 
 class Gathered:
-    """Collects the numbers of steps; `weights` are the largest absolute elements of the tensors before the first."""
+    """Collects the numbers of steps of the tensors `names`.
 
-    def __init__(self, names: list[str], weights: list[float]) -> None:
-        self._names, self._weights = names, weights
+    `weights` are their largest absolute elements before the first step, and `elements` the numbers of their elements.
+    """
+
+    def __init__(self, names: list[str], weights: list[float], elements: list[int]) -> None:
+        self._names, self._weights, self._elements = names, weights, elements
         self._waiting: list[Numbers] = []
         self._records: list[StepRecord] = []
         self._first_norms: dict[str, float] = {}
@@ -119,9 +134,11 @@ class Gathered:
         usable = [True] * len(weights) if sound else [math.isfinite(w) for w in weights]
         ratio, furthest = updates.largest(seen.rates, seen.dtypes, self._names, update, self._weights, weights)
         self._weights = weights
+        parting, mismatch, departure = self._parting(seen), seen.mismatch, seen.departure
         return StepRecord(
             step=len(self._records) + 1,
             micro_losses=tuple(seen.micro),
+            model_losses=tuple(seen.own),
             loss=_added_up(seen.loss),
             grad_norm=None if seen.gradient_order is None else _hypot(seen.norm),
             max_abs_gradient=None if seen.gradient_order is None else _largest(most),
@@ -147,9 +164,27 @@ class Gathered:
             uphill_tensor=seen.direction.tensor if seen.direction else "",
             update_uncompared=seen.not_directed,
             received_grad_norm=None if seen.received is None else _hypot(seen.received),
+            parting=None if parting is None else parting.share,
+            parting_tensor="" if parting is None else parting.tensor,
+            factor_mismatch=None if mismatch is None else mismatch.share,
+            factor_layer="" if mismatch is None else mismatch.layer,
+            factors_bounded=mismatch is not None and mismatch.bounded,
+            departure=None if departure is None else departure.share,
+            departure_tensor="" if departure is None else self._names[departure.place],
             seconds=seen.seconds,
             peak_memory_bytes=seen.memory,
         )
+
+    def _parting(self, seen: Numbers) -> received.Parting | None:
+        """What happened to the gradients of single tensors between the backward pass and the optimizer."""
+        if not seen.received or not seen.received_signed or seen.gradient_order is None:
+            return None
+        every = (seen.norm, seen.signed, seen.received, seen.received_signed)
+        names = [self._names[i] for i in seen.places]
+        norm, signed, given, given_signed = (self._of_gradients(seen, n)[1] for n in every)
+        left, there = (list(zip(*pair, strict=True)) for pair in ((norm, signed), (given, given_signed)))
+        dtypes, elements = [seen.dtypes[i] for i in seen.places], [self._elements[i] for i in seen.places]
+        return received.parting(names, dtypes, elements, left, there)
 
     def _of_gradients(self, seen: Numbers, numbers: list[float]) -> tuple[list[str], list[float]]:
         """Names of the parameters with a gradient, and the number of each from `numbers`, in the same order."""

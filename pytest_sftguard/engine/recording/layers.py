@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pytest_sftguard.engine.adapter.adapters import lora_layers, other_products, product_layers
+from pytest_sftguard.engine.building import quantised
 from pytest_sftguard.engine.recording.recorder import Recorder
 from pytest_sftguard.engine.tensors.reductions import dtype_name
 
@@ -141,10 +142,12 @@ class LayerWatch:
             if not self.looking or not isinstance(output, torch.Tensor):
                 return
             device_type = output.device.type
-            what = (output.dtype, torch.is_autocast_enabled(device_type))
+            if quantised.is_rearranged(module):
+                self.recorder.rearranged.update(names)
+            what = (_arithmetic(module, output), torch.is_autocast_enabled(device_type))
             if what not in seen:
                 seen.add(what)
-                returned.setdefault(dtype_name(output.dtype), set()).add(id(module))
+                returned.setdefault(dtype_name(what[0]), set()).add(id(module))
                 if what[1]:
                     self.autocast_dtype = dtype_name(torch.get_autocast_dtype(device_type))
 
@@ -176,6 +179,15 @@ class LayerWatch:
         if not places:
             return []
         return [model.register_forward_pre_hook(remember), model.register_forward_hook(compare)]
+
+
+def _arithmetic(module: Any, output: torch.Tensor) -> torch.dtype:
+    """The type of a layer's product: that of its result, but for a quantised layer of bitsandbytes.
+
+    That one computes in its own `compute_dtype`, and returns the type of its input.
+    """
+    own, weight = getattr(module, "compute_dtype", None), getattr(module, "weight", None)
+    return own if isinstance(own, torch.dtype) and hasattr(weight, "quant_state") else output.dtype
 
 
 def _is_fused(layer: nn.Module) -> bool:

@@ -217,7 +217,7 @@ class Observer:
         )
 
         def matches(mode: Any) -> tuple[bool, ...]:
-            promised = (mode.compute_dtype, mode.autocast, mode.weights_dtype, mode.scaler, mode.name == "tf32")
+            promised = (mode.compute_dtype, mode.autocast, mode.storage_dtype, mode.scaler, mode.name == "tf32")
             return tuple(p == s for p, s in zip(promised, seen, strict=True))
 
         return max(MODES.values(), key=matches).name

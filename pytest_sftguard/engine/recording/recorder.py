@@ -25,11 +25,12 @@ from pytest_sftguard.engine.adapter.adapters import (
     reallocated,
     trainables,
 )
-from pytest_sftguard.engine.recording import descent, updates
+from pytest_sftguard.engine.recording import descent, stepping, updates
 from pytest_sftguard.engine.recording.collated import Collated
+from pytest_sftguard.engine.recording.factors import Factors
 from pytest_sftguard.engine.recording.gathering import Gathered, Numbers, finite
 from pytest_sftguard.engine.recording.moments import Moments
-from pytest_sftguard.engine.tensors.layouts import Layout, joined, l2, largest, ordered
+from pytest_sftguard.engine.tensors.layouts import Layout, Signs, joined, l2, largest, ordered
 from pytest_sftguard.engine.tensors.reductions import combined, digests, dtype_name, norms, to_host
 from pytest_sftguard.records import NONE, BaseRecord, Names, OptimizerRecord, StepRecord, TensorRecord
 
@@ -56,7 +57,8 @@ class Recorder:
         self._reallocated = [i for i, name in enumerate(self._names) if name in masked]
         self._moments = Moments(self.parameters)
         [start] = to_host([joined([largest(rows.clone()) for rows in self._start])])
-        self._gathered = Gathered(self._names, ordered(self._layout.order, start))
+        self._gathered = Gathered(self._names, ordered(self._layout.order, start), [p.numel() for p in now])
+        self._factors, self._signs = Factors(model, self.parameters), Signs()
         self._groups = updates.Groups(now)
         self.base_before = base_digests(model)
         """Digest of each base tensor before the first step."""
@@ -66,15 +68,19 @@ class Recorder:
         self.ever_used: set[str] = set()
         self.rewritten: set[str] = set()
         self._descending = _Descending()
+        self.rearranged: set[str] = set()
         self._open()
 
     def _open(self) -> None:
         self._micro_losses: list[Tensor] = []
+        self._model_losses: list[Tensor] = []
         self._returned: list[Tensor] = []
         self._places: list[int] = []
         self._gradient_order: Sequence[int] | None = None
-        self._gradients = dict.fromkeys(("scale", "norm", "most", "moved"), _NOTHING)
-        self._received: Tensor | None = None
+        self._gradients = dict.fromkeys(("scale", "norm", "signed", "most", "moved", "factors"), _NOTHING)
+        self._received = self._received_signed = _NOTHING
+        self._given: list[int] | None = None
+        self._stepping: stepping.Stepping | None = None
         self._started: float | None = None
         self._stale: tuple[list[str], Tensor] = ([], _NOTHING)
         self._had_gradients = self._cleared = False
@@ -105,15 +111,17 @@ class Recorder:
         """Record the inputs of a micro-batch of the present step."""
         self.seen_batches.add(self.taken + 1, inputs)
 
-    def micro_batch(self, loss: Tensor) -> None:
-        """Record the raw loss of a micro-batch, of any shape; its mean counts."""
+    def micro_batch(self, loss: Tensor, models: Tensor | None = None) -> None:
+        """Record the raw loss of a micro-batch, of any shape, whose mean counts, and the loss of the model's output."""
         # `zero_grad` leaves None behind, so that nothing has to be read from the device
         self._cleared = self._cleared or (self._had_gradients and all(p.grad is None for p in self._tensors))
-        self._micro_losses.append(_mean(loss))
+        self._micro_losses.append(mean(loss))
+        if models is not None:
+            self._model_losses.append(models)
 
     def micro_batch_done(self, returned: Tensor) -> None:
         """Record a summand of the step's loss."""
-        self._returned.append(_mean(returned))
+        self._returned.append(mean(returned))
         self._had_gradients = self._had_gradients or any(p.grad is not None for p in self._tensors)
 
     @torch.no_grad()
@@ -126,17 +134,20 @@ class Recorder:
         self._follow()
         self._accept_reallocation()
         self._places, layout, dense, where = self._dense_gradients()
-        norm, most = [], []
+        norm, signed, most = [], [], []
         for rows in layout.blocks(dense, where):
             norm.append(l2(rows))
+            signed.append(self._signs.total(rows))
             most.append(largest(rows))
         scale = loss_scale if scaled else None
         self._gradient_order = layout.order
         self._gradients = {
             "scale": _one(loss_scale),
             "norm": _unscaled(joined(norm), scale),
+            "signed": _unscaled(joined(signed), scale),
             "most": _unscaled(joined(most), scale),
             "moved": self._moved() if self.taken else _NOTHING,
+            "factors": self._factors.products(self.taken + 1),
         }
         self._descending.keep(dense, self._places)
 
@@ -157,9 +168,15 @@ class Recorder:
         """Record the gradients that `optimizer` receives, which are still multiplied by `loss_scale`, if any."""
         if not self.taken and optimizer is not None and descent.momentum_carried(optimizer):
             self._descending.give_up("the optimizer brought the momentum of an earlier training")
-        _, layout, dense, where = self._dense_gradients()
-        norm = joined([l2(rows) for rows in layout.blocks(dense, where)])
-        self._received = _unscaled(norm, loss_scale)
+        self._given, layout, dense, where = self._dense_gradients()
+        norm, signed = [], []
+        for rows in layout.blocks(dense, where):
+            norm.append(l2(rows))
+            signed.append(self._signs.total(rows))
+        self._received, self._received_signed = (_unscaled(joined(n), loss_scale) for n in (norm, signed))
+        if layout is self._layout and stepping.repeatable(optimizer, self._tensors, self.taken + 1):
+            assert optimizer is not None
+            self._stepping = stepping.Stepping(optimizer, layout, self._tensors, dense, loss_scale, step=self.taken + 1)
 
     @torch.no_grad()
     def after_step(
@@ -181,19 +198,25 @@ class Recorder:
             "scale_after": _one(loss_scale),
             "loss": _stacked(self._returned),
             "micro": _stacked(self._micro_losses),
+            # a step counts where the model itself computed all of its losses
+            "own": _stacked(self._model_losses if len(self._model_losses) == len(self._micro_losses) else []),
             "stale": self._stale[1],
             "update": joined(update_seen),
             "weights": joined(weights_seen),
         }
-        received = _NOTHING if self._received is None else self._received
         others = [
             self.seen_batches.due(),
             joined(least_move),
             self._moments.finite(optimizer, stepped=stepped),
-            received,
+            self._received,
+            self._received_signed,
         ]
-        *lists, collated, least, moments, given, directed = to_host([*tensors.values(), *others, products])
+        *lists, collated, least, moments, given, given_signed, directed = to_host(
+            [*tensors.values(), *others, products]
+        )
         numbers = dict(zip(tensors, lists, strict=True))
+        mismatch = self._factors.mismatch(numbers.pop("factors"))
+        departure = None if self._stepping is None else self._stepping.departure()
         direction = self._descending.direction(self._names, directed, skipped=_fell(numbers))
         self.seen_batches.take(collated)
         self._all_moved = self._all_moved or (bool(least) and all(v > 0 for v in least))
@@ -202,7 +225,11 @@ class Recorder:
         self._gathered.add(
             Numbers(
                 **numbers,
-                received=None if self._received is None else given,
+                received=given if self._given is not None else None,
+                # of other tensors they are other numbers
+                received_signed=given_signed if self._given == self._places else [],
+                mismatch=mismatch,
+                departure=departure,
                 order=self._layout.order,
                 places=self._places,
                 gradient_order=self._gradient_order,
@@ -274,7 +301,7 @@ class Recorder:
             strict=True,
         ):
             end, begin = parameter.detach().float(), start.float()
-            changed = ((move > 0) & end.isfinite()).float().mean().item() if end.numel() else 0.0
+            changed = _moved_share(name, (move > 0) & end.isfinite())
             record = TensorRecord(
                 name=name,
                 dtype=dtype_name(parameter.dtype),
@@ -310,6 +337,7 @@ class Recorder:
             digest_after=combined(after),
             changed=Names.of(sorted(changed)),
             rewritten=Names.of(sorted(self.rewritten)),
+            rearranged=Names.of(sorted(self.rearranged)),
             trainable=Names.of(n for n in base_tensors(self.model) if n in self.parameters),
         )
 
@@ -436,6 +464,20 @@ _NOTHING = torch.empty(0)
 """Stands for absent numbers; nobody writes to it."""
 
 
+def _moved_share(name: str, moved: Tensor) -> float:
+    """Share of the elements of a tensor that moved, `moved` of its shape, without units of a layer that are silent.
+
+    Behind and before a rectifier that never fires, all elements for an input of A or an output of B have no gradient.
+    That may be so for a half of them.
+    """
+    over = next((d for factor, d in (("lora_A", 0), ("lora_B", 1)) if f".{factor}." in name), None)
+    if over is not None and moved.dim() == 2:
+        alive = moved.any(over)
+        if 2 * int(alive.sum()) >= len(alive):
+            moved = moved[:, alive] if over == 0 else moved[alive]
+    return moved.float().mean().item() if moved.numel() else 0.0
+
+
 def _types(parameters: list[Tensor]) -> tuple[list[torch.dtype], list[torch.device]]:
     """Types of all parameters, and the device of the first: a model moves as a whole."""
     return [p.dtype for p in parameters], [p.device for p in parameters[:1]]
@@ -455,7 +497,7 @@ def _unscaled(numbers: Tensor, loss_scale: Tensor | None) -> Tensor:
     return numbers if loss_scale is None else numbers / loss_scale
 
 
-def _mean(loss: Tensor) -> Tensor:
+def mean(loss: Tensor) -> Tensor:
     """A copy of the mean, which later changes in place do not affect."""
     return loss.detach().clone() if loss.dim() == 0 else loss.detach().float().mean()
 

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
+from pytest_sftguard.engine.after import forwards
 from pytest_sftguard.engine.recording import scales
 from pytest_sftguard.engine.recording.first_step import FirstStep
 from pytest_sftguard.engine.recording.layers import LayerWatch
-from pytest_sftguard.engine.recording.recorder import Recorder
+from pytest_sftguard.engine.recording.recorder import Recorder, mean
 from pytest_sftguard.engine.recording.schedules import Schedule
 from pytest_sftguard.engine.surroundings import devices
 from pytest_sftguard.records import LogRecord
@@ -58,6 +59,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.micro_batches_per_epoch: int | None = None
         self.layers = LayerWatch(recorder)
         self.layers.looking = False
+        self._own_losses: list[Any] = []
+        self._forward = recorder.model.register_forward_hook(self._note_loss)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Wrap the optimizer, which accelerate has prepared by now."""
@@ -74,6 +77,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def detach(self) -> None:
         """Remove the hooks from the model; the Trainer stays wrapped."""
         self.layers.detach()
+        self._forward.remove()
 
     def settle(self) -> None:
         """Make the host copies of the batches independent of the device, which must still answer."""
@@ -96,7 +100,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if not self._in_training_step:
             return original(model, inputs, *args, **kwargs)
         self._keep(inputs)
-        self.layers.looking = True
+        self.layers.looking, self._own_losses = True, []
         try:
             with contextlib.nullcontext() if self.recorder.taken else self.first_step.watching(inputs):
                 result = original(model, inputs, *args, **kwargs)
@@ -105,8 +109,14 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         loss = result[0] if isinstance(result, tuple) else result
         if not self.recorder.taken:
             self.first_step.returned(loss)
-        self.recorder.micro_batch(loss)
+        own = self._own_losses[0] if len(self._own_losses) == 1 else None
+        self.recorder.micro_batch(loss, own)
         return result
+
+    def _note_loss(self, module: Any, args: Any, output: Any) -> None:
+        # copied at once: transformers multiplies it in place by the number of processes
+        found = forwards.loss_of(output)
+        self._own_losses.append(None if found is None else mean(found))
 
     def _keep(self, inputs: Any) -> None:
         """Record the inputs, and keep the first micro-batches: the tensors themselves.

@@ -89,11 +89,13 @@ def _groups(batches: Sequence[Any]) -> Iterator[list[int]]:
 
 
 def supervised(inputs: Any) -> Tensor | None:
-    """Number of labels that count in a batch: not those at the first position, which nothing predicts."""
+    """Number of labels that count in a batch: not those at the first position of a sequence, which nothing predicts."""
     labels = _tensor(inputs, "labels")
     if labels is None or not labels.dim():
         return None
-    return torch.as_tensor((_int64(labels)[..., 1:] != -100).sum())
+    counted = _int64(labels) != -100
+    # one label for each row is no sequence
+    return torch.as_tensor((counted[..., 1:] if labels.dim() > 1 else counted).sum())
 
 
 def _row_numbers(inputs: Any, padding: int | None) -> Any:

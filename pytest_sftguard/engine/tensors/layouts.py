@@ -20,6 +20,8 @@ _Key = TypeVar("_Key")
 _BLOCK_ELEMENTS = {"cpu": 1 << 16}
 """Largest block on a CPU: a quarter of a megabyte of float32, which stays in the cache."""
 _BLOCK_ELEMENTS_ELSEWHERE = 1 << 23
+_SIGNS = 1 << 16
+"""Number of different signs; a row of 2**32 elements needs no more."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,31 @@ def l2(rows: Tensor) -> Tensor:
 def total(rows: Tensor) -> Tensor:
     """The sum of all elements, shape (1,): finite only if all of them are, and then always unless it overflows."""
     return rows.sum(dtype=torch.promote_types(rows.dtype, torch.float32)).reshape(1)
+
+
+class Signs:
+    """Fixed signs, drawn at random once, under which the elements of rows are added up.
+
+    Such a sum changes with nearly every change of a row that leaves its norm: of an order, of a sign, of one element.
+    """
+
+    def __init__(self) -> None:
+        self._drawn: dict[torch.device, Tensor] = {}
+
+    def total(self, rows: Tensor) -> Tensor:
+        """The sum of each row, shape (rows,)."""
+        signs = self._drawn.get(rows.device)
+        if signs is None:
+            # a generator of its own leaves the training's as it is
+            drawn = torch.randint(2, (_SIGNS,), generator=torch.Generator().manual_seed(0))
+            signs = self._drawn[rows.device] = (2.0 * drawn - 1).to(rows.device)
+        wide = rows if rows.dtype == torch.float64 else rows.float()
+        count, length = wide.shape
+        whole = length - length % _SIGNS
+        # signs of signs, so that a long row needs no more of them
+        parts = (wide[:, :whole].view(count, -1, _SIGNS) * signs).sum(2)
+        sums: Tensor = (parts * signs[: parts.shape[1]]).sum(1) + (wide[:, whole:] * signs[: length - whole]).sum(1)
+        return sums
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from pytest_sftguard.matrix import Cell
 from pytest_sftguard.records import (
     DefectRecord,
     ErrorRecord,
+    FamilyRecord,
     FinitenessRecord,
     FoundationRecord,
     InitialRecord,
@@ -23,12 +25,29 @@ from pytest_sftguard.records import (
 _A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
 _B = _A.replace("lora_A", "lora_B")
 _NAMES = Names.of([_B])
+_UNLIKE: dict[str, Any] = {
+    "matched": 0,
+    "pairs": 40,
+    "shared_pairs": 0.0,
+    "offset": 1,
+    "offset_pairs": 0.1,
+    "rows_reread": 0.3,
+    "questions_reread": 0.98,
+}
+"""Prompts that share no pair of tokens with the rows of another tokenizer."""
 
 
 def FIELDS(cell: Cell, names: list[str]) -> dict[str, Any]:  # noqa: N802 - a table that needs the cell
     """What a healthy record holds of it."""
     return {
-        "wiring": WiringRecord(trainable=len(names), modules=1),
+        "wiring": WiringRecord(
+            trainable=len(names),
+            modules=1,
+            families=(
+                FamilyRecord(name="q_proj (Linear)", weights=2, adapted=2, elements=128, adapted_elements=128),
+                FamilyRecord(name="lm_head (Linear)", weights=1, adapted=0, elements=256, adapted_elements=0),
+            ),
+        ),
         "initial": InitialRecord(
             factors=1,
             init="True",
@@ -88,6 +107,11 @@ def _trip(**changes: Any) -> RunRecord:
 
 
 FAILURES: dict[str, dict[str, Any]] = {
+    "targets_reached": {
+        "fused": (_with("wiring", fused=_NAMES), "names 1 weight of experts in one tensor, .* name them in target_par"),
+        "left-out": (_with("wiring", left_out=_NAMES), "1 layer with the name of a target had no adapter"),
+        "one-digit": (_with("wiring", beyond_one_digit=_NAMES), "ends at layer 9, .* it misses 1 layer, first"),
+    },
     "trainable_set_exact": {
         "none": (_with("wiring", trainable=0), "no trainable tensor"),
         "no-module": (_with("wiring", modules=0), "attached to no module"),
@@ -169,6 +193,19 @@ FAILURES: dict[str, dict[str, Any]] = {
         ),
     },
     "prompt_is_prefix": {
+        "shifted": (
+            _with("prompts", **_UNLIKE | {"offset_pairs": 0.9}),
+            "are those of the questions .1: they share 90%",
+        ),
+        "shifted-words": (
+            _with("prompts", **_UNLIKE | {"offset": -2, "offset_pairs": 0.8, "shared_pairs": 0.3}),
+            "of the questions -2: they share 80% of 40 pairs .* and 30% as they are",
+        ),
+        "other-tokenizer": (
+            _with("prompts", **_UNLIKE),
+            "none of 40 pairs .* and 30% of their ids come back .* .98% of",
+        ),
+        "reread-nan": (_with("prompts", **_UNLIKE | {"rows_reread": math.nan}), "and nan% of their ids come back"),
         "deviating": (_with("prompts", deviating=2, example="x"), "2 of 16 rows did not begin .*: x"),
         "short": (_with("prompts", short=2), "2 of 16 rows had more before"),
         "forms": (_with("prompts", matched=0, forms=2, strange_forms=1), "1 of 2 prompt ends differed"),
@@ -185,6 +222,7 @@ FAILURES: dict[str, dict[str, Any]] = {
 _CRASHED = {"error": ErrorRecord(stage="train", type="IndexError", message="index out of range")}
 NOT_EVALUATED: dict[str, dict[str, Any]] = {
     "trainable_set_exact": {"lost": (_unlooked("wiring", "wiring"), "left nothing to judge by")},
+    "targets_reached": {"lost": (_unlooked("wiring", "wiring"), "left nothing to judge by")},
     "optimizer_owns_trainables": {
         "no-optimizer": (_healthy(optimizer=None), "no optimizer was seen"),
         "not-seen": (_with("optimizer", owns_trainables=None), "no optimizer was seen"),
@@ -224,6 +262,12 @@ NOT_EVALUATED: dict[str, dict[str, Any]] = {
 }
 
 THRESHOLDS: dict[tuple[str, str], Any] = {
+    ("prompt_is_prefix", "min_shifted"): (
+        _with("prompts", **_UNLIKE | {"offset_pairs": 0.5, "rows_reread": 1.0}),
+        0.4,
+        0.05,
+    ),
+    ("prompt_is_prefix", "min_reread"): (_with("prompts", **_UNLIKE), 0.9, -0.09),
     ("identity_at_init", "rounded_rtol"): (
         _with("initial", identical=False, changed_logits=9, max_logit_change=0.5, max_abs_logit=1.0),
         0.0,
@@ -240,4 +284,6 @@ OPTIONAL = {
     "initial.loaded": "matters only where both factors of a pair start away from zero",
     "initial.max_abs_logit": "matters only where the start is neutral but for rounding",
     "round_trip.other_seed": "None where a toy base is drawn from the seed as a whole",
+    "round_trip.finiteness.tokens": "None where the rows are not of tokens alone",
+    "wiring.families[]": "printed for the reader; nothing is judged by it",
 }

@@ -9,12 +9,14 @@ from typing import Any
 from pytest_sftguard.matrix import Cell
 from pytest_sftguard.precision import mode_named
 from pytest_sftguard.records import (
+    AnsweringRecord,
     ComparisonRecord,
     ContextRecord,
     DecodingRecord,
     DifferenceRecord,
     EvaluationRecord,
     GenerationRecord,
+    KeptRecord,
     LookRecord,
     Names,
     PathRecord,
@@ -53,8 +55,20 @@ def FIELDS(cell: Cell, names: list[str]) -> dict[str, Any]:  # noqa: N802 - one 
                 PathRecord(name="plain loss", loss=4.0, max_change=1e-7, tensor=A),
             ),
         ),
-        "evaluation": EvaluationRecord(batches=2, rows=8),
+        "evaluation": EvaluationRecord(batches=2, rows=8, repeat_change=0.0),
+        "kept": KeptRecord(
+            metric="eval_loss",
+            greater_is_better=False,
+            loads=True,
+            steps=(1, 2, 3),
+            values=(4.0, 2.0, 3.0),
+            losses=(4.0, 2.0, 3.0),
+            best_metric=2.0,
+            kept_step=2,
+            compared=len(names),
+        ),
         "decoding": DecodingRecord(arithmetic="float32", prompts=4, padded=3, max_change=1e-7, repeated=True),
+        "answering": AnsweringRecord(prompts=4, forwards=8, compared=4, max_change=1e-7, left_change=0.0),
     }
 
 
@@ -111,6 +125,30 @@ def decoded(**changes: Any) -> RunRecord:
     return within(healthy(), "decoding", **changes)
 
 
+def answering(**changes: Any) -> RunRecord:
+    """A healthy record with `changes` in what was seen of the target's own `generate`."""
+    return within(healthy(), "answering", **changes)
+
+
+def kept(**changes: Any) -> RunRecord:
+    """A healthy record with `changes` in what was seen of the checkpoint that is kept."""
+    return within(healthy(), "kept", **changes)
+
+
+def named(metric: str, *, greater: bool, values: tuple[float, ...] = (9.0, 5.0, 4.0, 3.0, 2.0)) -> RunRecord:
+    """A record of five evaluations whose losses fall and whose first or last checkpoint is kept by `metric`."""
+    best = max(values) if greater else min(values)
+    return kept(
+        metric=metric,
+        greater_is_better=greater,
+        steps=(1, 2, 3, 4, 5),
+        values=values,
+        losses=(5.0, 4.0, 3.0, 2.0, 1.0),
+        best_metric=best,
+        kept_step=values.index(best) + 1,
+    )
+
+
 def parted(margin: float | None) -> tuple[DifferenceRecord, ...]:
     """One prompt that is answered otherwise in a batch, at a place with this margin."""
     return (DifferenceRecord(prompt="1 + 1 =", position=0, margin=margin, alone="2", batched="3"),)
@@ -124,6 +162,44 @@ def looked(name: str, **changes: Any) -> RunRecord:
 
 
 FAILURES = {
+    "kept_checkpoint_is_best": {
+        "loss-maximised": (named("eval_loss", greater=True), "greater_is_better is True, and eval_loss is better the"),
+        "own-loss-maximised": (named("eval_ner_loss", greater=True), "keeps the worst of its 5 evaluations"),
+        "perplexity-by-default": (named("eval_perplexity", greater=True), "eval_perplexity is better the other way"),
+        "accuracy-minimised": (named("eval_accuracy", greater=False), "greater_is_better is False"),
+        "unknown-follows-the-loss": (
+            named("eval_distance", greater=True),
+            "follows the evaluation loss .rank correlation 1.00.: the checkpoint of step 1",
+        ),
+        "unknown-against-the-loss": (
+            named("eval_agreement", greater=False, values=(1.0, 2.0, 3.0, 4.0, 5.0)),
+            "rank correlation -1.00.: the checkpoint of step 1 has the highest",
+        ),
+        "other-value": (kept(best_metric=1.0), "holds 1 for the best eval_loss, and its evaluations gave 2"),
+        "no-value": (kept(best_metric=None), "for the best eval_loss, and its evaluations gave 2"),
+        "value-nan": (kept(best_metric=NAN), "holds nan for the best"),
+        "other-step": (kept(kept_step=3), "was that of step 2, and the checkpoint that is kept is of step 3"),
+        "none-kept": (kept(kept_step=None, compared=0), "the checkpoint that is kept is of no step"),
+        "gone": (kept(gone=True, compared=0), "no longer exists at the end"),
+        "not-loaded": (kept(differing=Names.of([A])), "are not those of the best checkpoint"),
+    },
+    "evaluation_is_still": {
+        "dropout": (evaluated(dropouts=Names.of(["layers.0"])), "dropout was active in evaluations: layers.0"),
+        "not-repeated": (evaluated(repeat_change=0.1), "has two losses"),
+        "repeat-nan": (evaluated(repeat_change=NAN), "has two losses"),
+    },
+    "answers_from_adapter": {
+        "base": (answering(max_change=0.3, as_base=3), "answers with the base: the first scores of 3 of 4 prompts"),
+        "little-of-the-base": (answering(max_change=1e-3, as_base=4), "of 4 of 4 prompts are those"),
+        "other-scores": (answering(max_change=0.5), "are not the adapter's own for the same tokens"),
+        "scores-nan": (answering(max_change=NAN), "are not the adapter's own"),
+        "truncated": (answering(truncated=2, truncated_example="3 of 9 tokens"), "part of 2 of 4 prompts .3 of 9 tok"),
+        "dropout": (answering(dropouts=Names.of(["layers.0.dropout"])), "was active in .*: layers.0.dropout; it must"),
+        "left-training": (answering(left_training=True), "left the model in training mode"),
+        "left-changed": (answering(left_change=0.5, compared=0, max_change=None), "left another model than it was"),
+        "left-nan": (answering(left_change=NAN, compared=0, max_change=None), "left another model than it was"),
+        "sampled": (answering(resampled=3), "samples: 3 of 4 answers changed with the random seed"),
+    },
     "context_independence": {
         "packs": (compared(max_change=1.1, packed=4), "as trained on under sdpa .* see each other"),
         "padded": (
@@ -208,6 +284,14 @@ NOT_EVALUATED = {
 }
 
 THRESHOLDS = {
+    ("evaluation_is_still", "limit"): (evaluated(repeat_change=0.1), 0.0, 0.01),
+    ("kept_checkpoint_is_best", "min_correlation"): (
+        named("eval_distance", greater=True, values=(9.0, 4.0, 5.0, 3.0, 2.0)),
+        0.0,
+        0.2,
+    ),
+    ("kept_checkpoint_is_best", "min_evaluations"): (named("eval_distance", greater=True), 0, 1),
+    ("answers_from_adapter", "limit"): (answering(max_change=0.1), 0.0, 0.01),
     ("context_independence", "float32_limit"): (of_type("float32", 0.5), 0.0, 0.1),
     ("context_independence", "tf32_limit"): (of_type("tf32", 0.5), 0.0, 0.1),
     ("context_independence", "float16_limit"): (of_type("float16", 0.5), 0.0, 0.1),
@@ -228,4 +312,6 @@ THRESHOLDS = {
 
 OPTIONAL = {
     "paths.switched[]": "names what the training uses, for the message alone",
+    "evaluation.repeat_change": "None where no batch has a finite loss, which is another invariant's affair",
+    "kept.losses[]": "matters only where the name of the metric does not say which direction is better",
 }

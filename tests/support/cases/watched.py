@@ -166,6 +166,9 @@ NOT_EVALUATED: dict[str, dict[str, tuple[Any, ...]]] = {
     "loss_in_float32": {
         "no-loss": (dataclasses.replace(_healthy(), steps=(), log=()), "no optimizer step was seen"),
     },
+    "base_bit_frozen": {
+        "lost-during": (_unlooked("base_during"), "`base_during` left nothing to judge by"),
+    },
     "rows_not_repeated": {
         "lost": (_unlooked("batches"), "left nothing to judge by"),
     },
@@ -278,6 +281,7 @@ THRESHOLDS: dict[tuple[str, str], Any] = {
 OPTIONAL = {
     "steps[].update_cosine": "None in all steps but the first that moved, and where momentum was brought along",
     "batches.rows[]": "the number of rows is one for all micro-batches but the last of an epoch",
+    "randomness.evaluating": "None where the training calls a part of the model alone",
     "batches.loader_rows": "not every data loader tells",
     "batches.dataset_rows": "a stream has no length",
     "base_during.steps[]": "a run of one step is looked at once",

@@ -1,0 +1,129 @@
+"""B22: the loss that is trained on is the one that the model computed."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pytest_sftguard import verdicts
+from pytest_sftguard.records import RunRecord
+from pytest_sftguard.verdicts import Finding, General, Invariant
+
+_LEAST = 3
+"""Number of different losses from which on a rule that they all follow is no accident."""
+_COARSEST, _FINEST = 1, 12
+"""Significant bits of a rounded loss; all of several losses have 12 by accident once in ten million times."""
+
+
+class Reason(verdicts.Reason):
+    """How the loss is changed on its way, or why that cannot be told."""
+
+    MULTIPLIED = "compute_loss returns {observed:.6g} times the loss that the model computed, in every micro-batch"
+    MULTIPLIED_AT_TIMES = (
+        "compute_loss returns {observed:.6g} times the loss that the model computed in {count} of"
+        " {total:# micro-batch}, and the model's own in the others"
+    )
+    SHIFTED = "compute_loss returns the loss that the model computed plus {observed:.6g}, in every micro-batch"
+    SHIFTED_AT_TIMES = (
+        "compute_loss returns the loss that the model computed plus {observed:.6g} in {count} of"
+        " {total:# micro-batch}, and the model's own in the others"
+    )
+    ROUNDED = (
+        "compute_loss returns the loss that the model computed rounded to {observed} significant bits, in {count} of"
+        " {total:# micro-batch}"
+    )
+    NOT_SEEN = "the loss is not that of one forward pass of the model"
+    TOO_FEW = "{observed:# different loss} tell too little of how compute_loss changes the model's own"
+    OWN = "compute_loss computes a loss of its own beside the model's"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossIsTheModels(Invariant):
+    """What `compute_loss` returns for a micro-batch is the loss in the model's output, unless it is another loss.
+
+    Another loss, such as one with weights, a penalty or a teacher, is in no fixed relation to the model's own. A
+    multiple of it, or a sum with a constant, is the same loss changed on the way: divided twice by the accumulation,
+    negated, scaled from some step on. The loss of transformers' own `compute_loss`, which multiplies it by the number
+    of processes, is taken as it is.
+    """
+
+    rtol: float = 1e-5
+    """Largest relative difference of two float32 losses that are one: 25 times what their roundings make of a factor,
+    so that a small term that comes along is told apart from a factor."""
+    half_rtol: float = 0.1
+    """The same of losses in half precision."""
+
+    code: ClassVar[str] = "B22"
+
+    def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
+        """Compare each pair, and look for the rule that those which differ have in common."""
+        if not record.steps:
+            yield self.not_evaluated(General.NO_STEP, required=False)
+            return
+        pairs = [
+            (s.step, loss, own)
+            for s in record.steps
+            for loss, own in zip(s.micro_losses, s.model_losses or (math.nan,) * len(s.micro_losses), strict=False)
+            # that a loss is not finite is for raw_loss_finite to say
+            if math.isfinite(loss) and math.isfinite(own)
+        ]
+        if not pairs:
+            yield self.not_evaluated(Reason.NOT_SEEN, required=False)
+            return
+        half = record.first_step is not None and record.first_step.loss_dtype in ("bfloat16", "float16")
+        rtol = self.half_rtol if half else self.rtol
+        others = [(step, loss, own) for step, loss, own in pairs if not abs(loss - own) <= rtol * abs(own)]
+        if others and not (record.first_step is not None and record.first_step.model_loss):
+            yield self._rule(others, len(pairs), rtol)
+
+    def _rule(self, others: Sequence[tuple[int, float, float]], total: int, rtol: float) -> Finding:
+        """What the losses that differ from the model's have in common; not evaluated where it is nothing."""
+        seen = {"step": others[0][0], "limit": 0, "count": len(others), "total": total}
+        always = len(others) == total
+        bits = _rounded([(loss, own) for _, loss, own in others])
+        if bits is not None:
+            return self.failed(Reason.ROUNDED, observed=bits, **(seen | {"limit": 24}))
+        if len({own for *_, own in others}) < _LEAST:
+            return self.not_evaluated(Reason.TOO_FEW, required=False, observed=len({own for *_, own in others}))
+        factors = [loss / own for _, loss, own in others if own]
+        if len(factors) == len(others) and _alike([f - 1 for f in factors], rtol / 25):
+            reason = Reason.MULTIPLIED if always else Reason.MULTIPLIED_AT_TIMES
+            return self.failed(reason, observed=statistics.median(factors), **(seen | {"limit": 1}))
+        sums = [loss - own for _, loss, own in others]
+        # a difference of two losses has their roundings
+        largest = max(abs(x) for _, loss, own in others for x in (loss, own))
+        if _alike(sums, rtol / 25 * largest):
+            reason = Reason.SHIFTED if always else Reason.SHIFTED_AT_TIMES
+            return self.failed(reason, observed=statistics.median(sums), **seen)
+        return self.not_evaluated(Reason.OWN, required=False)
+
+
+def _alike(numbers: Sequence[float], noise: float) -> bool:
+    """Whether all are one number, well away from 0, but for `noise`: a term that follows the loss varies by more."""
+    middle = statistics.median(numbers)
+    return abs(middle) >= 20 * noise and max(numbers) - min(numbers) <= noise + 1e-3 * abs(middle)
+
+
+def _rounded(pairs: Sequence[tuple[float, float]]) -> int | None:
+    """Significant bits of the first numbers, if they are the second ones rounded to so many; None if they are not."""
+    if len({own for _, own in pairs}) < _LEAST:
+        return None
+    largest = max(abs(own) for _, own in pairs)
+    return next(
+        (
+            bits
+            for bits in range(_COARSEST, _FINEST + 1)
+            # the smaller ones have fewer where all are multiples of one number
+            if all(_has_bits(loss, bits) and abs(loss - own) <= largest * 2**-bits for loss, own in pairs)
+        ),
+        None,
+    )
+
+
+def _has_bits(number: float, bits: int) -> bool:
+    """Whether a float32 number has no more significant bits, but for its last two."""
+    mantissa, _ = math.frexp(number)
+    return bool(abs(mantissa - round(mantissa * 2**bits) / 2**bits) <= 2**-22)
