@@ -68,6 +68,7 @@ _OF_INVARIANTS: Mapping[str, Station] = {
     "merge_equivalence": Station.MERGING,
     "eval_and_decode_finite": Station.ANSWERS,
     "decode_batch_invariance": Station.ANSWERS,
+    "generation_follows_logits": Station.ANSWERS,
     "strict_answers": Station.ANSWERS,
     "answers_beat_base": Station.ANSWERS,
     "stops": Station.ANSWERS,

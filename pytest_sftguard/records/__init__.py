@@ -9,6 +9,7 @@ from pytest_sftguard.records.answers import (
     BaseAnswersRecord,
     DecodingRecord,
     DifferenceRecord,
+    FollowingRecord,
     GenerationRecord,
     ParserRecord,
 )

@@ -14,6 +14,7 @@ from pytest_sftguard.records.answers import (
     AnswerRecord,
     BaseAnswersRecord,
     DecodingRecord,
+    FollowingRecord,
     GenerationRecord,
     ParserRecord,
 )
@@ -193,6 +194,8 @@ class RunRecord:
     """Raw losses of the evaluation set; None without the look `evaluation`."""
     generation: GenerationRecord | None = None
     """The scores from which the answers were decoded; None if no question was asked."""
+    following: FollowingRecord | None = None
+    """The answers against one forward pass; None without the look `following`."""
     decoding: DecodingRecord | None = None
     """Answers in a batch and alone; None without the look `decoding`."""
     answering: AnsweringRecord | None = None

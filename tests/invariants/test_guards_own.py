@@ -29,6 +29,8 @@ FILLED = {
     "base_during": ("base_during",),
     "reach": ("reach",),
     "checkpoints": ("checkpoint",),
+    "continuing": ("following",),
+    "following": ("following",),
     "large_checkpoints": ("checkpoint",),
     "first_batch": ("derivative", "footprint", "aim", "future"),
     "randomness": ("randomness",),

@@ -1,14 +1,15 @@
-"""Targets whose checkpoints do not give back what was saved, and sound ones that look like them."""
+"""Targets whose checkpoints or answers are not what they should be, and sound ones that look like them."""
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import LogitsProcessor, LogitsProcessorList, Trainer
 
 from pytest_sftguard.engine.models.sums import build_trainer as sums
 from pytest_sftguard.engine.models.sums import parse_answer, questions
@@ -116,4 +117,77 @@ def watched(**arguments: Any) -> Trainer:
         HELD.update(trainer=trainer, scaler=scaler and scaler.state_dict(), saved=copy.deepcopy(states))
 
     trainer._save_optimizer_and_scheduler = save
+    return trainer
+
+
+def _scores(change: Callable[[torch.Tensor], torch.Tensor], arguments: dict[str, Any]) -> Trainer:
+    """A Trainer whose model generates with changed scores: each model of the target does, the reloaded one too."""
+
+    class Changed(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            return change(scores)
+
+    trainer = sums(**arguments)
+    plain = trainer.model.get_base_model()
+    original = plain.generate
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, logits_processor=LogitsProcessorList([Changed()]), **kwargs)
+
+    plain.generate = generate
+    return trainer
+
+
+def scores_negated_in_part(**arguments: Any) -> Trainer:
+    """Generation negates every second score."""
+    signs = torch.tensor([1.0, -1.0]).repeat(32)[:64]
+    return _scores(lambda scores: scores * signs[: scores.shape[-1]], arguments)
+
+
+def scores_rounded(**arguments: Any) -> Trainer:
+    """Generation rounds scores to multiples of 8."""
+    return _scores(lambda scores: 8 * (scores / 8).round(), arguments)
+
+
+def answers_of_the_row_above(**arguments: Any) -> Trainer:
+    """Generation gives each row the scores of its neighbour."""
+    return _scores(lambda scores: scores.roll(1, 0), arguments)
+
+
+def cache_shifted(**arguments: Any) -> Trainer:
+    """Generation counts its places from one too many, once there is a cache."""
+    trainer = sums(**arguments)
+    plain = trainer.model.get_base_model()
+    original = plain.forward
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        ids = kwargs.get("input_ids")
+        if ids is not None and ids.shape[1] == 1 and kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = kwargs["position_ids"] + 5
+        return original(*args, **kwargs)
+
+    plain.forward = forward
+    return trainer
+
+
+def scores_scaled(**arguments: Any) -> Trainer:
+    """Generation scales scores, which leaves their order as it is."""
+    return _scores(lambda scores: 3.0 * scores, arguments)
+
+
+def penalised(**arguments: Any) -> Trainer:
+    """The model's generation_config penalises and forbids tokens."""
+    trainer = sums(**arguments)
+    settings = trainer.model.get_base_model().generation_config
+    settings.repetition_penalty, settings.no_repeat_ngram_size = 1.3, 2
+    settings.min_new_tokens, settings.suppress_tokens, settings.begin_suppress_tokens = 3, [14, 15], [20]
+    settings.bad_words_ids, settings.sequence_bias = [[21], [22, 23]], [[[24], -5.0]]
+    return trainer
+
+
+def with_beams(**arguments: Any) -> Trainer:
+    """The model's generation_config searches with beams."""
+    trainer = sums(**arguments)
+    trainer.model.get_base_model().generation_config.num_beams = 2
     return trainer
