@@ -30,9 +30,12 @@ _QUICK = (
     "base_during",
     "reach",
     "kept_checkpoint",
+    "checkpoints",
+    "following",
 )
 _STANDARD = (
     *_QUICK,
+    "large_checkpoints",
     "replay",
     "context",
     "paths",
@@ -41,11 +44,12 @@ _STANDARD = (
     "base_answers",
     "decoding",
     "answering",
+    "continuing",
     "merging",
 )
 
 TIERS: dict[str, Tier] = {
-    # the training, and what model, data and file show without another forward pass
+    # the training, and what model, data, file and answers show, with one forward pass over the answers
     "quick": Tier(_QUICK),
     # a few more forward passes and short runs
     "standard": Tier(_STANDARD, ("fp32", "batch_split")),

@@ -92,6 +92,7 @@ ASSERTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "loss_divided_by_unshifted_labels": (("loss",), ("scale",)),
     "replicas_average_means": ((), ANY),
     "resume_loses_scale": ((), ANY),
+    "checkpoint_changes_state": (("checkpoint",), ANY),
     "resume_loses_state": (("checkpoint",), ANY),
     "not_repeatable": ((), ANY),
     # the stations that evidence isolates

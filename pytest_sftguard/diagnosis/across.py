@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, hint, shown_by, sign
 from pytest_sftguard.diagnosis.mechanism import Mechanism
 from pytest_sftguard.invariants import batch_split_equivalence as split
-from pytest_sftguard.invariants import replica_equivalence, rerun_bit_equal, resume_equivalence
+from pytest_sftguard.invariants import checkpoint_round_trip, replica_equivalence, rerun_bit_equal, resume_equivalence
 from pytest_sftguard.records import FirstStepRecord, RunRecord
 
 _CLOSE = 1e-4
@@ -195,7 +195,13 @@ def _resume_optimizer(case: Case) -> list[Clue]:
     found = case.failed(resume_equivalence.Reason.DIFFERS)
     # loss and gradient are compared before it, and were the same
     same = [f for f in found if f.evidence.get("name") == "max_update"]
-    return [decisive(f) for f in [*case.failed(resume_equivalence.Reason.SCHEDULE), *same][:1]]
+    lost = case.failed(checkpoint_round_trip.Reason.NOT_LOADED)
+    return [decisive(f) for f in [*lost, *case.failed(resume_equivalence.Reason.SCHEDULE), *same][:1]]
+
+
+def _checkpoint_changes(case: Case) -> list[Clue]:
+    reason = checkpoint_round_trip.Reason
+    return [decisive(f) for f in case.failed(reason.CHANGED, reason.ADDED)[:1]]
 
 
 def _resume_elsewhere(case: Case) -> list[Clue]:
@@ -311,6 +317,13 @@ ACROSS: tuple[Mechanism, ...] = (
         "the resumed run starts with another loss scale than the interrupted one had",
         "save and load scaler.pt with the checkpoint",
         shown_by(resume_equivalence.Reason.SCALE),
+    ),
+    Mechanism(
+        "checkpoint_changes_state",
+        "the state of the optimizer that is loaded from a checkpoint is not the one that was saved",
+        "look at what overrides or wraps _save_optimizer_and_scheduler, _load_optimizer_and_scheduler and the"
+        " optimizer's load_state_dict",
+        _checkpoint_changes,
     ),
     Mechanism(
         "resume_loses_state",

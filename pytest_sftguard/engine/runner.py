@@ -149,7 +149,7 @@ class _Cell:
         pairs = reloaded.target.pairs(config.questions, tokenizer)
         self.seen["questions"] = len(pairs)
         budget = generation.budget(reloaded.batches)
-        asked = generation.ask(reloaded.reloaded_model, tokenizer, reloaded.target, pairs, budget)
+        asked = generation.ask(reloaded.reloaded_model, tokenizer, reloaded.target, pairs, budget, reloaded.answered)
         self.seen["answers"], self.seen["generation"] = asked
         self.seen["parser"] = parsing.tried(reloaded.target, tokenizer, pairs, reloaded.batches)
 

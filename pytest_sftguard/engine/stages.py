@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from pytest_sftguard.engine.adapter.foundation import Loads
 from pytest_sftguard.engine.after import forwards
@@ -143,3 +143,5 @@ class Reloaded(Rebuilt):
 
     reloaded_model: nn.Module
     """The base with the loaded adapter, in evaluation mode."""
+    answered: list[tuple[list[str], Tensor]] = field(default_factory=list)
+    """Prompts, and their ids with the answers', (prompts, tokens): greedy generation keeps them here for the looks."""

@@ -9,9 +9,11 @@ from pytest_sftguard.records.answers import (
     BaseAnswersRecord,
     DecodingRecord,
     DifferenceRecord,
+    FollowingRecord,
     GenerationRecord,
     ParserRecord,
 )
+from pytest_sftguard.records.checkpoint import CheckpointRecord
 from pytest_sftguard.records.comparisons import (
     ComparisonRecord,
     ContextRecord,

@@ -84,6 +84,32 @@ class GenerationRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FollowingRecord:
+    """Answers, token by token, against the scores of one forward pass over prompt and answer."""
+
+    arithmetic: str
+    """Type in which the scores were computed: `float32`, `tf32`, `bfloat16` or `float16`."""
+    answers: int
+    """Number of answers."""
+    tokens: int
+    """Number of their tokens, end tokens included."""
+    other: int = 0
+    """Number of tokens that had not the best score, both in the batch and without padding."""
+    unscored: int = 0
+    """Number of tokens whose scores were not finite."""
+    below: float | None = None
+    """Largest distance of such a token below the best one, relative to the largest score; None if all had the best."""
+    prompt: str = ""
+    """End of the prompt of that token."""
+    place: int = 0
+    """Its place in the answer, from 1."""
+    token: str = ""
+    """Its text."""
+    best: str = ""
+    """Text of the token with the best score there."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DifferenceRecord:
     """A prompt whose answer in a batch is not its answer alone."""
 

@@ -14,9 +14,11 @@ from pytest_sftguard.records.answers import (
     AnswerRecord,
     BaseAnswersRecord,
     DecodingRecord,
+    FollowingRecord,
     GenerationRecord,
     ParserRecord,
 )
+from pytest_sftguard.records.checkpoint import CheckpointRecord
 from pytest_sftguard.records.comparisons import ContextRecord, MergeRecord, PathsRecord, RoundTripRecord
 from pytest_sftguard.records.encoding import RecordError, decode, encode, read_json, write_text
 from pytest_sftguard.records.micro_batch import AimRecord, DerivativeRecord, FootprintRecord, FutureRecord
@@ -162,6 +164,8 @@ class RunRecord:
     """The base inside `train()`; None without the look `base_during`."""
     reach: ReachRecord | None = None
     """The adapted layers that a token passed through; None without the look `reach`."""
+    checkpoint: CheckpointRecord | None = None
+    """A checkpoint saved and loaded; None without the look `checkpoints`."""
     prompts: PromptsRecord | None = None
     """The prompts of generation; None without the look `prompts`."""
     schedule: ScheduleRecord | None = None
@@ -190,6 +194,8 @@ class RunRecord:
     """Raw losses of the evaluation set; None without the look `evaluation`."""
     generation: GenerationRecord | None = None
     """The scores from which the answers were decoded; None if no question was asked."""
+    following: FollowingRecord | None = None
+    """The answers against one forward pass; None without the look `following`."""
     decoding: DecodingRecord | None = None
     """Answers in a batch and alone; None without the look `decoding`."""
     answering: AnsweringRecord | None = None

@@ -305,6 +305,7 @@ ELSEWHERE = {
     "loss_divided_by_unshifted_labels",
     "replicas_average_means",
     "replicas_train_apart",
+    "checkpoint_changes_state",
     "resume_loses_scale",
     "resume_loses_state",
     "resume_sees_other_rows",

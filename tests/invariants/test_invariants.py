@@ -20,7 +20,7 @@ from pytest_sftguard.verdicts import Finding, Outcome
 from tests.strategies import healthy_records, non_finite
 from tests.support import canned
 from tests.support.canned import HEAD, A, B, healthy, lost, with_step, with_steps, with_tensor, within
-from tests.support.cases import first_batch, gathered
+from tests.support.cases import ends, first_batch, gathered
 
 BUILT_IN = {i.name: i for i in load_invariants()}
 SCALED = Cell("fp16-mixed", 2, 1)
@@ -400,7 +400,7 @@ MAY_BE_MISSING = {
 }
 
 
-MAY_BE_MISSING |= first_batch.MAY_BE_MISSING
+MAY_BE_MISSING |= first_batch.MAY_BE_MISSING | ends.MAY_BE_MISSING
 
 
 @pytest.mark.parametrize(("name", "record"), MAY_BE_MISSING.values(), ids=MAY_BE_MISSING)

@@ -22,12 +22,17 @@ _TOKENS_OF_A_LOOP = 8
 
 
 def ask(
-    model: nn.Module, tokenizer: Any, target: Target, pairs: list[tuple[str, float]], budget: int = _MAX_NEW_TOKENS
+    model: nn.Module,
+    tokenizer: Any,
+    target: Target,
+    pairs: list[tuple[str, float]],
+    budget: int = _MAX_NEW_TOKENS,
+    kept: list[tuple[list[str], Tensor]] | None = None,
 ) -> tuple[tuple[AnswerRecord, ...], GenerationRecord | None]:
     """Answers of `model` to the prompts of `pairs`, and a record of the scores behind them; None without a question.
 
-    Greedy, so that a run can be repeated. Raises TargetError if the target has questions but no `parse_answer` or
-    tokenizer.
+    Greedy, so that a run can be repeated; `kept` receives the prompts, and the ids that the guard itself has generated.
+    Raises TargetError if the target has questions but no `parse_answer` or tokenizer.
     """
     if not pairs:
         return (), None
@@ -40,6 +45,8 @@ def ask(
             stopped: list[bool | None] = [None] * len(texts)
         else:
             output, width = generated(model, tokenizer, target, prompts, max_new_tokens=budget)
+            if kept is not None:
+                kept.append((prompts, output))
             ids = output[:, width:]
             texts, zero_ids = tokenizer.batch_decode(ids, skip_special_tokens=True), _zero_ids(model, ids)
             ends = end_tokens(model, tokenizer)
