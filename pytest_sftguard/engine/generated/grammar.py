@@ -33,7 +33,7 @@ class Station:
     graph: bool = False
     """Whether gradients flow back through the value, so that an older one cannot take its place."""
     needs: str = ""
-    """Property that a training must have: `scaler`, `clipping`, `questions`; empty if any will do."""
+    """Property that a training must have: `scaler`, `clipping`, `questions`, `answers`; empty if any will do."""
 
 
 STATIONS: dict[str, Station] = {
@@ -109,7 +109,7 @@ STATIONS: dict[str, Station] = {
             value="the logit vector of {} in generation",
             whom=("row", "all"),
             stepwise=False,
-            needs="questions",
+            needs="answers",
         ),
     )
 }
@@ -207,6 +207,7 @@ class Setting:
             "scaler": self.precision == "fp16-mixed",
             "clipping": self.clips,
             "questions": self.target.startswith(_SUMS),
+            "answers": self.asks,
         }
         return found[need]
 
