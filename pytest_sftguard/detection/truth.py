@@ -79,6 +79,7 @@ ASSERTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "prompt_supervised": (("labels",), ("shift", "stale", "freeze")),
     "duplicate_bos": (("data", "collator"), ("repeat", "shift")),
     "token_id_out_of_range": ((), ANY),
+    "mask_hides_tokens": (("mask",), ANY),
     "rows_truncated": (("data", "collator"), ("drop",)),
     "wrong_labels": (("data", "labels", "collator"), ANY),
     "prompt_tokens_differ": (("data", "collator"), ANY),

@@ -251,6 +251,12 @@ def _nonfinite_batch(case: Case) -> list[Clue]:
 
 DATA: tuple[Mechanism, ...] = (
     Mechanism(
+        "mask_hides_tokens",
+        "the attention mask hides tokens of the rows, which the others then do not see",
+        "look at what builds the mask: it is 1 at each token of a row and 0 at the padding alone",
+        shown_by(_Defect.HIDDEN_TOKENS),
+    ),
+    Mechanism(
         "all_labels_masked",
         "whole batches have no supervised token, so that there is nothing to learn from",
         "look at the labels of the first batches: truncation, a template that is not found, or an empty assistant mask",

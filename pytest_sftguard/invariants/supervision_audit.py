@@ -34,6 +34,7 @@ class Reason(verdicts.Reason):
     WRONG_ANSWER = _ROWS + "held one of the target's questions and did not supervise its answer" + _SUCH_AS
     ENDLESS = _ROWS + "held one of the target's questions and did not supervise an end token" + _SUCH_AS
     PADDING_SUPERVISED = _ROWS + "supervised padding" + _SUCH_AS
+    HIDDEN_TOKENS = _ROWS + "had tokens that the attention mask hides" + _SUCH_AS
     OTHER = _ROWS + "had the defect {defect}" + _SUCH_AS
 
 

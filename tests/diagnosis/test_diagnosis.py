@@ -148,6 +148,7 @@ DATA = {
     "labels_misplaced": defective("mismatched", offset=-1),
     "labels_are_not_the_rows_tokens": defective("mismatched"),
     "end_token_not_supervised": defective("endless"),
+    "mask_hides_tokens": defective("hidden_tokens"),
     "prompt_supervised": defective("prompt_supervised"),
     "duplicate_bos": defective("doubled_bos", rows=16),
     "rows_changed_on_the_way": within(defective("mismatched"), "supervision", strange_inputs=8),

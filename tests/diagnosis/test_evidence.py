@@ -108,6 +108,7 @@ DECISIVE = {
     # the labels and tokens themselves were read
     "supervision_audit.unsupervised": {"rows_without_labels"},
     "supervision_audit.mismatched": {"labels_are_not_the_rows_tokens"},
+    "supervision_audit.hidden_tokens": {"mask_hides_tokens"},
     "supervision_audit.unknown_id": {"token_id_out_of_range"},
     "supervision_audit.unknown_label": {"token_id_out_of_range"},
     "supervision_audit.truncated": {"rows_truncated"},

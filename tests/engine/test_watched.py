@@ -26,6 +26,8 @@ SEEN: dict[str, tuple[str, int | None]] = {
     "stale_batch": ("rows_not_repeated", 2),
     "pictures_served_twice": ("rows_not_repeated", 2),
     "padding_supervised": ("supervision_audit", 1),
+    "mask_with_holes": ("supervision_audit", 1),
+    "mask_shifted": ("supervision_audit", 1),
     "padding_supervised_without_a_mask": ("supervision_audit", 1),
     "tokens_classified_on_padding": ("supervision_audit", 1),
     "head_read_past": ("adapter_reached", None),

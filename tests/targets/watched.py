@@ -311,6 +311,21 @@ def padding_supervised_without_a_mask(**arguments: Any) -> Trainer:
     return built(arguments, collator=_relabelled(change))
 
 
+def mask_with_holes(**arguments: Any) -> Trainer:
+    """The mask hides every fifth token of each row."""
+
+    def change(batch: dict[str, torch.Tensor]) -> None:
+        batch["attention_mask"] = batch["attention_mask"].clone()
+        batch["attention_mask"][:, 4::5] = 0
+
+    return built(arguments, collator=_relabelled(change))
+
+
+def mask_shifted(**arguments: Any) -> Trainer:
+    """The mask begins two places late, and ends as late in the padding."""
+    return built(arguments, collator=_relabelled(lambda b: b.update(attention_mask=b["attention_mask"].roll(2, 1))))
+
+
 def end_token_masked(**arguments: Any) -> Trainer:
     """The mask is `ids != pad` where the pad token ends each row, whose label counts: sound."""
 

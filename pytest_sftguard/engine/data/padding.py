@@ -1,4 +1,4 @@
-"""Labels on padding: places of the loss that no token of the row is at."""
+"""Padding against labels and masks: labels where no token is, and tokens where the mask says that there is none."""
 
 from __future__ import annotations
 
@@ -50,6 +50,38 @@ def defect(batches: Iterable[Mapping[str, Any]], pad: int | None, other: int) ->
             )
         rows += count
     return DefectRecord(name="padding_supervised", rows=rows, step=first, example=example) if rows else None
+
+
+def hidden(batches: Iterable[Mapping[str, Any]], pad: int | None) -> DefectRecord | None:
+    """The defect `hidden_tokens` of the micro-batches, whose mask hides tokens of a row; None if no row has it.
+
+    Padding is in front of a row's tokens or behind them. So a place that a mask of two dimensions hides between two
+    that it shows is a token, unless it holds the id `pad`, as between the sequences of a pack. What is hidden at one
+    end of a row, and is not `pad`, is a token where `pad` is shown at the other end: such a mask is shifted.
+    """
+    rows, first, example = 0, None, ""
+    for batch in batches:
+        ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+        if not (isinstance(ids, Tensor) and isinstance(mask, Tensor)) or ids.dim() != 2 or ids.shape != mask.shape:
+            continue
+        shown = mask.to(ids.device) != 0
+        token = torch.ones_like(shown) if pad is None else ids != pad
+        inside = (shown.cumsum(1) > 0) & (shown.flip(1).cumsum(1).flip(1) > 0)
+        bad = ~shown & token & (inside | _beside_padding(shown, token)[:, None])
+        found = bad.any(1)
+        count = int(found.sum())
+        if count and first is None:
+            places = bad[int(found.nonzero()[0, 0])].nonzero()[:, 0].tolist()
+            first = int(batch[STEP])
+            example = f"{len(places)} tokens of a row, at place {places[0]} of {ids.shape[1]} first"
+        rows += count
+    return DefectRecord(name="hidden_tokens", rows=rows, step=first, example=example) if rows else None
+
+
+def _beside_padding(shown: Tensor, token: Tensor) -> Tensor:
+    """Which rows hide a token at one end, and show padding at the other."""
+    ends = [(~shown & token)[:, end] & (shown & ~token)[:, -1 - end] for end in (0, -1)]
+    return ends[0] | ends[1]
 
 
 def _padding(ids: Tensor, mask: Any, pad: int | None, other: int) -> Tensor:

@@ -52,7 +52,8 @@ class Supervision(Look[Started]):
         own_shift = self._model_saw_labels is False and _own_loss(trainer)
         audit = _Audit(facts, examples, own_shift)
         padded = padding.defect(reached.batches, facts.separate_pad, padding.OWN_SHIFT if own_shift else padding.SHIFT)
-        found = (*audit.of(trained), *([padded] if padded else []))
+        hidden = padding.hidden(reached.batches, facts.separate_pad)
+        found = (*audit.of(trained), *(defect for defect in (padded, hidden) if defect is not None))
         rest = audit.of([(None, rows)])
         return {
             "supervision": SupervisionRecord(
@@ -79,13 +80,14 @@ class Supervision(Look[Started]):
         seen = [b for b in reached.batches if padding.comparable(b)]
         if not seen:
             return None
-        defect = padding.defect(seen, facts.separate_pad, padding.IN_PLACE)
+        padded = padding.defect(seen, facts.separate_pad, padding.IN_PLACE)
+        hidden = padding.hidden(seen, facts.separate_pad)
         return SupervisionRecord(
             trained_rows=sum(len(b["labels"]) for b in seen),
             dataset_rows=0,
             micro_batches=len(seen),
             asks=False,
-            trained_defects=() if defect is None else (defect,),
+            trained_defects=tuple(defect for defect in (padded, hidden) if defect is not None),
         )
 
 
