@@ -26,6 +26,7 @@ from pytest_sftguard.matrix import Cell, RunConfig
 from pytest_sftguard.records import write_text
 from pytest_sftguard.session import CannotRunError, Runs
 from pytest_sftguard.verdicts import Outcome
+from tests.targets import adapters
 from tests.targets.tasks import TASKS
 
 PLANTED = {
@@ -85,8 +86,14 @@ def supported(path: str) -> Support:
 
 
 def targets() -> dict[str, Callable[..., Any]]:
-    """Every target of the table by its dotted path."""
-    return {f"{f.__module__}:{f.__name__}": f for f in TASKS.values()}
+    """Every target of the table by its dotted path: the tasks, and then the methods of peft on one of them."""
+    methods = [f for f in vars(adapters).values() if inspect.isfunction(f) and _is_target(f)]
+    return {f"{f.__module__}:{f.__name__}": f for f in (*TASKS.values(), *methods)}
+
+
+def _is_target(function: Callable[..., Any]) -> bool:
+    """Whether a function of the module of methods is a target."""
+    return function.__module__ == adapters.__name__ and [*inspect.signature(function).parameters] == ["arguments"]
 
 
 def page(rows: Sequence[Support], seconds: float) -> str:
