@@ -18,7 +18,7 @@ class Reason(verdicts.Reason):
 
     OTHER_TOKENS = (
         "{other} of {tokens:# generated token} had not the best score: {prompt!r} is answered with {token!r} at place"
-        " {place}, where one forward pass prefers {best!r} by {observed:.3g} of the largest score"
+        " {place}, where one forward pass prefers {best!r}[[ by {observed:.3g} of the largest score]]"
     )
     UNSCORED = "the scores of {unscored:# generated token} are not finite"
     NOTHING = "no generated token was compared"

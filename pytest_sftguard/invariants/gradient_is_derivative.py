@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from pytest_sftguard import verdicts
 from pytest_sftguard.records import DerivativeRecord, DirectionRecord, RunRecord
-from pytest_sftguard.verdicts import Finding, General, Invariant
+from pytest_sftguard.verdicts import Finding, General, Invariant, Outcome
 
 _SAME_RATIO = 0.02
 """How closely all directions must have one ratio of gradient and derivative for the gradient to count as scaled."""
@@ -26,6 +26,10 @@ class Reason(verdicts.Reason):
     DETACHED = (
         "a layer stops gradients that the loss depends on, at {names}: along {tensors} the gradient is {off:.3g} off"
     )
+    HOOKED = (
+        "a hook of the training changes the gradient of {observed:# tensor} after backward, {names}: {hook}"
+        "[[; it multiplies it by {factor:.4g}]][[; it moves it by {distance:.3g} of its norm]]"
+    )
     UNSETTLED = "the loss is too rough or too flat for differences: none of {asked:# direction} gave a derivative"
     NOT_ALL_COMPARED = "{made} of {asked:# direction} gave a derivative that is a number"
     STOPS_UNKNOWN = (
@@ -37,7 +41,9 @@ class Reason(verdicts.Reason):
 class GradientIsDerivative(Invariant):
     """Along random directions in the trainable tensors, the gradient agrees with central differences of the loss.
 
-    In float32, on the first micro-batch. What the loss treats as constant on purpose is held constant.
+    In float32, on the first micro-batch, and on one of each of the last two steps at the trained weights. What the loss
+    treats as constant on purpose is held constant. Hooks on a tensor that change its gradient fail, but for those that
+    clip it or set entries to zero.
     """
 
     limit: float = 0.02
@@ -49,9 +55,22 @@ class GradientIsDerivative(Invariant):
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Look at the direction with the largest error; it speaks for the others."""
-        if (seen := record.derivative) is None:
+        if record.derivative is None:
             yield self.not_looked(record, "first_batch")
             return
+        for seen in (record.derivative, *record.later_derivatives):
+            found = list(self._of(seen))
+            yield from found
+            # what is wrong at first is wrong later, too
+            if any(f.outcome is Outcome.FAILED for f in found):
+                return
+
+    def _of(self, seen: DerivativeRecord) -> Iterator[Finding]:
+        if seen.changed:
+            factor, distance = seen.hook_factor, seen.hook_distance if seen.hook_factor is None else None
+            yield from self.forbid(
+                Reason.HOOKED, seen.changed, step=seen.at_step, hook=seen.hook, factor=factor, distance=distance
+            )
         if seen.error:
             yield self.not_evaluated(General.LOOK_BROKE, name="first_batch", error=seen.error, required=False)
             return
@@ -76,6 +95,7 @@ class GradientIsDerivative(Invariant):
             worst = _worst(wrong)
             yield self.failed(
                 Reason.DETACHED,
+                step=_late(seen),
                 observed=worst.error,
                 limit=self.limit,
                 names=seen.detached,
@@ -87,10 +107,11 @@ class GradientIsDerivative(Invariant):
         worst = max(wrong, key=lambda d: d.held_error or 0.0)
         off = worst.held_error
         if len(wrong) > 1 and worst.ratio is not None and self._one_ratio(seen, worst.ratio):
-            return self.failed(Reason.SCALED, observed=off, limit=self.limit, ratio=worst.ratio)
+            return self.failed(Reason.SCALED, step=_late(seen), observed=off, limit=self.limit, ratio=worst.ratio)
         earlier = {True: "and at tensors before it", False: "and at none before it", None: None}[seen.upstream]
         return self.failed(
             Reason.NOT_THE_DERIVATIVE,
+            step=_late(seen),
             observed=off,
             limit=self.limit,
             off=off,
@@ -109,6 +130,11 @@ class GradientIsDerivative(Invariant):
             if not rest <= _SAME_RATIO:
                 return False
         return True
+
+
+def _late(seen: DerivativeRecord) -> int | None:
+    """The step of a later micro-batch; the first one speaks of the model as it is built."""
+    return seen.at_step if seen.at_step > 1 else None
 
 
 def _is_known(direction: DirectionRecord) -> bool:

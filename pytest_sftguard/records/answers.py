@@ -98,7 +98,8 @@ class FollowingRecord:
     unscored: int = 0
     """Number of tokens whose scores were not finite."""
     below: float | None = None
-    """Largest distance of such a token below the best one, relative to the largest score; None if all had the best."""
+    """Largest distance of such a token below the best one, relative to the largest score; None if all had the best,
+    or if the generation_config rules the token out."""
     prompt: str = ""
     """End of the prompt of that token."""
     place: int = 0

@@ -25,8 +25,10 @@ class DirectionRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class DerivativeRecord:
-    """The gradient of the first micro-batch, compared with differences of its loss."""
+    """The gradient of one micro-batch, compared with differences of its loss, and what hooks make of it."""
 
+    at_step: int = 1
+    """Optimizer step of the micro-batch."""
     arithmetic: str = ""
     """Type in which the loss was computed."""
     loss: float = 0.0
@@ -34,7 +36,16 @@ class DerivativeRecord:
     tensors: int = 0
     """Number of trainable tensors that were moved."""
     hooked: Names = NONE
-    """Trainable tensors left out, because the training has hooks on them that may change their gradient."""
+    """Trainable tensors left out, because hooks of the training run once their gradient is there, or
+    cannot be called by hand."""
+    changed: Names = NONE
+    """Trainable tensors whose gradient a hook of the training changes, other than by clipping or masking it."""
+    hook: str = ""
+    """The hook that changes the first of them, with file and line."""
+    hook_distance: float | None = None
+    """Distance between the gradient before and after it, relative to the norm before; None if there is none."""
+    hook_factor: float | None = None
+    """The one factor by which it multiplies the gradient; None if it does something else."""
     asked: int = 0
     """Number of directions that were tried."""
     unsettled: int = 0

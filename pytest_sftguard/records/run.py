@@ -184,6 +184,8 @@ class RunRecord:
     """One micro-batch on the training's path and on plain ones; None without the look `paths`."""
     derivative: DerivativeRecord | None = None
     """The gradient of one micro-batch against differences of its loss; None without the look `first_batch`."""
+    later_derivatives: tuple[DerivativeRecord, ...] = ()
+    """The same for a micro-batch of each of the last two steps, at the trained weights."""
     footprint: FootprintRecord | None = None
     """The places that its loss depends on; None without the look `first_batch`."""
     aim: AimRecord | None = None

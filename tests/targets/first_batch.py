@@ -240,3 +240,82 @@ def _masked(model: Any, inputs: Any) -> Any:
     outputs = model(**inputs)
     wanted = torch.where(mask, labels, -100)[:, 1:]
     return functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), wanted.flatten()), outputs
+
+
+def _hooked(hook: Callable[[torch.Tensor], torch.Tensor | None], arguments: dict[str, Any]) -> Trainer:
+    """Every trainable tensor has `hook`."""
+    trainer = sums.build_trainer(**arguments)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(hook)
+    return trainer
+
+
+def gradients_doubled_by_hooks(**arguments: Any) -> Trainer:
+    """Hooks double every gradient alike."""
+    return _hooked(lambda gradient: 2 * gradient, arguments)
+
+
+def gradients_halved_in_place(**arguments: Any) -> Trainer:
+    """Hooks write into the gradient that they are given."""
+
+    def halved(gradient: torch.Tensor) -> None:
+        gradient.mul_(0.5)
+
+    return _hooked(halved, arguments)
+
+
+def gradients_clipped_by_value(**arguments: Any) -> Trainer:
+    """Hooks clip each entry."""
+    return _hooked(lambda gradient: gradient.clamp(-1e-2, 2e-2), arguments)
+
+
+def gradients_clipped_by_norm(**arguments: Any) -> Trainer:
+    """Hooks clip the norm of each tensor's gradient."""
+    return _hooked(lambda gradient: gradient * min(1.0, 1e-2 / (float(gradient.norm()) + 1e-12)), arguments)
+
+
+def gradients_masked(**arguments: Any) -> Trainer:
+    """Hooks keep the first half of the rows of each tensor as they are."""
+
+    def masked(gradient: torch.Tensor) -> torch.Tensor:
+        kept = gradient.clone()
+        kept[len(kept) // 2 :] = 0
+        return kept
+
+    return _hooked(masked, arguments)
+
+
+class _Late(torch.autograd.Function):
+    """The identity, with a gradient that is half as large."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        """Return `value`."""
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        """Return half of the gradient."""
+        return 0.5 * gradients[0]
+
+
+def _half_from(first: int, every: int, arguments: dict[str, Any]) -> Trainer:
+    trainer = sums.build_trainer(**arguments)
+
+    def half(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        step = trainer.state.global_step + 1
+        return _Late.apply(output) if step >= first and (step - first) % every == 0 else output
+
+    _layers(trainer)[1].mlp.down_proj.register_forward_hook(half)
+    return trainer
+
+
+def wrong_from_the_third_step(**arguments: Any) -> Trainer:
+    """The gradient of one layer is half as large from step 3 on."""
+    return _half_from(3, 1, arguments)
+
+
+def wrong_at_even_steps(**arguments: Any) -> Trainer:
+    """The gradient of one layer is half as large at every second step."""
+    return _half_from(2, 2, arguments)

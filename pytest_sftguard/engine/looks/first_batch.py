@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
+
+from pytest_sftguard.engine.adapter.adapters import trainables
 from pytest_sftguard.engine.after import forwards
 from pytest_sftguard.engine.looks import InapplicableError, Look
 from pytest_sftguard.engine.micro_batch.derivative import Derivative
 from pytest_sftguard.engine.micro_batch.footprint import aim, footprint
 from pytest_sftguard.engine.micro_batch.future import future
-from pytest_sftguard.engine.micro_batch.repeated import Repeated, UnaskedError, filled
+from pytest_sftguard.engine.micro_batch.repeated import Repeated, UnaskedError, copied, filled
+from pytest_sftguard.engine.recording.watching import wrapped
 from pytest_sftguard.engine.stages import Started
 from pytest_sftguard.engine.surroundings.errors import first_line
 from pytest_sftguard.precision import PrecisionMode, mode_named
@@ -20,6 +25,8 @@ from pytest_sftguard.records import AimRecord, DerivativeRecord, FootprintRecord
 
 _COPIED = 500_000_000
 """Largest number of parameters of a model in half precision that is built in float32, which takes 2 GB."""
+_LATE = 2
+"""Last steps of which a micro-batch is looked at: a fault at every second step is in one of them."""
 RecordT = TypeVar("RecordT", DerivativeRecord, FootprintRecord, AimRecord, FutureRecord)
 
 
@@ -29,6 +36,20 @@ class _Done(BaseException):
 
 class FirstBatch(Look[Started]):
     """Builds the target again, in float32 where there is room, and stays at its first micro-batch."""
+
+    def attach(self, started: Started) -> None:
+        """Keep a micro-batch of each of the last two steps."""
+        self._late: dict[int, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
+        recorder, trainer = started.recorder, started.trainer
+
+        def step(original: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            number = recorder.taken + 1
+            if number > max(1, trainer.state.max_steps - _LATE):
+                # compute_loss may take labels out
+                self._late[number] = copied(inputs), args, kwargs
+            return original(model, inputs, *args, **kwargs)
+
+        trainer.training_step = wrapped(trainer.training_step, step)
 
     def conclude(self, reached: Started) -> dict[str, Any]:
         """Train up to the first micro-batch, and compute its loss there as often as needed."""
@@ -47,6 +68,10 @@ class FirstBatch(Look[Started]):
             if not repeated.calls:
                 raise InapplicableError("the training step did not call the Trainer's compute_loss")
             found.append(_looked_at(repeated, loss))
+            found[0]["later_derivatives"] = tuple(
+                _each(DerivativeRecord(at_step=step), functools.partial(self._later, trainer, model, original, step))
+                for step in self._moved(reached, model)
+            )
             raise _Done
 
         trainer.training_step = once
@@ -55,6 +80,27 @@ class FirstBatch(Look[Started]):
         if not found:
             raise InapplicableError("the Trainer did not call its own training_step")
         return found[0]
+
+    def _moved(self, reached: Started, model: Any) -> tuple[int, ...]:
+        """Give `model` the trained weights, and return the steps of which a micro-batch is kept."""
+        trained, own = reached.recorder.parameters, trainables(model)
+        if trained.keys() != own.keys() or any(trained[n].shape != p.shape for n, p in own.items()):
+            return ()
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(trained[name])
+        return tuple(self._late)
+
+    def _later(self, trainer: Any, model: Any, training_step: Callable[..., Any], step: int) -> DerivativeRecord:
+        """Compare along one direction, with the Trainer's count of steps as it was."""
+        inputs, args, kwargs = self._late[step]
+        before, trainer.state.global_step = trainer.state.global_step, step - 1
+        try:
+            repeated = Repeated(trainer, model)
+            loss = repeated.step(training_step, copied(inputs), *args, **kwargs)
+            return dataclasses.replace(Derivative(repeated, loss, parts=1).record(), at_step=step)
+        finally:
+            trainer.state.global_step = before
 
 
 def _looked_at(repeated: Repeated, loss: float) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -142,7 +143,7 @@ class Followed:
         prompt = self.output[row, : self.width][self.mask[row].bool()].tolist()
         return dataclasses.replace(
             record,
-            below=below,
+            below=below if math.isfinite(below) else None,
             prompt=self._text(prompt)[-200:],
             place=place + 1,
             token=self._text([self.answers[row][place]])[:40],

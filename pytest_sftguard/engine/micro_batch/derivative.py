@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from pytest_sftguard.engine.micro_batch.repeated import Repeated
 from pytest_sftguard.engine.micro_batch.stops import OtherCallsError, Stops
 from pytest_sftguard.records import DerivativeRecord, DirectionRecord, Names
 
-_PARTS = 6
+PARTS = 6
 """Parts into which the tensors are divided, in their order: one direction each, beside one through all of them."""
 _ALIGNED = 1.5
 """Length of a direction's part along the gradient, compared with its random part: no derivative is near 0 by luck."""
@@ -63,10 +64,10 @@ class _Slope:
 class Derivative:
     """Compares derivatives along a few directions, and searches for the place where they begin to differ."""
 
-    def __init__(self, repeated: Repeated, loss: float) -> None:
-        self.repeated, self.loss = repeated, loss
+    def __init__(self, repeated: Repeated, loss: float, parts: int = PARTS) -> None:
+        self.repeated, self.loss, self.parts = repeated, loss, parts
         tensors = repeated.tensors
-        hooked = [n for n, p in tensors.items() if p._backward_hooks or p._post_accumulate_grad_hooks]
+        hooked = [n for n, p in tensors.items() if p._post_accumulate_grad_hooks or n in repeated.uncalled]
         self.hooked = Names.of(hooked)
         self.tensors = {n: p for n, p in tensors.items() if n not in set(hooked)}
         self._generator = torch.Generator().manual_seed(0)
@@ -80,7 +81,7 @@ class Derivative:
         record = DerivativeRecord(
             arithmetic=self.repeated.arithmetic, loss=self.loss, tensors=len(self.tensors), hooked=self.hooked
         )
-        record = dataclasses.replace(record, left_out=self._incomparable())
+        record = dataclasses.replace(record, left_out=self._incomparable(), **self._of_hooks())
         if record.left_out:
             return record
         groups = self._groups()
@@ -105,6 +106,17 @@ class Derivative:
             record, directions = self._suspected(record, settled, directions)
         return dataclasses.replace(record, directions=tuple(directions))
 
+    def _of_hooks(self) -> dict[str, Any]:
+        hooked = self.repeated.hooked
+        if not hooked:
+            return {}
+        return {
+            "changed": Names.of(h.tensor for h in hooked),
+            "hook": hooked[0].hook,
+            "hook_distance": hooked[0].distance,
+            "hook_factor": hooked[0].factor,
+        }
+
     def _incomparable(self) -> str:
         if self.repeated.arithmetic != "float32":
             return f"differences of a loss in {self.repeated.arithmetic} are mostly rounding"
@@ -123,7 +135,7 @@ class Derivative:
 
     def _groups(self) -> list[list[str]]:
         names = list(self.tensors)
-        size = math.ceil(len(names) / min(_PARTS, len(names)))
+        size = math.ceil(len(names) / min(self.parts, len(names)))
         return [names, *(names[i : i + size] for i in range(0, len(names), size) if size < len(names))]
 
     def _length(self, name: str) -> tuple[float, float]:

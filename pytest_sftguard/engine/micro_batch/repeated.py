@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pytest_sftguard.engine.adapter.adapters import trainables
 from pytest_sftguard.engine.after import forwards
 from pytest_sftguard.engine.micro_batch.hidden import LastHidden
+from pytest_sftguard.engine.micro_batch.hooks import Hook, Hooked, changed_by, without_hooks
 
 _FILLED = 0.02
 """Standard deviation of what replaces a factor of zeros: while lora_B is zero, so is the gradient of lora_A."""
@@ -40,7 +41,11 @@ class Repeated:
         self.calls = 0
         """Number of calls of `compute_loss` in the training step."""
         self.gradients: dict[str, Tensor] = {}
-        """Gradient of each trainable tensor that got one."""
+        """Gradient of each trainable tensor that got one, as backward made it, without hooks on the tensor."""
+        self.hooked: list[Hooked] = []
+        """What those hooks made of it."""
+        self.uncalled: list[str] = []
+        """Tensors whose hooks could not be called by hand."""
         self._compute: Callable[..., Any] = trainer.compute_loss
 
     @property
@@ -77,14 +82,28 @@ class Repeated:
         for parameter in self.plain.parameters():
             parameter.grad = None
         try:
-            with self.hidden.watched(gradient=True):
+            with self.hidden.watched(gradient=True), without_hooks(self.tensors) as hooks:
                 training_step(self.model, inputs, *args, **kwargs)
         finally:
             self.trainer.compute_loss = self._compute
         self.gradients = {n: _dense(p.grad) for n, p in self.tensors.items() if p.grad is not None}
+        for name, own in hooks.items():
+            self._call(own, name, self.tensors[name].grad)
         for parameter in self.plain.parameters():
             parameter.grad = None
         return losses[0] if losses else float("nan")
+
+    def _call(self, hooks: list[Hook], name: str, gradient: Tensor | None) -> None:
+        """Call the hooks of a tensor by hand."""
+        if gradient is None:
+            return
+        try:
+            found = changed_by(hooks, name, gradient)
+        # somebody else's hook may need the backward pass around it
+        except Exception:
+            self.uncalled.append(name)
+        else:
+            self.hooked += [found] if found is not None else []
 
     def loss(self, inputs: Any = None) -> float:
         """Return the loss of `inputs`, or of the micro-batch, at the weights that the model has now."""

@@ -65,6 +65,33 @@ def test_a_healthy_training_stays_silent(run_cell: Callable[..., JudgedRun], tar
     assert [s.error for s in seen if s is not None] == [""] * 4
 
 
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("gradients_doubled_by_hooks", r"of 30 tensors .*lambda> at .*first_batch\.py:\d+; it multiplies it by 2$"),
+        ("gradients_halved_in_place", r"of 30 tensors .*halved at .*first_batch\.py:\d+; it multiplies it by 0\.5$"),
+    ],
+)
+def test_a_hook_that_changes_gradients_is_named(run_cell: Callable[..., JudgedRun], name: str, pattern: str) -> None:
+    """With the place in the user's code."""
+    assert re.search(pattern, wrong(looked(run_cell, f"tests.targets.first_batch:{name}"))[0])
+
+
+@pytest.mark.parametrize("name", ["clipped_by_value", "clipped_by_norm", "masked"])
+def test_a_hook_that_clips_or_masks_is_meant(run_cell: Callable[..., JudgedRun], name: str) -> None:
+    """Clipping and freezing by hooks are recipes."""
+    assert wrong(looked(run_cell, f"tests.targets.first_batch:gradients_{name}", steps=3)) == []
+
+
+@pytest.mark.parametrize("steps", [5, 6])
+@pytest.mark.parametrize("name", ["wrong_from_the_third_step", "wrong_at_even_steps"])
+def test_a_gradient_that_goes_wrong_late_is_seen(run_cell: Callable[..., JudgedRun], name: str, steps: int) -> None:
+    """The last two steps are looked at, at the weights that were trained."""
+    run = looked(run_cell, f"tests.targets.first_batch:{name}", steps=steps)
+    [finding] = [f for f in run.verdict.of("gradient_is_derivative") if f.outcome is Outcome.FAILED]
+    assert finding.step in (steps - 1, steps)
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "fp16-mixed", "bf16-true", "fp16-true"])
 def test_a_cell_in_half_precision_is_looked_at_in_float32(run_cell: Callable[..., JudgedRun], precision: str) -> None:
     """Differences of its own loss would be rounding."""

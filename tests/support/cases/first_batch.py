@@ -29,6 +29,11 @@ def FIELDS(cell: Cell, names: list[str]) -> dict[str, Any]:  # noqa: N802 - one 
         "derivative": DerivativeRecord(
             arithmetic="float32", loss=4.0, tensors=len(names), asked=2, directions=directions
         ),
+        "later_derivatives": (
+            DerivativeRecord(
+                at_step=4, arithmetic="float32", loss=2.0, tensors=len(names), asked=1, directions=directions[:1]
+            ),
+        ),
         "footprint": FootprintRecord(places=10, shift=1, outside=0.0, padding=0.0),
         "aim": AimRecord(at="logits", places=10, cosine=1.0, joint_cosine=1.0),
         "future": FutureRecord(tokens=40, rows=4, change=0.0, other_rows=0.0, reached=3.0),
@@ -45,6 +50,21 @@ def off(error: float, held: float | None, ratio: float | None = 1.5, **changes: 
     first, *others = healthy().derivative.directions
     wrong = dataclasses.replace(first, error=error, held_error=held, ratio=ratio)
     return derived(directions=(wrong, *others), **changes)
+
+
+def later(**changes: Any) -> RunRecord:
+    """A healthy record with `changes` in what was seen of a later derivative."""
+    record = healthy()
+    return dataclasses.replace(record, later_derivatives=(dataclasses.replace(record.later_derivatives[0], **changes),))
+
+
+def later_off(error: float, **changes: Any) -> RunRecord:
+    """A record whose direction at a later step is `error` off."""
+    [direction] = healthy().later_derivatives[0].directions
+    return later(directions=(dataclasses.replace(direction, error=error, held_error=error, ratio=1.5),), **changes)
+
+
+HOOK = {"changed": Names.of([A, B]), "hook": "doubled at mine.py:7", "hook_distance": 1.0}
 
 
 def scaled(error: float, ratio: float, other: float) -> RunRecord:
@@ -87,6 +107,11 @@ FAILURES = {
         "no-ratio": (off(1.0, 1.0, ratio=None), "it is 1 off"),
         "scaled": (scaled(0.6, 3.0, 3.0), "the gradient is 3 times the derivative"),
         "two-ratios": (scaled(0.6, 3.0, 2.0), "not the derivative"),
+        "late": (later_off(0.3), f"not the derivative of the loss: along {A} to {B} it is 0.3 off$"),
+        "late-nan": (later_off(NAN), "it is nan off"),
+        "hook": (derived(**HOOK), "changes the gradient of 2 tensors .*mine.py:7; it moves it by 1 of its norm"),
+        "factor": (derived(**HOOK, hook_factor=2.0), "mine.py:7; it multiplies it by 2$"),
+        "late-hook": (later(**HOOK), "a hook of the training changes the gradient of 2 tensors"),
         "detached": (off(0.3, 1e-4, detached=Names.of(["mine.py:7"])), "stops gradients .* at mine.py:7: .* 0.3 off"),
     },
     "loss_footprint": {
@@ -171,5 +196,7 @@ THRESHOLDS = {
 
 OPTIONAL = {
     "derivative.directions[].ratio": "for the message alone",
+    "later_derivatives[]": "a training may end before its last steps",
+    "later_derivatives[].directions[].ratio": "for the message alone",
     "future.other_rows": "a batch of one row has no other",
 }
