@@ -77,7 +77,7 @@ class GradientIsDerivative(Invariant):
         if seen.left_out:
             yield self.not_evaluated(General.INAPPLICABLE, why=seen.left_out, required=False)
             return
-        if not seen.directions:
+        if not seen.directions and seen.unsettled == seen.asked:
             yield self.not_evaluated(Reason.UNSETTLED, asked=seen.asked, required=False)
             return
         made = [d for d in seen.directions if _is_known(d)]
