@@ -99,7 +99,7 @@ class _FirstStep:
         # without compile
         self.plain = getattr(model, "_orig_mod", model)
         labels = batch.get("labels")
-        self.items = (labels[..., 1:] != IGNORED).sum() if counted and isinstance(labels, Tensor) else None
+        self.items = _counted(labels) if counted and isinstance(labels, Tensor) else None
         self.generators = _Generators(trainer, model)
 
     def record(self) -> PathsRecord:
@@ -293,3 +293,8 @@ def _plainly(model: Any) -> Iterator[None]:
     finally:
         for module in checkpointed:
             module.gradient_checkpointing = True
+
+
+def _counted(labels: Tensor) -> Tensor:
+    """The number of labels that count; one label for each row is no sequence, whose first one nothing predicts."""
+    return torch.as_tensor(((labels[..., 1:] if labels.ndim > 1 else labels) != IGNORED).sum())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ def future(repeated: Repeated) -> FutureRecord:
     # the first token has none before it, and a decoder is not given the last label
     asked[:, : 1 - shift] = False
     asked[:, ids.shape[1] - shift :] = False
-    seen = _Seen()
+    seen, shown = _Seen(), _shown(repeated.inputs, changed, ids)
     for which in (0, -1):
         for first in range(min(2, len(ids))):
             at = {r: int(fit[which]) for r in range(first, len(ids), 2) if len(fit := asked[r].nonzero())}
@@ -41,7 +43,7 @@ def future(repeated: Repeated) -> FutureRecord:
             if after is None or after.shape != before.shape:
                 raise UnaskedError("the model has other places after a token was changed")
             far = (after - before).abs().float().amax(-1) / before.float().std(-1).clamp_min(1e-12)
-            seen.note(far, at, shift)
+            seen.note(far.masked_fill(~shown, 0), at, shift)
     if not seen.tokens:
         raise UnaskedError("no row has a token before a supervised one")
     if not seen.reached > 0:
@@ -97,6 +99,14 @@ def _repeatable_state(repeated: Repeated, ids: Tensor) -> Tensor:
     if again is None or not bool(torch.equal(before, again)):
         raise UnaskedError("the last hidden state is another one when it is computed again")
     return before
+
+
+def _shown(inputs: Mapping[str, Any], changed: str, ids: Tensor) -> Tensor:
+    """Which places hold tokens: what a mask hides, such as padding in front, may see anything."""
+    mask = inputs.get("attention_mask" if changed == "input_ids" else "decoder_attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == ids.shape:
+        return mask.bool()
+    return torch.ones_like(ids, dtype=torch.bool)
 
 
 def _couples_rows(model: nn.Module) -> bool:
