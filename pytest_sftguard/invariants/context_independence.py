@@ -27,8 +27,8 @@ class Reason(verdicts.Reason):
     )
     DEPENDENT = (
         "logits {setting}[[ under {attention}]] are not those of the same tokens alone[[, at {where}]]"
-        " ({settings} of {total:# setting})[[; rows hold {packed:# packed sequence}, told apart by positions or by a"
-        " BOS inside, that see each other]]"
+        " ({settings} of {total:# setting})[[; rows hold {packed:# packed sequence}, told apart by their positions,"
+        " that see each other]]"
     )
 
 

@@ -90,11 +90,8 @@ class Context(Look[Trained]):
         record = dataclasses.replace(record, arithmetic=arithmetic)
         if arithmetic in ("bfloat16", "float16") and forwards.has_experts(model):
             return {"context": dataclasses.replace(record, left_out="rounding changes which experts are chosen")}
-        # answers of the model itself may hold any id, and are not packed; rows to be learned have labels
-        labelled = any(batch.get("labels") is not None for batch in reached.batches)
-        separators = _separators(model, reached.trainer) if labelled else set()
         comparisons: list[ComparisonRecord] = []
-        batches = [_Batch(model, given, separators) for given in self._given]
+        batches = [_Batch(model, given) for given in self._given]
         if any(_others(b.given) and s.packed for b in batches for s in b.segments):
             return self._without_comparisons(
                 dataclasses.replace(
@@ -117,7 +114,7 @@ class Context(Look[Trained]):
     def _overflowed(self, model: Any) -> int:
         bad = 0
         for given in self._given:
-            batch = _Batch(model, given, set())
+            batch = _Batch(model, given)
             logits = batch.forward(**given)
             bad += sum(int(forwards.nonfinite(logits[s.row, s.places]).sum()) for s in batch.segments)
         return bad
@@ -177,35 +174,6 @@ def _is_known_mask(mask: Any, ids: Tensor) -> bool:
     return mask.shape == ids.shape or square
 
 
-def _separators(model: Any, trainer: Any) -> set[int]:
-    """Return the ids that begin a sequence and nothing else: one in the middle of a row shows that the row is packed.
-
-    A chat template that writes such an id at every turn makes rows of several turns, not packed ones.
-    """
-    config = forwards.inner(model).config
-    bos = getattr(config, "bos_token_id", None)
-    tokenizer = getattr(trainer, "processing_class", None)
-    bos = getattr(tokenizer, "bos_token_id", bos) if tokenizer is not None else bos
-    ends = [getattr(config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
-    ends += [getattr(config, "pad_token_id", None), getattr(tokenizer, "pad_token_id", None)]
-    flat = {e for end in ends for e in (end if isinstance(end, (list, tuple)) else [end])}
-    if not isinstance(bos, int) or bos in flat or _of_every_turn(tokenizer, bos):
-        return set()
-    return {bos}
-
-
-def _of_every_turn(tokenizer: Any, bos: int) -> bool:
-    if not getattr(tokenizer, "chat_template", None):
-        return False
-    turns = [{"role": r, "content": "a"} for r in ("user", "assistant", "user", "assistant")]
-    try:
-        ids = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
-    # a template may refuse anything
-    except Exception:
-        return True
-    return list(ids).count(bos) > 1
-
-
 @dataclass
 class _Segment:
     """Tokens of one row that belong together."""
@@ -221,7 +189,7 @@ class _Segment:
 class _Batch:
     """One micro-batch as the model was given it, and its rows alone."""
 
-    def __init__(self, model: Any, given: dict[str, Any], separators: set[int]) -> None:
+    def __init__(self, model: Any, given: dict[str, Any]) -> None:
         self.model, self.given = model, given
         self.ids: Tensor = given["input_ids"]
         self.accepts = forwards.accepts(model)
@@ -230,7 +198,7 @@ class _Batch:
         if self.positions is not None and len(self.positions) != len(self.ids):
             self.positions = self.positions.expand(len(self.ids), -1)
         self.pad = _padding(model)
-        self.segments = [s for row in range(min(_ROWS, len(self.ids))) for s in self._segments(row, separators)]
+        self.segments = [s for row in range(min(_ROWS, len(self.ids))) for s in self._segments(row)]
         self.segments = _affordable(self.segments[: 2 * _ROWS], model)
         prompt = getattr(config_of(model), "is_prompt_learning", False)
         self.sides = ("right",) if prompt else ("left", "right")
@@ -335,11 +303,11 @@ class _Batch:
         logits: Tensor = self.model(**given).logits
         return logits[:, -given["input_ids"].shape[1] :]
 
-    def _segments(self, row: int, separators: set[int]) -> Iterator[_Segment]:
+    def _segments(self, row: int) -> Iterator[_Segment]:
         places = self._attended(row)
         if not len(places):
             return
-        starts = self._starts(row, places, separators)
+        starts = self._starts(row, places)
         if self._square:
             # positions that begin anew say where a sequence begins, whatever the mask lets it see
             starts = sorted({*self._starts_in_mask(row, places), *(starts if self.positions is not None else ())})
@@ -369,9 +337,11 @@ class _Batch:
         held = (ids != self.pad).nonzero()[:, 0]
         return torch.arange(int(held[0]), int(held[-1]) + 1, device=ids.device) if len(held) else held
 
-    def _starts(self, row: int, places: Tensor, separators: set[int]) -> list[int]:
-        """Return where, among `places`, another sequence begins, by its positions, the mask's numbers, or a BOS."""
-        ids, count = self.ids[row, places].tolist(), len(places)
+    def _starts(self, row: int, places: Tensor) -> list[int]:
+        """Return where, among `places`, another sequence begins, by its positions or the mask's numbers.
+
+        Texts that are told apart by a token alone are one sequence to the model, as in most pretraining.
+        """
         if self.positions is not None:
             at = self.positions[row, places]
             restarts = ((at[1:] - at[:-1]) != 1).nonzero()[:, 0] + 1
@@ -381,7 +351,7 @@ class _Batch:
         if isinstance(self.mask, Tensor) and self.mask.ndim == 2 and int(self.mask[row].max()) > 1:
             held = self.mask[row, places]
             return [int(i) + 1 for i in (held[1:] != held[:-1]).nonzero()[:, 0]]
-        return [i for i in range(2, count - 1) if ids[i] in separators and ids[i - 1] not in separators]
+        return []
 
 
 def _affordable(segments: list[_Segment], model: Any) -> list[_Segment]:
