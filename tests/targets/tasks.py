@@ -122,6 +122,18 @@ def token_classification(*, model: str | None = None, dtype: str = "float32", **
     return Trainer(model=net, args=args, train_dataset=data, data_collator=padded)
 
 
+def question_answering(*, model: str | None = None, dtype: str = "float32", **arguments: Any) -> Trainer:
+    """BERT points at where an answer begins and ends; the gradient of its head's bias is zero but for rounding."""
+    args = _arguments(arguments)
+    base = made(hf.BertForQuestionAnswering, hf.BertConfig(**_BERT), dtype)
+    net = tuned(base, ["query", "value"], args, task_type="QUESTION_ANS")
+    data = [
+        {"input_ids": ids, "attention_mask": [1] * len(ids), "start_positions": ids[0] % 3, "end_positions": 3}
+        for ids in sentences()
+    ]
+    return Trainer(model=net, args=args, train_dataset=data, data_collator=padded)
+
+
 def masked_language_model(*, model: str | None = None, dtype: str = "float32", **arguments: Any) -> Trainer:
     """BERT fills in tokens that the collator masks anew in each batch."""
     args = _arguments(arguments)
@@ -547,6 +559,7 @@ TASKS: dict[str, Callable[..., Any]] = {
         causal_classification,
         regression,
         token_classification,
+        question_answering,
         masked_language_model,
         t5,
         bart,
