@@ -263,6 +263,7 @@ OPEN = {
         with_tensor(replicas(), A, initial_norm=9.0),
         "where the adapter begins with other numbers",
     ),
+    "sampled": ("fp32", first(half(), sampled=True), run(), "learns from answers of the model itself"),
     "other-tensors": ("replicas", run(device=H100), replicas(adapter=()), "where other tensors are trained"),
 }
 
