@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pytest_sftguard import verdicts
+from pytest_sftguard.invariants._due import at_rest, layer_of
 from pytest_sftguard.invariants._reloaded import not_reloaded
 from pytest_sftguard.precision import MODES
-from pytest_sftguard.records import RoundTripRecord, RunRecord
+from pytest_sftguard.records import Names, RoundTripRecord, RunRecord
 from pytest_sftguard.verdicts import Finding, Invariant
 
 
@@ -65,20 +66,22 @@ class RoundTrip(Invariant):
         if trip is None:
             yield self.not_evaluated(Reason.NOT_SAVED)
             return
-        yield from self._file(trip)
+        yield from self._file(record, trip)
         # whatever follows from NaN would only repeat it
         if not trip.nonfinite:
             yield from self._base(record, trip)
             yield from self._logits(record, trip)
 
-    def _file(self, trip: RoundTripRecord) -> Iterator[Finding]:
+    def _file(self, record: RunRecord, trip: RoundTripRecord) -> Iterator[Finding]:
         if not trip.tensors >= 1:
             yield self.failed(Reason.EMPTY, observed=0, limit="at least 1 tensor", file_bytes=trip.file_bytes)
+        resting = at_rest(record) if trip.zero else set()
+        zero = [n for n in trip.zero.first if layer_of(n) not in resting]
         for reason, names in (
             (Reason.MISSING, trip.missing),
             (Reason.UNEXPECTED, trip.unexpected),
             (Reason.NOT_FINITE, trip.nonfinite),
-            (Reason.ZERO, trip.zero),
+            (Reason.ZERO, Names.of(zero) if resting else trip.zero),
             (Reason.OTHER_BITS, trip.differing),
         ):
             if names:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pytest_sftguard.engine.adapter import routing
 from pytest_sftguard.engine.adapter.adapters import (
     base_digests,
     base_tensors,
@@ -293,6 +294,7 @@ class Recorder:
         """Records of every trainable tensor, compared with its start."""
         records = []
         partial, first_norms = partial_factors(self.model), self._gathered.first_norms()
+        modules = dict(self.model.named_modules())
         for (name, parameter), dtype, start, move in zip(
             self.parameters.items(),
             self._initial_dtypes,
@@ -312,6 +314,7 @@ class Recorder:
                 delta_norm=(end - begin).norm().item(),
                 changed_fraction=changed,
                 partial=name in partial,
+                chosen_from=next((at for at, _ in routing.choices(name, modules)), ""),
                 first_gradient_norm=first_norms.get(name),
             )
             records.append(record)
