@@ -217,7 +217,8 @@ class Recorder:
         )
         numbers = dict(zip(tensors, lists, strict=True))
         mismatch = self._factors.mismatch(numbers.pop("factors"))
-        departure = None if self._stepping is None else self._stepping.departure()
+        # an overflow may lie in an element that is not compared
+        departure = None if self._stepping is None or _fell(numbers) else self._stepping.departure()
         direction = self._descending.direction(self._names, directed, skipped=_fell(numbers))
         self.seen_batches.take(collated)
         self._all_moved = self._all_moved or (bool(least) and all(v > 0 for v in least))
