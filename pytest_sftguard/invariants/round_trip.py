@@ -56,6 +56,10 @@ class RoundTrip(Invariant):
     """The least that is allowed where the base had to be put together again by merging the untrained adapter: its
     weights are an ulp off, and decomposed anew. Measured 8e-6 for pissa in float32, 0.4 for pissa_niter, which draws
     another decomposition on every load."""
+    restored_factor: float = 4.0
+    """How many times the tolerance of the cell's precision is allowed there, of the largest logit or of the largest
+    effect of the adapter, if that is larger. Measured in bfloat16, in units of that tolerance, on 24 trainings of 11
+    architectures with pissa and olora: 0.44 in the median, 1.5 at most."""
 
     code: ClassVar[str] = "D1"
     asks_for: ClassVar[tuple[str, ...]] = ("round_trip",)
@@ -111,9 +115,10 @@ class RoundTrip(Invariant):
         rtol = self.logits_rtol if self.logits_rtol is not None else (mode.logits_rtol if mode else 0.0)
         if trip.computed_otherwise:
             rtol = max(rtol, self.recomputed_rtol)
+        scale = trip.max_abs_logit
         if trip.restored:
-            rtol = max(rtol, self.restored_rtol)
-        limit = rtol * trip.max_abs_logit
+            rtol, scale = max(self.restored_factor * rtol, self.restored_rtol), max(scale, trip.max_logit_effect)
+        limit = rtol * scale
         if not (math.isfinite(limit) and trip.max_logit_change <= limit):
             yield self.failed(Reason.LOGITS, observed=trip.max_logit_change, limit=limit)
         if not (math.isfinite(trip.max_logit_effect) and trip.max_logit_effect > 0):
