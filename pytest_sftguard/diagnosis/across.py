@@ -119,14 +119,32 @@ def _ratio(case: Case, power: int) -> list[Clue]:
     return [decisive(found[0]), *map(hint, found[1:])] if found else []
 
 
+def _summed(case: Case) -> list[Clue]:
+    """Evidence of this run alone that the means of its micro-batches are added up: no other run need have its rows."""
+    pair = _splits(case)
+    if pair is None or pair[0].count < 2:
+        return []
+    ours, means = pair[0], pair[0].tokens.micro_token_losses
+    if len(means) != ours.count or not all(map(_same, ours.micro_losses, means)) or not _same(ours.loss, sum(means)):
+        return []
+    return [
+        decisive(
+            f"the loss of step 1, {ours.loss:.6g}, is the sum of the {ours.count} micro-batches' means over their own"
+            f" labels; the mean over all labels is {ours.mean:.6g}"
+        )
+    ]
+
+
 def _multiplied(case: Case) -> list[Clue]:
-    return [] if _undivided_by_library(case) else _ratio(case, 1)
+    return [] if _undivided_by_library(case) else _ratio(case, 1) or _summed(case)
 
 
 def _undivided_by_library(case: Case) -> list[Clue]:
-    clues, first = _ratio(case, 1), case.record.first_step
+    clues, first = _ratio(case, 1) or _summed(case), case.record.first_step
+    if not clues or first is None or not first.model_loss:
+        return []
     # a causal model of transformers divides by num_items_in_batch
-    if not clues or first is None or not first.model_loss or first.token_loss is not None:
+    if first.token_loss is not None and not first.loss_undivided:
         return []
     library = f"transformers {case.record.versions.get('transformers', '')}".strip()
     return [
@@ -243,7 +261,8 @@ def _not_repeated(case: Case) -> list[Clue]:
 def _logits_differ(case: Case) -> list[Clue]:
     """The forward passes of the same rows, seen in another split."""
     pair = _splits(case)
-    if pair is None or _forward_agrees(*pair):
+    # these two say that the rows were not the same, or not known
+    if pair is None or _forward_agrees(*pair) or case.failed(split.Reason.NO_MEAN, split.Reason.ADDED_UP):
         return []
     ours, theirs = pair
     clues = [

@@ -24,7 +24,7 @@ class Reason(verdicts.Reason):
 
     HALF = "all {observed:# distinct loss} of the micro-batches are numbers of {dtype}, as {example}"
     HALF_SUM = "all {observed:# distinct loss}, multiplied by the tokens of their step, are numbers of {dtype}"
-    LIBRARY = "the losses are numbers of {dtype}: transformers' {loss_class} computes them in the type of its logits"
+    LIBRARY = "the losses are numbers of {dtype}: {computed_by} computes them in the type of its logits"
     NOT_KNOWN = "all losses are numbers of {dtype}, and it was not seen who computed them in a model of {weights}"
     TOO_FEW = "{observed:# distinct loss} tell too little of the type that they were computed in"
 
@@ -36,7 +36,7 @@ class LossInFloat32(Invariant):
     A number of float32 is one of bfloat16 by chance once in 65,536 times, and one of float16 once in 8,192 times.
     Numbers with few bits, such as 0, 0.5 or 3, are no evidence. A sum in half precision that is then divided in float32
     by the number of its tokens is recognised too. In a model of half-precision weights, the loss of some classes of
-    transformers is in the type of their logits: not the user's doing, and not judged.
+    transformers and of TRL is in the type of its logits: not the user's doing, and not judged.
     """
 
     min_losses: int = 3
@@ -48,6 +48,10 @@ class LossInFloat32(Invariant):
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Look at every raw loss other than zero."""
         pairs = [(loss, s.supervised_tokens or 0) for s in record.taken_steps for loss in s.micro_losses if loss]
+        # a policy gradient that is taken once for each sample has a loss of exactly 0
+        if not pairs and any(s.micro_losses for s in record.taken_steps):
+            yield self.not_evaluated(Reason.TOO_FEW, required=False, observed=0)
+            return
         if not pairs:
             yield self.not_evaluated(General.NO_STEP)
             return
@@ -90,11 +94,17 @@ class LossInFloat32(Invariant):
         return self.failed(Reason.HALF, observed=len(losses), limit="float32", dtype=dtype, example=losses[0])
 
     def _of_the_library(self, record: RunRecord, dtype: str) -> Finding | None:
-        """The finding where transformers itself computes the loss of a model in half precision; else None."""
+        """The finding where a library itself computes the loss of a model in half precision; else None."""
         first = record.first_step
-        if not _is_pure(record) or first is None or not first.loss_class:
+        if not _is_pure(record) or first is None:
             return None
-        return self.not_evaluated(Reason.LIBRARY, required=False, dtype=dtype, loss_class=first.loss_class)
+        computed_by = f"transformers' {first.loss_class}" if first.loss_class else ""
+        # TRL computes a loss of its own where the model returns none
+        if first.loss_library == "trl" and not any(s.model_losses for s in record.steps):
+            computed_by = "trl"
+        if not computed_by:
+            return None
+        return self.not_evaluated(Reason.LIBRARY, required=False, dtype=dtype, computed_by=computed_by)
 
 
 def _is_pure(record: RunRecord) -> bool:

@@ -152,6 +152,8 @@ class FirstStepRecord:
     random: str = ""
     """Where the forward pass draws random numbers: empty for nowhere, `adapter` for dropout before the factors alone,
     `model` for anywhere else."""
+    sampled: bool = False
+    """Whether the rows have advantages, and are answers that the model itself was sampled for."""
     micro_tokens: tuple[int, ...] = ()
     """Number of labels that count after the shift, for each micro-batch."""
     micro_token_losses: tuple[float, ...] = ()
@@ -169,6 +171,8 @@ class FirstStepRecord:
     model_loss: str = ""
     """Class of the model whose own forward pass computes the loss, called by the Trainer's own `compute_loss`; empty if
     other code computes it, or if that was not seen."""
+    loss_undivided: bool = False
+    """Whether `loss_class` makes a cross-entropy of its own, which takes the mean and no `num_items_in_batch`."""
     loss_library: str = ""
     """Package whose own `compute_loss` the Trainer has, such as transformers or trl; empty if the user has a hand in
     it, or if that was not seen."""

@@ -39,6 +39,13 @@ def norm_of(record, norm):
     return with_step(record, 1, grad_norm=norm, received_grad_norm=norm)
 
 
+def added_up(**changes):
+    """A run whose first loss is the sum of the means of its micro-batches."""
+    record = first(plain((2, 4)), **changes)
+    means = record.first_step.micro_token_losses
+    return norm_of(with_step(record, 1, loss=math.fsum(means), micro_losses=means), 8.0)
+
+
 UNKNOWN_TOKENS = {"token_loss": None, "micro_tokens": (), "micro_token_losses": (), "labels": None}
 SPLITS = {
     "mean-of-means": (with_step(plain((2, 4)), 1, loss=3.975), plain((4, 2)), "accumulation_mean_of_means"),
@@ -47,6 +54,16 @@ SPLITS = {
         summed(4.0, model_loss="LlamaForSequenceClassification", **UNKNOWN_TOKENS),
         summed(2.0, (4, 2), model_loss="LlamaForSequenceClassification", **UNKNOWN_TOKENS),
         "library_leaves_loss_undivided",
+    ),
+    "added-up-by-a-class-of-the-library": (
+        added_up(model_loss="T5ForConditionalGeneration", loss_undivided=True),
+        plain((4, 2)),
+        "library_leaves_loss_undivided",
+    ),
+    "added-up-of-other-rows": (
+        with_steps(added_up(), rows="decade"),
+        first(plain((4, 2)), token_loss=5.0),
+        "loss_grows_with_micro_batches",
     ),
     "divided-twice": (
         summed(0.25, **UNKNOWN_TOKENS),

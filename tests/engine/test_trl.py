@@ -44,3 +44,13 @@ def test_an_unsound_sft_trainer_fails(
     """At its step."""
     run = run_cell(f"{TARGETS}:{target}", precision=precision, batch=(4, 1), questions=0)
     assert step in {f.step for f in run.verdict.failures if f.invariant == invariant}, run.verdict.failures
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16-true"])
+@pytest.mark.parametrize("target", ["preferences", "judgements", "rewarded"])
+def test_other_trainers_pass(run_cell: Callable[..., JudgedRun], target: str, precision: str) -> None:
+    """DPO, KTO, and a GRPO with steps in which every group's rewards tie."""
+    run = run_cell(f"{TARGETS}:{target}", precision=precision, batch=(4, 1), questions=0, looks=LOOKS)
+    assert run.verdict.outcome is Outcome.PASSED, run.verdict.findings
+    assert [look.name for look in run.record.looks if look.error] == []

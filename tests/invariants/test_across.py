@@ -269,6 +269,7 @@ OPEN = {
         with_step(run(), 2, loss=0.5),
         "where it rises by as much from one step to the next",
     ),
+    "sampled": ("fp32", first(half(), sampled=True), run(), "learns from answers of the model itself"),
     "other-tensors": ("replicas", run(device=H100), replicas(adapter=()), "where other tensors are trained"),
 }
 

@@ -44,7 +44,7 @@ _VISION = {
 def made(model_class: Any, config: Any, dtype: str) -> Any:
     """A model with the same weights each time, in `dtype`."""
     torch.manual_seed(0)
-    return model_class(config).to(getattr(torch, dtype))
+    return tiny.in_dtype(model_class(config), getattr(torch, dtype))
 
 
 def tuned(base: Any, targets: list[str] | str, arguments: TrainingArguments, **lora: Any) -> Any:
@@ -119,6 +119,18 @@ def token_classification(*, model: str | None = None, dtype: str = "float32", **
     base = made(hf.BertForTokenClassification, hf.BertConfig(**_BERT, num_labels=2), dtype)
     net = tuned(base, ["query", "value"], args, task_type="TOKEN_CLS")
     data = _text(lambda ids: [int(i > _WORDS // 2) for i in ids])
+    return Trainer(model=net, args=args, train_dataset=data, data_collator=padded)
+
+
+def question_answering(*, model: str | None = None, dtype: str = "float32", **arguments: Any) -> Trainer:
+    """BERT points at where an answer begins and ends; the gradient of its head's bias is zero but for rounding."""
+    args = _arguments(arguments)
+    base = made(hf.BertForQuestionAnswering, hf.BertConfig(**_BERT), dtype)
+    net = tuned(base, ["query", "value"], args, task_type="QUESTION_ANS")
+    data = [
+        {"input_ids": ids, "attention_mask": [1] * len(ids), "start_positions": ids[0] % 3, "end_positions": 3}
+        for ids in sentences()
+    ]
     return Trainer(model=net, args=args, train_dataset=data, data_collator=padded)
 
 
@@ -278,6 +290,77 @@ def speech(*, model: str | None = None, dtype: str = "float32", **arguments: Any
     return Trainer(model=net, args=args, train_dataset=data)
 
 
+def sounds(*, model: str | None = None, dtype: str = "float32", **arguments: Any) -> Trainer:
+    """Wav2Vec2 classifies waveforms: a model without tokens, whose head is saved with the adapter."""
+    args = _arguments(arguments, remove_unused_columns=False)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    convolutions = {"conv_dim": [16, 16], "conv_stride": [5, 4], "conv_kernel": [10, 8], "num_feat_extract_layers": 2}
+    positions = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
+    still = dict.fromkeys(("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout"), 0.0)
+    config = hf.Wav2Vec2Config(
+        **shape,
+        **convolutions,
+        **positions,
+        **still,
+        layerdrop=0.0,
+        apply_spec_augment=False,
+        classifier_proj_size=16,
+        num_labels=2,
+        initializer_range=0.1,
+    )
+    base = made(hf.Wav2Vec2ForSequenceClassification, config, dtype)
+    net = tuned(base, ["q_proj", "v_proj"], args, modules_to_save=["classifier", "projector"])
+    drawn = torch.Generator().manual_seed(0)
+    data = [
+        {"input_values": (torch.rand(400, generator=drawn) - 0.5).to(getattr(torch, dtype)), "labels": i % 2}
+        for i in range(32)
+    ]
+    return Trainer(model=net, args=args, train_dataset=data)
+
+
+def two_towers(*, model: str | None = None, dtype: str = "float32", **arguments: Any) -> Trainer:
+    """CLIP holds images against their texts: two encoders, and a loss over the whole batch without labels."""
+    args = _arguments(arguments, remove_unused_columns=False)
+    text = {k: v for k, v in _TEXT.items() if k != "initializer_range"} | {"bos_token_id": 1, "eos_token_id": 2}
+    base = made(hf.CLIPModel, hf.CLIPConfig(text_config=text, vision_config=dict(_VISION), projection_dim=16), dtype)
+    net = tuned(base, ["q_proj", "v_proj"], args)
+    data = [
+        {"pixel_values": image, "input_ids": torch.tensor([1, *ids[:4], 2])}
+        for (image, _), ids in zip(_images(32, dtype), sentences(), strict=True)
+    ]
+
+    def collate(rows: list[dict[str, Tensor]]) -> dict[str, Any]:
+        return {k: torch.stack([r[k] for r in rows]) for k in rows[0]} | {"return_loss": True}
+
+    return Trainer(model=net, args=args, train_dataset=data, data_collator=collate)
+
+
+def time_series(*, model: str | None = None, dtype: str = "float32", **arguments: Any) -> Trainer:
+    """PatchTST forecasts two channels: neither tokens nor labels."""
+    args = _arguments(arguments, remove_unused_columns=False)
+    still = dict.fromkeys(("attention_dropout", "ff_dropout", "path_dropout", "head_dropout"), 0.0)
+    config = hf.PatchTSTConfig(
+        num_input_channels=2,
+        context_length=32,
+        prediction_length=8,
+        patch_length=8,
+        patch_stride=8,
+        d_model=32,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        ffn_dim=64,
+        norm_type="layernorm",
+        **still,
+    )
+    net = tuned(made(hf.PatchTSTForPrediction, config, dtype), ["q_proj", "v_proj"], args)
+    drawn = torch.Generator().manual_seed(0)
+    lengths = {"past_values": 32, "future_values": 8}
+    data = [
+        {k: torch.rand(n, 2, generator=drawn).to(getattr(torch, dtype)) for k, n in lengths.items()} for _ in range(32)
+    ]
+    return Trainer(model=net, args=args, train_dataset=data)
+
+
 class _Pairs(Trainer):
     """Two sentences in a row of each batch belong together; the others are negatives."""
 
@@ -406,8 +489,7 @@ def _preferences(trainer_class: Any, config_class: Any, rows: list[dict[str, Any
 
 
 def _speaker(dtype: str) -> Any:
-    base = made(hf.LlamaForCausalLM, tiny.llama(len(sums.tokenizer()), 0.1), "float32")
-    return tiny.in_dtype(base, getattr(torch, dtype))
+    return made(hf.LlamaForCausalLM, tiny.llama(len(sums.tokenizer()), 0.1), dtype)
 
 
 def _asked(count: int = 32) -> list[tuple[str, str]]:
@@ -477,6 +559,7 @@ TASKS: dict[str, Callable[..., Any]] = {
         causal_classification,
         regression,
         token_classification,
+        question_answering,
         masked_language_model,
         t5,
         bart,
@@ -485,6 +568,9 @@ TASKS: dict[str, Callable[..., Any]] = {
         language_model,
         vision_and_language,
         speech,
+        sounds,
+        two_towers,
+        time_series,
         pairs,
         sentence_transformer,
         reward,

@@ -95,13 +95,22 @@ def _keys(thing: Any) -> list[str]:
 def _unmatched(model: nn.Module) -> Iterator[str]:
     """Targets in the configuration of the active adapter that match no module."""
     config, tuner = config_of(model), getattr(model, "base_model", None)
-    modules = list(getattr(tuner, "targeted_module_names", ()))
+    modules = [*getattr(tuner, "targeted_module_names", ()), *_saved_whole(model)]
     targets = getattr(config, "target_modules", None)
     if isinstance(targets, (set, list, tuple)) and not _is_of_the_architecture(model, config, set(targets)):
         yield from (t for t in sorted(targets) if not matches(modules, t) and t != "dummy-target-modules")
     parameters = list(getattr(tuner, "targeted_parameter_names", ()))
     yield from (t for t in getattr(config, "target_parameters", None) or () if not matches(parameters, t))
     yield from _unsaved(model, config)
+
+
+def _saved_whole(model: nn.Module) -> Iterator[str]:
+    """Names of the modules that are trained and saved whole, which get no factors: `all-linear` names some of them."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            yield from (f"{name}.{n}".rstrip(".") for n, _ in module.original_module.named_modules())
 
 
 def _unsaved(model: nn.Module, config: Any) -> Iterator[str]:

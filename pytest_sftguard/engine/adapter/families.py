@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pytest_sftguard.engine.adapter.adapters import active_adapters, config_of, holder
 from pytest_sftguard.engine.adapter.attachment import tuner_layers
+from pytest_sftguard.engine.after import forwards
 from pytest_sftguard.records import FamilyRecord, Names
 
 _ONE_DIGIT = re.compile(r"(\\d|\[0-9\])(?![+*{?])")
@@ -146,8 +147,7 @@ def _chooses_names(model: nn.Module, plain: set[str], weights: list[_Weight]) ->
     Who asks for all linear layers need not ask for experts, which are none.
     """
     held = holder(model)[1]
-    inner = held.get_base_model() if hasattr(held, "get_base_model") else held
-    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    head = forwards.embeddings(held, "output")
     linear = [w for w in weights if isinstance(w.owner, nn.Linear) and w.parameter == "weight" and w.owner is not head]
     return any(w.name not in plain and not w.adapted for w in linear)
 

@@ -86,8 +86,7 @@ def zero_embeddings(model: Any, ids: Iterable[int]) -> list[str]:
 
     The row that torch itself keeps at zero, because it is declared as padding, is left out.
     """
-    inner = forwards.inner(model)
-    embedding = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
+    embedding = forwards.embeddings(model)
     weight = getattr(embedding, "weight", None)
     learns = embedding is not None and any(p.requires_grad for p in embedding.parameters())
     if learns or not isinstance(weight, Tensor) or weight.dim() != 2:

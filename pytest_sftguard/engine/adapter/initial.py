@@ -98,7 +98,7 @@ def _tokens(model: Any, given: Mapping[str, Any]) -> dict[str, Tensor]:
     if given and ("input_ids" not in given or any(isinstance(given[k], Tensor) for k in others)):
         return {}
     inner = forwards.inner(model)
-    embedding = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
+    embedding = forwards.embeddings(model)
     count = getattr(embedding, "num_embeddings", None) or getattr(getattr(inner, "config", None), "vocab_size", None)
     if not isinstance(count, int) or count < 1:
         return {}

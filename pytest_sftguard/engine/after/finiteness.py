@@ -120,9 +120,8 @@ def _left_padded(inputs: dict[str, Any], model: Any) -> dict[str, Tensor] | None
         return None
     room = max(1, ids.shape[1] // 4)
     if bool(mask[:, 0].all()):
-        fill = getattr(getattr(forwards.inner(model), "config", None), "pad_token_id", None)
         ids[0] = ids[0].roll(room)
         mask[0] = mask[0].roll(room)
-        ids[0, :room] = fill if isinstance(fill, int) and fill >= 0 else 0
+        ids[0, :room] = forwards.padding_id(model)
         mask[0, :room] = 0
     return {"input_ids": ids, "attention_mask": mask}

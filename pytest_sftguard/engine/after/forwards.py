@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -17,6 +17,40 @@ from pytest_sftguard.precision import PrecisionMode
 def inner(model: Any) -> Any:
     """The transformers model in a PeftModel, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def embeddings(model: Any, side: str = "input") -> Any:
+    """The module that embeds tokens, or with `side="output"` the head over them; None where the model has none.
+
+    Models of transformers without tokens have a method that raises, those of other libraries need not have one.
+    """
+    getter = getattr(inner(model), f"get_{side}_embeddings", None)
+    try:
+        return None if getter is None else getter()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def padding_id(model: Any) -> int:
+    """The id that the model declares as padding; 0 where it declares none, or one beyond its vocabulary."""
+    pad = getattr(getattr(inner(model), "config", None), "pad_token_id", None)
+    weight = getattr(embeddings(model), "weight", None)
+    count = len(weight) if isinstance(weight, Tensor) and weight.dim() == 2 else None
+    return pad if isinstance(pad, int) and pad >= 0 and (count is None or pad < count) else 0
+
+
+def in_float32(value: Any) -> Any:
+    """Tensors of half precision in float32, also within dicts, lists and tuples, for a model with such weights."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() and value.element_size() < 4 else value
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(map(in_float32, value))
+    if isinstance(value, MutableMapping):
+        twin = copy.copy(value)
+        for key in value:
+            twin[key] = in_float32(value[key])
+        return twin
+    return value
 
 
 def accepts(model: Any) -> set[str]:
@@ -107,24 +141,42 @@ def arithmetic(mode: PrecisionMode, *, autocast: bool = False) -> str:
 
 
 _WIDENED = 500_000_000
-"""Largest number of parameters of a model that is copied into float32, which takes 2 GB."""
+"""Largest number of parameters of a model that is widened to float32, which takes 2 GB."""
 
 
-def widened(model: Any, mode: PrecisionMode) -> tuple[Any, str]:
-    """A float32 copy of a `model` in half precision, or the model itself; and the type in which it computes.
+@contextlib.contextmanager
+def widened(model: Any, mode: PrecisionMode) -> Iterator[str]:
+    """Give a `model` in half precision weights of float32 within; yields the type in which it computes.
 
     In float32 a difference of 1e-4 is significant, in bfloat16 only one of 1e-1, and rounding does not change which
-    expert is chosen. A large model, or one whose weights or attention do not support float32, is not copied.
+    expert is chosen. A large model, or one whose weights or attention do not support float32, is left as it is.
+
+    The weights are exchanged in place, and put back: a copy of a model whose forward method somebody has replaced may
+    still run the original's, as with TRL's fused head.
     """
-    half = {p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() < 4}
+    tensors = [*model.parameters(), *model.buffers()]
+    half = {t.dtype for t in tensors if isinstance(t, nn.Parameter) and t.is_floating_point() and t.element_size() < 4}
     if not half:
-        return model, arithmetic(mode)
+        yield arithmetic(mode)
+        return
     plain = all(p.is_floating_point() and p.element_size() > 1 for p in model.parameters())
     if not plain or "flash" in attention_of(model) or sum(p.numel() for p in model.parameters()) > _WIDENED:
-        return model, mode.weights_dtype
-    wide = copy.deepcopy(model).float()
-    inner(wide).config.dtype = torch.float32
-    return wide, "float32"
+        yield mode.weights_dtype
+        return
+    narrow = [(t, t.data) for t in tensors if t.is_floating_point() and t.element_size() < 4]
+    config: Any = getattr(inner(model), "config", None)
+    declared = getattr(config, "dtype", None)
+    try:
+        for tensor, data in narrow:
+            tensor.data = data.float()
+        if declared is not None:
+            config.dtype = torch.float32
+        yield "float32"
+    finally:
+        for tensor, data in narrow:
+            tensor.data = data
+        if declared is not None:
+            config.dtype = declared
 
 
 def has_experts(model: nn.Module) -> bool:

@@ -81,26 +81,28 @@ class Context(Look[Trained]):
         autocast: Any = reached.trainer.accelerator.autocast
         with forwards.evaluating(trained), autocast():
             record = dataclasses.replace(record, overflowed=self._overflowed(trained))
-        model, arithmetic = forwards.widened(trained, reached.mode)
-        # flash attention has no float32
-        if "flash" in forwards.attention_of(trained):
-            arithmetic = reached.mode.compute_dtype
-        else:
-            autocast = contextlib.nullcontext
-        record = dataclasses.replace(record, arithmetic=arithmetic)
-        if arithmetic in ("bfloat16", "float16") and forwards.has_experts(model):
+        with forwards.widened(trained, reached.mode) as arithmetic:
+            # flash attention has no float32
+            if "flash" in forwards.attention_of(trained):
+                arithmetic = reached.mode.compute_dtype
+            else:
+                autocast = contextlib.nullcontext
+            with forwards.evaluating(trained), autocast():
+                return self._compare(reached, dataclasses.replace(record, arithmetic=arithmetic))
+
+    def _compare(self, reached: Trained, record: ContextRecord) -> dict[str, Any]:
+        model: Any = reached.trained_model
+        if record.arithmetic in ("bfloat16", "float16") and forwards.has_experts(model):
             return {"context": dataclasses.replace(record, left_out="rounding changes which experts are chosen")}
-        comparisons: list[ComparisonRecord] = []
-        batches = [_Batch(model, given) for given in self._given]
+        given = [forwards.in_float32(g) if record.arithmetic == "float32" else g for g in self._given]
+        batches = [_Batch(model, g) for g in given]
         if any(_others(b.given) and s.packed for b in batches for s in b.segments):
             return self._without_comparisons(
                 dataclasses.replace(
                     record, left_out="this look needs to know what else belongs to which packed sequence"
                 )
             )
-        with forwards.evaluating(model), autocast():
-            for batch in batches:
-                comparisons += batch.compare()
+        comparisons = [c for batch in batches for c in batch.compare()]
         if not comparisons:
             return self._without_comparisons(dataclasses.replace(record, left_out=_ALONE_ALREADY))
         return {"context": dataclasses.replace(record, asked=len(comparisons), comparisons=tuple(comparisons))}
@@ -164,11 +166,11 @@ def _pads_in_front(given: dict[str, Any]) -> bool:
 
 
 def _others(given: dict[str, Any]) -> list[tuple[str, Tensor]]:
-    """The tensors beside those with one number per token, by name, such as pictures."""
+    """The tensors beside those with a part per token, by name, such as pictures."""
     ids = given["input_ids"]
     of_tokens = ("input_ids", "attention_mask", "position_ids")
     named = [(k, v) for k, v in given.items() if k not in of_tokens and isinstance(v, Tensor) and v.ndim]
-    return [(k, v) for k, v in named if v.shape != ids.shape]
+    return [(k, v) for k, v in named if v.shape[:2] != ids.shape]
 
 
 def _is_known_mask(mask: Any, ids: Tensor) -> bool:
@@ -205,7 +207,7 @@ class _Batch:
         self.positions = given.get("position_ids")
         if self.positions is not None and len(self.positions) != len(self.ids):
             self.positions = self.positions.expand(len(self.ids), -1)
-        self.pad = _padding(model)
+        self.pad = forwards.padding_id(model)
         self.segments = [s for row in range(min(_ROWS, len(self.ids))) for s in self._segments(row)]
         self.segments = _affordable(self.segments[: 2 * _ROWS], model)
         prompt = getattr(config_of(model), "is_prompt_learning", False)
@@ -281,7 +283,7 @@ class _Batch:
             mask[i, spans[-1]] = 1
         more: dict[str, Tensor] = {}
         for key, value in self._per_token():
-            more[key] = value.new_zeros((count, width))
+            more[key] = value.new_zeros((count, width, *value.shape[2:]))
             for i, s in enumerate(self.segments):
                 more[key][i, spans[i]] = value[s.row, s.places]
         if "position_ids" in self.accepts and "position_ids" not in more:
@@ -291,9 +293,9 @@ class _Batch:
         return [logits[i, span] for i, span in enumerate(spans)]
 
     def _per_token(self) -> list[tuple[str, Tensor]]:
-        """Return the arguments with one value per token beside the ids, such as positions or token types."""
+        """Return the arguments with a part per token beside the ids, such as positions, token types or boxes."""
         named = [(k, v) for k, v in self.given.items() if k not in ("input_ids", "attention_mask")]
-        found = [(k, v) for k, v in named if isinstance(v, Tensor) and v.shape == self.ids.shape]
+        found = [(k, v) for k, v in named if isinstance(v, Tensor) and v.shape[:2] == self.ids.shape]
         if self.positions is not None and "position_ids" not in dict(found):
             found.append(("position_ids", self.positions))
         return found
@@ -368,28 +370,23 @@ def _affordable(segments: list[_Segment], model: Any) -> list[_Segment]:
     return [s for i, (s, end) in enumerate(zip(segments, ends, strict=True)) if i == 0 or end <= room]
 
 
-def _padding(model: Any) -> int:
-    pad = getattr(getattr(forwards.inner(model), "config", None), "pad_token_id", None)
-    return pad if isinstance(pad, int) and pad >= 0 else 0
-
-
 def _ends(model: Any) -> set[Any]:
     """Return the ids that begin or end a sequence; also the padding id, where the model does not declare it."""
     config = getattr(forwards.inner(model), "config", None)
     pad = getattr(config, "pad_token_id", None)
     end = getattr(config, "eos_token_id", None)
     known = {*(end if isinstance(end, (list, tuple)) else [end]), getattr(config, "bos_token_id", None)}
-    return known | ({_padding(model)} if pad is None else set())
+    return known | ({forwards.padding_id(model)} if pad is None else set())
 
 
 def _padding_seen(model: Any, given: dict[str, Any]) -> int:
     """Return how many padding tokens stand in front of a row's first token and are let through by the mask."""
     ids, mask = given.get("input_ids"), given.get("attention_mask")
-    if not (isinstance(ids, Tensor) and ids.ndim == 2) or _padding(model) in _ends(model):
+    if not (isinstance(ids, Tensor) and ids.ndim == 2) or forwards.padding_id(model) in _ends(model):
         return 0
     if isinstance(mask, Tensor) and mask.shape != ids.shape:
         return 0
-    in_front = (ids != _padding(model)).int().cumsum(-1) == 0
+    in_front = (ids != forwards.padding_id(model)).int().cumsum(-1) == 0
     return int((in_front if mask is None else in_front & (mask != 0)).sum())
 
 

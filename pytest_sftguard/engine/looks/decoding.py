@@ -64,9 +64,13 @@ def _repeated(reached: Reloaded, prompts: list[str]) -> bool:
 
 
 def _by_guard(reached: Reloaded, asked: list[str], **counts: Any) -> DecodingRecord:
-    """Compare ids and scores of greedy generation, padded on the left."""
-    tokenizer = reached.trainer.processing_class
-    model, arithmetic = forwards.widened(reached.reloaded_model, reached.mode)
+    """Compare ids and scores of greedy generation, padded on the left, in float32 where the model can be widened."""
+    with forwards.widened(reached.reloaded_model, reached.mode) as arithmetic:
+        return _in_type(reached, asked, arithmetic, **counts)
+
+
+def _in_type(reached: Reloaded, asked: list[str], arithmetic: str, **counts: Any) -> DecodingRecord:
+    model, tokenizer = reached.reloaded_model, reached.trainer.processing_class
     model.eval()
 
     def decoded(prompts: list[str]) -> tuple[Tensor, list[Tensor]]:

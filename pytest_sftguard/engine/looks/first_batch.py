@@ -94,6 +94,9 @@ class FirstBatch(Look[Started]):
     def _later(self, trainer: Any, model: Any, training_step: Callable[..., Any], step: int) -> DerivativeRecord:
         """Compare along one direction, with the Trainer's count of steps as it was."""
         inputs, args, kwargs = self._late[step]
+        # pictures and sounds of a training in half precision
+        if not any(p.element_size() < 4 for p in model.parameters()):
+            inputs = forwards.in_float32(inputs)
         before, trainer.state.global_step = trainer.state.global_step, step - 1
         try:
             repeated = Repeated(trainer, model)

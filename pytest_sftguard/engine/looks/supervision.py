@@ -157,22 +157,21 @@ class _Facts:
 
         eos, pads, beginnings = frozenset(ids("eos_token_id")), ids("pad_token_id"), ids("bos_token_id")
         bos = beginnings[0] if beginnings and beginnings[0] not in {*eos, *pads[:1]} else None
-        return cls(pads[0] if pads else None, bos, eos, _rows_of(inner, "get_input_embeddings"), _vocabulary(inner))
+        return cls(pads[0] if pads else None, bos, eos, _rows_of(inner, "input"), _vocabulary(inner))
 
 
 def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _rows_of(model: Any, getter: str) -> int | None:
-    module = getattr(model, getter)() if hasattr(model, getter) else None
-    weight = getattr(module, "weight", None)
+def _rows_of(model: Any, side: str) -> int | None:
+    weight = getattr(forwards.embeddings(model, side), "weight", None)
     return len(weight) if weight is not None and weight.dim() == 2 else None
 
 
 def _vocabulary(model: Any) -> int | None:
     size = getattr(getattr(model, "config", None), "vocab_size", None)
-    return _rows_of(model, "get_output_embeddings") or (size if isinstance(size, int) else None)
+    return _rows_of(model, "output") or (size if isinstance(size, int) else None)
 
 
 def _own_loss(trainer: Any) -> bool:

@@ -31,6 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from pytest_sftguard.engine.after import forwards
 from pytest_sftguard.engine.building.targets import TargetError, resolve
 from pytest_sftguard.engine.building.trainers import build
 from pytest_sftguard.engine.memory.attention import as_on_cuda
@@ -387,7 +388,7 @@ def _length(row: Any) -> int:
 def _scratch(trainer: Trainer, tokens: tuple[int, ...]) -> int:
     """Bytes of the round trip: five times the float32 logits of an evaluation batch, or the digests' integers."""
     elements = max((t.numel() for t in trainer.model.parameters()), default=0)
-    head = trainer.model.get_output_embeddings() if hasattr(trainer.model, "get_output_embeddings") else None
+    head = forwards.embeddings(trainer.model, "output")
     vocabulary = int(getattr(head, "out_features", 0))
     length = max(tokens[-1], 16) if tokens else 0
     return max(5 * 4 * int(trainer.args.eval_batch_size) * length * vocabulary, 4 * 8 * min(elements, 1 << 22))

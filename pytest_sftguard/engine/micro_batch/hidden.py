@@ -100,9 +100,5 @@ class LastHidden:
 
 
 def _head(inner: Any) -> nn.Module | None:
-    try:
-        head = inner.get_output_embeddings()
-    # a model of another library has no such method, and some of transformers' raise
-    except (AttributeError, NotImplementedError):
-        head = None
+    head = forwards.embeddings(inner, "output")
     return head if isinstance(head, nn.Module) else None

@@ -7,6 +7,7 @@ forward passes are random. Nothing here draws a number, changes a tensor or keep
 from __future__ import annotations
 
 import contextlib
+import inspect
 import random
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,7 @@ class FirstStep:
         self._labels: list[Tensor] = []
         self._complete = True
         self._begun = False
+        self._sampled = False
         self.given: dict[str, Any] | None = None
         """Arguments of the first forward pass of the training, by name; None where the model itself was not called."""
 
@@ -52,6 +54,7 @@ class FirstStep:
     @contextlib.contextmanager
     def watching(self, inputs: Any) -> Iterator[None]:
         """Observe the computation of the loss of `inputs`, which may pop the labels."""
+        self._sampled |= hasattr(inputs, "get") and inputs.get("advantages") is not None
         labels = inputs.get("labels") if hasattr(inputs, "get") and "shift_labels" not in inputs else None
         outputs: list[Any] = []
         hooks = [self._model.register_forward_hook(lambda module, args, output: outputs.append(output))]
@@ -95,8 +98,10 @@ class FirstStep:
         sums = [float(s) for s, _ in self._sums] if known else []
         return FirstStepRecord(
             random=self._random,
+            sampled=self._sampled,
             loss_dtype=self._loss_dtype,
             loss_class=self._loss_class,
+            loss_undivided=bool(self._loss_class) and _takes_the_mean(self._model),
             micro_tokens=tokens,
             labels=sum(int(n) for _, n in self._sums) if known else None,
             micro_token_losses=tuple(s / n if n else 0.0 for s, n in zip(sums, tokens, strict=True)),
@@ -203,6 +208,13 @@ def _class_in_transformers(model: nn.Module) -> str:
     code = [type(inner), type(inner).forward, getattr(inner, "loss_function", type(inner))]
     own = all(str(getattr(c, "__module__", "")).startswith("transformers.") for c in code)
     return type(inner).__name__ if own and "forward" not in vars(inner) else ""
+
+
+def _takes_the_mean(model: nn.Module) -> bool:
+    """Whether the forward pass makes a `CrossEntropyLoss` itself, and does not ask the model's loss function."""
+    code = getattr(inspect.unwrap(type(forwards.inner(model)).forward), "__code__", None)
+    names = () if code is None else code.co_names
+    return "CrossEntropyLoss" in names and "loss_function" not in names
 
 
 def _has_hooks(parameter: Tensor) -> bool:

@@ -213,3 +213,10 @@ def test_the_written_loss_is_compared_where_it_is_the_trainers(run_cell: Callabl
             seen = run_cell(f"tests.targets.healthy:{target}", precision=precision, looks=("paths",)).record.paths
             assert seen is not None
             assert [p.name for p in seen.paths] == names
+
+
+def test_a_gradient_that_is_nothing_but_rounding_is_not_compared(run_cell: Callable[..., JudgedRun]) -> None:
+    """A number that is added to the score of every place changes no probability."""
+    target = "tests.targets.tasks:question_answering"
+    run = run_cell(target, precision="bf16-true", batch=(4, 1), steps=1, looks=("paths",), questions=0)
+    assert [f.outcome for f in run.verdict.of("path_equivalence")] == [Outcome.PASSED]

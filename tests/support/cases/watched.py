@@ -83,6 +83,11 @@ def _losses(*losses: float, precision: str = "fp32", tokens: int = 6, **first: A
     return dataclasses.replace(record, steps=made, first_step=FirstStepRecord(**first) if first else None)
 
 
+def _of_their_own(record: RunRecord) -> RunRecord:
+    """`record` of a model that returns no loss."""
+    return dataclasses.replace(record, steps=tuple(dataclasses.replace(s, model_losses=()) for s in record.steps))
+
+
 def _no_gradient(**reach: Any) -> RunRecord:
     """A record in which no factor of the layer ever has a gradient."""
     from tests.support.canned import A, B, with_steps
@@ -211,10 +216,16 @@ MAY_BE_MISSING: dict[str, tuple[Any, ...]] = {
         "was not compared with its gradient: it is resumed",
     ),
     "loss_in_float32-two-losses": ("loss_in_float32", _losses(4.1875, 4.25), "2 distinct losses tell too little"),
+    "loss_in_float32-zeros": ("loss_in_float32", _losses(0.0, 0.0), "0 distinct losses tell too little"),
     "loss_in_float32-library": (
         "loss_in_float32",
         _losses(*_BFLOAT16, precision="bf16-true", loss_dtype="bfloat16", loss_class="BertForX"),
         "transformers' BertForX computes them in the type of its logits",
+    ),
+    "loss_in_float32-trl": (
+        "loss_in_float32",
+        _of_their_own(_losses(*_BFLOAT16, precision="bf16-true", loss_dtype="bfloat16", loss_library="trl")),
+        "trl computes them in the type of its logits",
     ),
     "loss_in_float32-sums-of-the-library": (
         "loss_in_float32",
