@@ -44,9 +44,15 @@ class Due:
         self._silent.update(silent_at(self._tensors, step))
 
     def over_the_run(self) -> Iterator[TensorRecord]:
-        """The tensors, factors or not, that must have been trained by the end."""
+        """The tensors, factors or not, that must have been trained by the end.
+
+        An expert may be chosen for tokens alone that no loss depends on, as those of a prompt in the last layer, where
+        the router gave others something to learn.
+        """
+        heard = {t.chosen_from for t in self._tensors if self._silent[t.name] < self._effective}
         for t in self._tensors:
-            uses = self._effective - self._idle[t.name]
+            resting = self._silent if t.chosen_from and t.chosen_from in heard else self._idle
+            uses = self._effective - resting[t.name]
             if uses > 1 or (uses and (t.initial_norm == 0 or not self._zero_start)):
                 yield t
 
@@ -61,12 +67,22 @@ def silent_at(tensors: Iterable[TensorRecord], step: StepRecord) -> set[str]:
     In AdaLoRA, the factors of a layer whose ranks are all taken away have no gradient, and the values between them do.
     """
     zero = set(step.zero_gradients.first)
-    heard = {_layer(t.name) for t in tensors if t.name not in zero}
-    valued = {_layer(t.name) for t in tensors if ".lora_E" in t.name}
+    heard = {layer_of(t.name) for t in tensors if t.name not in zero}
+    valued = {layer_of(t.name) for t in tensors if ".lora_E" in t.name}
     return {
         *step.idle.first,
-        *(n for n in zero if _layer(n) not in heard or (_layer(n) in valued and "lora_E" not in n)),
+        *(n for n in zero if layer_of(n) not in heard or (layer_of(n) in valued and "lora_E" not in n)),
     }
+
+
+def at_rest(record: RunRecord) -> set[str]:
+    """Names of the experts' layers that had nothing to learn in the whole run, up to their factors' names."""
+    due = Due(record)
+    for step in record.steps:
+        if step.effect == "applied":
+            due.effective(step)
+    learning = {layer_of(t.name) for t in due.over_the_run()}
+    return {layer_of(t.name) for t in record.adapter if t.chosen_from} - learning
 
 
 def is_factor(name: str) -> bool:
@@ -74,5 +90,5 @@ def is_factor(name: str) -> bool:
     return TensorRecord(name=name, dtype="", elements=0).is_factor
 
 
-def _layer(name: str) -> str:
+def layer_of(name: str) -> str:
     return name.partition(".lora_")[0]

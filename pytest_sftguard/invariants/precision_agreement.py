@@ -23,6 +23,10 @@ class Reason(verdicts.Reason):
     REFERENCE_LOST = "the loss of the float32 reference is not finite at every step: it is no reference"
     NO_ROUNDING = "the losses and gradients of {steps:# step} are float32's to the bit: {precision} did not happen"
     DIFFERS = "the {name} of step {step} is {ours:.6g}, and {theirs:.6g} in float32" + MOST_IN
+    UNSTABLE = (
+        "the loss of step {step_of_gap} is {ours:.6g}, and {theirs:.6g} in float32, where it rises by as much from one"
+        " step to the next: at this learning rate rounding may grow to that"
+    )
     MOVED = (
         "{factor} moved by {ours:.4g} in {steps:# step}, and by {theirs:.4g} in float32[[, which took {float32_steps}]]"
     )
@@ -32,7 +36,8 @@ class Reason(verdicts.Reason):
 class PrecisionAgreement(ComparingSteps):
     """Loss and gradients of the first step, losses on the way and the adapter at the end agree with float32's.
 
-    And they are not float32's to the bit, where the cell claims to compute in another type.
+    And they are not float32's to the bit, where the cell claims to compute in another type. A float32 loss that rises
+    by leaps tells that the learning rate makes much of little: a loss on the way that is off by no more is no evidence.
     """
 
     trajectory_rtol: float | None = None
@@ -102,12 +107,19 @@ class PrecisionAgreement(ComparingSteps):
         usual = mode_named(record.precision).agreement.trajectory_rtol
         allowed = usual if self.trajectory_rtol is None else self.trajectory_rtol
         first = abs(reference.losses[0])
+        rise, before = 0.0, reference.losses[0]
         for step, theirs in pairs[1:]:
             one, other = (math.nan if s.loss is None else s.loss for s in (step, theirs))
-            share = abs(one - other) / first if first else abs(one - other)
+            gap = abs(one - other)
+            rise, before = max(rise, other - before), other
+            share = gap / first if first else gap
             if not share <= allowed:
-                seen: dict[str, Any] = {"name": "loss", "ours": one, "theirs": other}
-                yield self.failed(Reason.DIFFERS, step=step.step, observed=share, limit=allowed, **seen)
+                seen: dict[str, Any] = {"ours": one, "theirs": other}
+                if gap <= rise:
+                    yield self.not_evaluated(Reason.UNSTABLE, required=False, step_of_gap=step.step, **seen)
+                else:
+                    seen["name"] = "loss"
+                    yield self.failed(Reason.DIFFERS, step=step.step, observed=share, limit=allowed, **seen)
                 return
 
     def _updates(self, record: RunRecord, reference: RunRecord) -> Iterator[Finding]:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pytest_sftguard import verdicts
+from pytest_sftguard.invariants._due import at_rest, layer_of
 from pytest_sftguard.invariants._reloaded import not_reloaded
 from pytest_sftguard.precision import MODES
-from pytest_sftguard.records import RoundTripRecord, RunRecord
+from pytest_sftguard.records import Names, RoundTripRecord, RunRecord
 from pytest_sftguard.verdicts import Finding, Invariant
 
 
@@ -55,6 +56,10 @@ class RoundTrip(Invariant):
     """The least that is allowed where the base had to be put together again by merging the untrained adapter: its
     weights are an ulp off, and decomposed anew. Measured 8e-6 for pissa in float32, 0.4 for pissa_niter, which draws
     another decomposition on every load."""
+    restored_factor: float = 4.0
+    """How many times the tolerance of the cell's precision is allowed there, of the largest logit or of the largest
+    effect of the adapter, if that is larger. Measured in bfloat16, in units of that tolerance, on 24 trainings of 11
+    architectures with pissa and olora: 0.44 in the median, 1.5 at most."""
 
     code: ClassVar[str] = "D1"
     asks_for: ClassVar[tuple[str, ...]] = ("round_trip",)
@@ -65,20 +70,22 @@ class RoundTrip(Invariant):
         if trip is None:
             yield self.not_evaluated(Reason.NOT_SAVED)
             return
-        yield from self._file(trip)
+        yield from self._file(record, trip)
         # whatever follows from NaN would only repeat it
         if not trip.nonfinite:
             yield from self._base(record, trip)
             yield from self._logits(record, trip)
 
-    def _file(self, trip: RoundTripRecord) -> Iterator[Finding]:
+    def _file(self, record: RunRecord, trip: RoundTripRecord) -> Iterator[Finding]:
         if not trip.tensors >= 1:
             yield self.failed(Reason.EMPTY, observed=0, limit="at least 1 tensor", file_bytes=trip.file_bytes)
+        resting = at_rest(record) if trip.zero else set()
+        zero = [n for n in trip.zero.first if layer_of(n) not in resting]
         for reason, names in (
             (Reason.MISSING, trip.missing),
             (Reason.UNEXPECTED, trip.unexpected),
             (Reason.NOT_FINITE, trip.nonfinite),
-            (Reason.ZERO, trip.zero),
+            (Reason.ZERO, Names.of(zero) if resting else trip.zero),
             (Reason.OTHER_BITS, trip.differing),
         ):
             if names:
@@ -108,9 +115,10 @@ class RoundTrip(Invariant):
         rtol = self.logits_rtol if self.logits_rtol is not None else (mode.logits_rtol if mode else 0.0)
         if trip.computed_otherwise:
             rtol = max(rtol, self.recomputed_rtol)
+        scale = trip.max_abs_logit
         if trip.restored:
-            rtol = max(rtol, self.restored_rtol)
-        limit = rtol * trip.max_abs_logit
+            rtol, scale = max(self.restored_factor * rtol, self.restored_rtol), max(scale, trip.max_logit_effect)
+        limit = rtol * scale
         if not (math.isfinite(limit) and trip.max_logit_change <= limit):
             yield self.failed(Reason.LOGITS, observed=trip.max_logit_change, limit=limit)
         if not (math.isfinite(trip.max_logit_effect) and trip.max_logit_effect > 0):

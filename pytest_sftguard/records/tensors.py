@@ -61,6 +61,8 @@ class TensorRecord:
     sign alone can bring an element back to its start."""
     partial: bool = False
     """Whether a step may skip some elements, as in a tensor that holds the factors of all experts of a block."""
+    chosen_from: str = ""
+    """Path of the list of experts that its layer is in, of which a router chooses some; empty for any other layer."""
     first_gradient_norm: float | None = None
     """L2 norm of its gradient in the first step with finite gradients only; None if there is no such step, or no
     gradient in it."""

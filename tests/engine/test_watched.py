@@ -6,7 +6,9 @@ import inspect
 from collections.abc import Callable
 
 import pytest
+from torch import nn
 
+from pytest_sftguard.engine.adapter import routing
 from pytest_sftguard.engine.looks import Looks
 from pytest_sftguard.tiers import TIERS
 from pytest_sftguard.verdicts import JudgedRun, Outcome
@@ -80,6 +82,27 @@ def test_a_data_set_below_the_batch_is_no_evidence(
     """Neither is a cell of more rows than the data set has."""
     verdict = run_cell(f"tests.targets.healthy:{rows}", batch=batch, looks=("batches",)).verdict
     assert {f.invariant for f in verdict.not_evaluated if f.required} == {"cell_is_real"}
+
+
+class Block(nn.Module):
+    """Two experts, and a router beside them where `routes` is set."""
+
+    def __init__(self, *, routes: bool = True) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 4)}) for _ in range(2))
+        self.gate = nn.Linear(4, 2 if routes else 3)
+
+
+@pytest.mark.parametrize(
+    ("block", "lists"), [(Block(), ["layers.0.experts"]), (Block(routes=False), [])], ids=["routed", "not-routed"]
+)
+def test_a_router_has_a_row_for_each_of_its_choices(block: Block, lists: list[str]) -> None:
+    """Whatever it is called; a list of layers, which are all computed, has none."""
+    model = nn.Module()
+    model.layers = nn.ModuleList([block])
+    found = dict(routing.choices("layers.0.experts.1.up.weight", dict(model.named_modules())))
+    assert list(found) == lists
+    assert all(layers == [f"{at}.{i}.up.weight" for i in range(2)] for at, layers in found.items())
 
 
 @pytest.mark.parametrize("target", ["idle_experts", "mixtral", "mixtral_experts", "opt_layerdrop"])

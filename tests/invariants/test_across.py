@@ -263,6 +263,12 @@ OPEN = {
         with_tensor(replicas(), A, initial_norm=9.0),
         "where the adapter begins with other numbers",
     ),
+    "unstable": (
+        "fp32",
+        with_step(with_step(half(), 2, loss=0.5), 3, loss=3.0),
+        with_step(run(), 2, loss=0.5),
+        "where it rises by as much from one step to the next",
+    ),
     "sampled": ("fp32", first(half(), sampled=True), run(), "learns from answers of the model itself"),
     "other-tensors": ("replicas", run(device=H100), replicas(adapter=()), "where other tensors are trained"),
 }

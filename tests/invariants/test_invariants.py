@@ -489,6 +489,18 @@ THRESHOLDS = {
         0.0,
         0.1,
     ),
+    ("round_trip", "restored_factor"): (
+        within(
+            healthy(Cell("bf16-true", 2, 1)),
+            "round_trip",
+            max_abs_logit=1.0,
+            max_logit_effect=0.5,
+            max_logit_change=0.05,
+            restored=True,
+        ),
+        0.0,
+        0.5,
+    ),
     ("norm_honest", "rtol"): (logged(grad_norm=healthy().log[1].grad_norm * 1.5), 0.0, 0.1),
     ("norm_honest", "half_rtol"): (
         with_tensor(logged(grad_norm=healthy().log[1].grad_norm * 1.5), A, dtype="bfloat16"),

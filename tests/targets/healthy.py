@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
+    FalconConfig,
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
@@ -387,6 +388,12 @@ def checkpointing_reentrant(**arguments: Any) -> Trainer:
     return built(options | arguments)
 
 
+def eager_alibi(**arguments: Any) -> Trainer:
+    """Falcon with ALiBi and eager attention, which it chooses when it is built."""
+    shape = {k: v for k, v in SMALL.items() if k not in ("num_key_value_heads", "head_dim")}
+    return built(arguments, config=FalconConfig(**shape, alibi=True, attn_implementation="eager"))
+
+
 def sdpa(**arguments: Any) -> Trainer:
     """Attention by sdpa."""
     return _with_attention(arguments, "sdpa")
@@ -443,7 +450,7 @@ def stray_keys_kept(**arguments: Any) -> Trainer:
 
 def left_padded(**arguments: Any) -> Trainer:
     """Padding before the row."""
-    return built(arguments, collator=_collate_left)
+    return built(arguments, collator=collate_left)
 
 
 def padded_to_eight(**arguments: Any) -> Trainer:
@@ -708,7 +715,7 @@ def _collate_tensors(features: Any) -> Any:
     return tiny.collate([{k: v.tolist() for k, v in f.items()} for f in features])
 
 
-def _collate_left(features: Any) -> Any:
+def collate_left(features: Any) -> Any:
     batch = tiny.collate(features)
     for i, f in enumerate(features):
         shift = batch["input_ids"].shape[1] - len(f["input_ids"])

@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from pytest_sftguard.engine.models import tiny
-from tests.targets.healthy import SMALL, built
+from tests.targets import adapters
+from tests.targets.healthy import SMALL, built, collate_left
 
 
 class _Noise(nn.Module):
@@ -148,6 +149,16 @@ def auxiliary_loss(**arguments: Any) -> Trainer:
     return built(arguments, trainer_class=_Auxiliary)
 
 
+def eager_auxiliary(**arguments: Any) -> Trainer:
+    """The same with eager attention: no path is plainer than the training's own."""
+
+    def prepare(base: Any) -> Any:
+        base.set_attn_implementation("eager")
+        return base
+
+    return built(arguments, trainer_class=_Auxiliary, prepare=prepare)
+
+
 class _Replacing(Trainer):
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         weights = torch.linspace(1.0, 4.0, len(self.train_dataset))
@@ -261,14 +272,20 @@ def stopped_early(**arguments: Any) -> Trainer:
         "eval_steps": 1,
         "save_steps": 1,
         "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": True,
     }
     return built(
         defaults | arguments | {"save_strategy": "steps"},
         eval_dataset=tiny.rows(64)[:8],
-        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+        # no evaluation is that much better than the one before it
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2, early_stopping_threshold=10.0)],
     )
+
+
+def prompt_before_padding(**arguments: Any) -> Trainer:
+    """A learned prompt, and rows that are padded on the left, behind it."""
+    trainer = adapters.prompt(**arguments)
+    trainer.data_collator = collate_left
+    return trainer
 
 
 def best_at_end(**arguments: Any) -> Trainer:

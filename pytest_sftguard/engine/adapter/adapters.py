@@ -91,10 +91,13 @@ def base_digests(model: nn.Module) -> dict[str, str]:
 
 
 def adapted_layers(model: nn.Module) -> list[nn.Module]:
-    """The original layers under the adapters; every linear layer if there are none."""
+    """The original layers under the adapters; every linear layer of the base if there are none.
+
+    A learned prompt may come from layers of the adapter's own, which peft keeps in float32.
+    """
     inner = [getattr(m, "base_layer", None) for m in model.modules()]
     wrapped: list[nn.Module] = [m for m in inner if isinstance(m, nn.Module)]
-    return wrapped or [m for m in model.modules() if isinstance(m, nn.Linear)]
+    return wrapped or [m for m in forwards.inner(model).modules() if isinstance(m, nn.Linear)]
 
 
 def product_layers(model: nn.Module) -> list[nn.Module]:

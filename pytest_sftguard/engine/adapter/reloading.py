@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pytest_sftguard.engine.adapter.adapters import (
     active_adapters,
@@ -199,14 +200,33 @@ class _Whole:
         return fresh, False
 
     def loaded(self, base: nn.Module, folder: Path) -> nn.Module:
-        model_class: Any = type(base)
-        if hasattr(model_class, "from_pretrained"):
-            loaded: nn.Module = model_class.from_pretrained(str(folder), dtype=next(base.parameters()).dtype)
-            return loaded
+        if hasattr(type(base), "from_pretrained"):
+            return from_pretrained(base, folder)
         found = base.load_state_dict(dict(_read(self.files(folder))), strict=False)
         if found.unexpected_keys:
             raise NotLoadableError(f"a {type(base).__name__} has no from_pretrained, and its file has other names")
         return base
+
+
+def from_pretrained(like: nn.Module, folder: Path) -> nn.Module:
+    """The model saved in `folder`, loaded by the class of `like`, in its type and with its attention.
+
+    No file holds the choice of attention, and some models make it only when they are built.
+    """
+    model_class: Any = type(like)
+    attention = _attention(like.config) if isinstance(like, PreTrainedModel) else {}
+    loaded: nn.Module = model_class.from_pretrained(str(folder), dtype=next(like.parameters()).dtype, **attention)
+    return loaded
+
+
+def _attention(config: Any) -> dict[str, Any]:
+    """The argument of `from_pretrained` for the attention of a model and its towers; none where there is no choice."""
+    parts = {"": config} | {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
+    chosen = {name: getattr(part, "_attn_implementation", None) for name, part in parts.items()}
+    chosen = {name: attention for name, attention in chosen.items() if isinstance(attention, str)}
+    if "" not in chosen:
+        return {}
+    return {"attn_implementation": chosen if len(chosen) > 1 else chosen[""]}
 
 
 def _own(model: nn.Module) -> dict[str, Tensor]:

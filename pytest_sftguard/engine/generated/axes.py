@@ -44,6 +44,8 @@ class Architecture:
     """Kernels that it has."""
     linear: bool = True
     """Whether its projections are `nn.Linear`; those of GPT-2 are not."""
+    counts_padding: bool = False
+    """Whether its learned positions count the padding in front of a row, unless they are given."""
 
 
 _TEXT = (CAUSAL, CAUSAL, CLASSIFY, TAG)
@@ -63,7 +65,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture(name="olmo2", tasks=(CAUSAL,), rotary=True),
         Architecture(name="mixtral", tasks=(CAUSAL,), rotary=True, scaled_inputs=()),
         Architecture(name="qwen2_moe", tasks=(CAUSAL,), rotary=True, scaled_inputs=()),
-        Architecture(name="gpt2", tasks=_TEXT, scaled=("c_attn",), scaled_inputs=("mlp.c_proj",), linear=False),
+        Architecture(
+            name="gpt2",
+            tasks=_TEXT,
+            scaled=("c_attn",),
+            scaled_inputs=("mlp.c_proj",),
+            linear=False,
+            counts_padding=True,
+        ),
         Architecture(
             name="gpt_neox", tasks=_TEXT, scaled=("query_key_value",), scaled_inputs=("dense_4h_to_h",), rotary=True
         ),
@@ -239,6 +248,9 @@ def _collators(architecture: Architecture, task: str, adapter: str) -> list[str]
     if task != CAUSAL:
         return ["padded"]
     found = ["padded on the right", "padded on the left", "packed"]
+    # peft gives no positions to a model with virtual tokens
+    if architecture.counts_padding and adapter in PROMPTS:
+        found.remove("padded on the left")
     # positions that start again belong to another row, unless virtual tokens shift them
     return [*found, "end to end"] if architecture.rotary and adapter not in PROMPTS else found
 

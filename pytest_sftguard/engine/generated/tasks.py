@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -23,17 +24,24 @@ Row = dict[str, Any]
 Collate = Callable[[list[Row]], dict[str, Tensor]]
 
 
-def rows(task: str, collator: str) -> list[Row]:
-    """The rows of a task; packed ones hold several texts each."""
+def rows(task: str, collator: str, *, first: bool = True) -> list[Row]:
+    """The rows of a task; packed ones hold several texts each.
+
+    Without `first`, the first token of a row of a causal model is no label: nothing predicts it.
+    """
     draw = random.Random(0)
     made = [_MAKERS[task](draw) for _ in range(ROWS if collator != "packed" else 4 * ROWS)]
-    return _packed(made) if collator == "packed" else made
+    made = _packed(made) if collator == "packed" else made
+    return made if first or task != CAUSAL else [r | {"labels": [IGNORED, *r["labels"][1:]]} for r in made]
 
 
-def collate(task: str, collator: str, decoder_start: int | None, dtype: torch.dtype) -> Collate:
+def collate(
+    task: str, collator: str, decoder_start: int | None, dtype: torch.dtype, *, positions: bool = False
+) -> Collate:
     """The collator of a task; `decoder_start` is the id that a decoder begins with, `dtype` that of images and speech.
 
-    A model in half precision takes its images and its speech in the same type.
+    A model in half precision takes its images and its speech in the same type. With `positions`, rows that are padded
+    on the left say where they begin.
     """
     if task == IMAGES:
         return lambda batch: {
@@ -55,7 +63,9 @@ def collate(task: str, collator: str, decoder_start: int | None, dtype: torch.dt
         )
     if collator == "end to end":
         return _end_to_end
-    return lambda batch: _padded(batch, ("input_ids", "labels"), left=collator == "padded on the left")
+    left = collator == "padded on the left"
+    padded = functools.partial(_padded, keys=("input_ids", "labels"), left=left)
+    return (lambda batch: _with_positions(padded(batch))) if positions and left else padded
 
 
 def _causal(draw: random.Random) -> Row:
@@ -132,6 +142,11 @@ def _padded(batch: list[Row], keys: tuple[str, ...], *, left: bool = False) -> d
             masks = [([0] * len(pad), [1] * len(ids)) for pad, ids in sides]
             made["attention_mask"] = torch.tensor([[*a, *b] if left else [*b, *a] for a, b in masks])
     return made
+
+
+def _with_positions(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With the positions of all tokens, from 0 at the first one of each row."""
+    return batch | {"position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)}
 
 
 def _masked(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -78,8 +78,10 @@ def built(training: Healthy, *, model: str | None = None, dtype: str = "float32"
     set_seed(arguments.seed)
     adapted = _adapted(training, base, arguments.max_steps)
     start = getattr(base.config, "decoder_start_token_id", None)
-    collate = tasks.collate(training.task, training.collator, start, getattr(torch, dtype))
-    rows = tasks.rows(training.task, training.collator)
+    positions = ARCHITECTURES[training.architecture].counts_padding
+    collate = tasks.collate(training.task, training.collator, start, getattr(torch, dtype), positions=positions)
+    # the Trainer divides the loss of other classes, such as GPT-2's, by labels that nothing predicts, too
+    rows = tasks.rows(training.task, training.collator, first=getattr(base, "loss_type", None) == "ForCausalLM")
     smoothing = _SMOOTHING if "label smoothing" in training.extras else 0.0
     trainer = Trainer(
         model=adapted,

@@ -7,6 +7,7 @@ setting asks for it, and leaves the training bit for bit as it is.
 from __future__ import annotations
 
 import logging
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Generic, get_args
@@ -96,7 +97,9 @@ class Looks:
         if name in self._looks:
             return None
         try:
-            with isolated():
+            # what a library says of the guard's own passes is not the user's, whose filters may make errors of it
+            with isolated(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 return hook(stage)
         except InapplicableError as reason:
             self._looks[name] = LookRecord(name=name, inapplicable=str(reason))

@@ -152,9 +152,17 @@ def _incomparable(model: Any, given: list[dict[str, Any]]) -> str:
         return "the attention mask does not show which tokens of a row see each other"
     if any(g["position_ids"].ndim != 2 for g in given if isinstance(g.get("position_ids"), Tensor)):
         return "positions of several dimensions do not show where packed sequences begin"
+    if getattr(config_of(model), "is_prompt_learning", False) and any(map(_pads_in_front, given)):
+        return "rows are padded on the left, between a learned prompt and their tokens, which the padding moves away"
     for name, value in (pair for g in given for pair in _others(g) if len(pair[1]) != len(g["input_ids"])):
         return f"this look needs to know which part of {name}, of length {len(value)}, belongs to which row"
     return ""
+
+
+def _pads_in_front(given: dict[str, Any]) -> bool:
+    """Whether a row begins with tokens that its mask hides."""
+    mask = given.get("attention_mask")
+    return isinstance(mask, Tensor) and mask.ndim == 2 and bool(((mask[:, 0] == 0) & mask.any(1)).any())
 
 
 def _others(given: dict[str, Any]) -> list[tuple[str, Tensor]]:

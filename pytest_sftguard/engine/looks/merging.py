@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_sftguard.engine.adapter.adapters import config_of, eager, lora_layers
+from pytest_sftguard.engine.adapter.reloading import from_pretrained
 from pytest_sftguard.engine.after import finiteness, forwards
 from pytest_sftguard.engine.looks import InapplicableError, Look
 from pytest_sftguard.engine.stages import Reloaded
@@ -208,7 +209,7 @@ def _saved_and_loaded(model: Any, folder: Path, inputs: dict[str, Any]) -> tuple
     first = next(iter(model.parameters()))
     model.save_pretrained(str(folder))
     try:
-        loaded = model_class.from_pretrained(str(folder), dtype=first.dtype).to(first.device).eval()
+        loaded = from_pretrained(model, folder).to(first.device).eval()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return _logits(loaded, inputs), ""

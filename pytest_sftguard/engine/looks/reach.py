@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from pytest_sftguard.engine.adapter import routing
 from pytest_sftguard.engine.adapter.adapters import lora_layers
 from pytest_sftguard.engine.after import forwards
 from pytest_sftguard.engine.looks import InapplicableError, Look
@@ -39,24 +40,7 @@ class Reach(Look[Started]):
 
 def _is_routed(name: str, modules: dict[str, nn.Module], used: set[str]) -> bool:
     """Whether the layer `name` is in one of the elements of a list that a router chooses from, and others were used."""
-    parts = name.split(".")
-    for end in range(1, len(parts)):
-        at, rest = ".".join(parts[:end]), ".".join(parts[end + 1 :])
-        held = modules.get(at)
-        if not isinstance(held, (nn.ModuleList, nn.ModuleDict)) or not _has_router(at, modules, len(held)):
-            continue
-        others = (f"{at}.{key}.{rest}" if rest else f"{at}.{key}" for key in held._modules)
-        if any(other in used for other in others):
-            return True
-    return False
-
-
-def _has_router(at: str, modules: dict[str, nn.Module], choices: int) -> bool:
-    """Whether a module beside the list `at` holds a matrix with a row for each of its elements."""
-    holder, _, own = at.rpartition(".")
-    beside = [m for n, m in modules[holder].named_children() if n != own]
-    matrices = [p for m in beside for p in m.parameters() if p.dim() == 2]
-    return choices > 1 and any(len(p) == choices for p in matrices)
+    return any(used.intersection(layers) for _, layers in routing.choices(name, modules))
 
 
 def _drops_layers(model: Any) -> bool:

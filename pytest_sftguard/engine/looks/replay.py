@@ -24,6 +24,9 @@ class Replay(Look[Started]):
 
     It hooks onto `torch.optim.Optimizer.step`. There the gradients are those that the step uses, after clipping and
     after every callback. The real tensors and their optimizer are read, never written.
+
+    What anything else writes into a tensor between two steps, such as AdaLoRA when it takes ranks away, is written into
+    its copy, too: a step may depend on the weights, by their decay.
     """
 
     def attach(self, started: Started) -> None:
@@ -91,6 +94,7 @@ class _Shadow:
         self._twin = self._made()
         self._depth = 0
         self._before: list[Tensor] | None = None
+        self._left: list[Tensor] | None = None
         self.steps: list[tuple[int, list[float], list[float]]] = []
         self._hooks = [
             optimizer.register_step_pre_hook(self._on_step),
@@ -159,10 +163,14 @@ class _Shadow:
             self._copies[name].grad = grad if grad is None or scale is None else grad / scale
         for mine, group in zip(self._twin.param_groups, optimizer.param_groups, strict=True):
             mine.update(options(group))
-        before = [c.detach().clone() for c in self._copies.values()]
+        now, copies = [_float32(p) for p in self._real.values()], [c.detach() for c in self._copies.values()]
+        for copied, present, left in zip(copies, now, self._left or now, strict=True):
+            # NaN is not equal to itself
+            copied.copy_(torch.where((present == left) | left.isnan(), copied, present))
+        before = [c.clone() for c in copies]
         self._twin.step()
-        torch._foreach_add_(self._replayed, torch._foreach_sub([c.detach() for c in self._copies.values()], before))
-        self._before = [_float32(p) for p in self._real.values()]
+        torch._foreach_add_(self._replayed, torch._foreach_sub(copies, before))
+        self._before = now
 
     def _on_stepped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Note how far the real step went."""
@@ -171,7 +179,7 @@ class _Shadow:
             return
         now = [_float32(p) for p in self._real.values()]
         torch._foreach_add_(self._moved, torch._foreach_sub(now, self._before))
-        self._before = None
+        self._before, self._left = None, now
         moved, replayed = to_host([norms(self._moved, 2), norms(self._replayed, 2)])
         self.steps.append((self.recorder.taken + 1, moved, replayed))
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pytest_sftguard.engine.adapter import routing
 from pytest_sftguard.engine.adapter.adapters import (
     base_digests,
     base_tensors,
@@ -216,7 +217,8 @@ class Recorder:
         )
         numbers = dict(zip(tensors, lists, strict=True))
         mismatch = self._factors.mismatch(numbers.pop("factors"))
-        departure = None if self._stepping is None else self._stepping.departure()
+        # an overflow may lie in an element that is not compared
+        departure = None if self._stepping is None or _fell(numbers) else self._stepping.departure()
         direction = self._descending.direction(self._names, directed, skipped=_fell(numbers))
         self.seen_batches.take(collated)
         self._all_moved = self._all_moved or (bool(least) and all(v > 0 for v in least))
@@ -293,6 +295,7 @@ class Recorder:
         """Records of every trainable tensor, compared with its start."""
         records = []
         partial, first_norms = partial_factors(self.model), self._gathered.first_norms()
+        modules = dict(self.model.named_modules())
         for (name, parameter), dtype, start, move in zip(
             self.parameters.items(),
             self._initial_dtypes,
@@ -312,6 +315,7 @@ class Recorder:
                 delta_norm=(end - begin).norm().item(),
                 changed_fraction=changed,
                 partial=name in partial,
+                chosen_from=next((at for at, _ in routing.choices(name, modules)), ""),
                 first_gradient_norm=first_norms.get(name),
             )
             records.append(record)
@@ -422,7 +426,10 @@ class Recorder:
 
 
 class _Descending:
-    """Waits for the first step that moves a tensor, and compares that update with its gradient."""
+    """Waits for the first step that moves a tensor, and compares that update with the gradients up to it.
+
+    Those of steps without an effect before it, as in a warm-up from zero, may be in the optimizer's momentum.
+    """
 
     def __init__(self) -> None:
         self.why = ""
@@ -430,10 +437,11 @@ class _Descending:
         self._waiting, self._first = True, True
         self._places: list[int] = []
         self._gradients: list[Tensor] = []
+        self._earlier: dict[int, Tensor] = {}
 
     def give_up(self, why: str) -> None:
         """Compare nothing, because of `why`."""
-        self._waiting, self._gradients, self.why = False, [], why
+        self._waiting, self._gradients, self._earlier, self.why = False, [], {}, why
 
     def keep(self, gradients: list[Tensor], places: list[int], scale: Tensor | None) -> None:
         """Keep the gradients as the backward pass left them, without their `scale`: what comes after may change them.
@@ -442,6 +450,8 @@ class _Descending:
         """
         if self._waiting:
             kept = [g.detach().clone() for g in gradients] if scale is None else [g.detach() / scale for g in gradients]
+            earlier = self._earlier
+            kept = [g + earlier[i] if i in earlier else g for i, g in zip(places, kept, strict=True)]
             self._places, self._gradients = places, kept
 
     def products(self, optimizer: torch.optim.Optimizer, before: list[Tensor], after: list[Tensor]) -> Tensor:
@@ -449,18 +459,20 @@ class _Descending:
         if not self._gradients:
             return _NOTHING
         old, new = ([tensors[i] for i in self._places] for tensors in (before, after))
-        found = descent.products(old, new, self._gradients, descent.decays(optimizer, new))
-        self._gradients = []
-        return found
+        return descent.products(old, new, self._gradients, descent.decays(optimizer, new))
 
     def direction(self, names: list[str], numbers: list[float], *, skipped: bool) -> descent.Direction | None:
         """The direction of the step's update; None if nothing moved, or an earlier step did."""
         found = descent.direction([names[i] for i in self._places], numbers) if numbers else None
+        gradients, self._gradients = self._gradients, []
         if found is None:
+            # those of a skipped step reach no optimizer
+            if self._waiting and not skipped:
+                self._earlier |= zip(self._places, gradients, strict=False)
             # a step that moved nothing may have left momentum: each tensor by itself need not go downhill then
             self._first = self._first and (skipped or not self._waiting or not numbers)
             return None
-        self._waiting = False
+        self._waiting, self._earlier = False, {}
         return found if self._first else dataclasses.replace(found, tensor="", tensor_cosine=found.cosine)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_sftguard.engine.faults import fault_named
-from pytest_sftguard.engine.generated import axes, faults
+from pytest_sftguard.engine.generated import axes, faults, trainings
 from pytest_sftguard.engine.generated.faults import Generated, path_of
 from pytest_sftguard.engine.generated.grammar import IDS, NUMBERS, OPERATIONS, STATIONS, compose, meaningful
 from pytest_sftguard.engine.generated.operations import on_ids, on_numbers
@@ -107,3 +108,14 @@ def test_no_other_name_leads_to_a_draw() -> None:
     """Python asks modules for names of its own."""
     with pytest.raises(AttributeError):
         faults.__getattr__("questions")
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_packed_row_is_divided_by_what_is_predicted(architecture: str, tmp_path: Path) -> None:
+    """The Trainer counts the first label of a row where it does not know the loss, so that this must not be one."""
+    draws = (trainings.compose(3, n) for n in itertools.count())
+    draw = next(d for d in draws if (d.architecture, d.collator) == (architecture, "packed"))
+    trainer = trainings.built(draw, output_dir=str(tmp_path), report_to=[], max_steps=8, use_cpu=True)
+    batches = [trainer.data_collator([trainer.train_dataset[i]]) for i in range(8)]
+    counted = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
+    assert counted == sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)

@@ -92,6 +92,14 @@ def test_looks_are_silent_on_healthy_variants(run_cell: Run, target: str, precis
     assert all(look.done or look.inapplicable for look in run.record.looks)
 
 
+def test_a_choice_of_attention_is_made_again(run_cell: Run) -> None:
+    """Falcon chooses when it is built, and with ALiBi its sdpa computes something else than its eager attention."""
+    run = run_cell("tests.targets.healthy:eager_alibi", looks=LOOKS)
+    assert [f.outcome for f in run.verdict.of("merge_equivalence")] == [Outcome.PASSED]
+    assert run.record.merge is not None
+    assert run.record.merge.max_saved_change == run.record.merge.max_logit_change
+
+
 def test_a_tied_embedding_must_not_be_merged(run_cell: Run) -> None:
     """LoRA on a tied embedding trains soundly, and merging it rewrites the head."""
     run = run_cell("tests.targets.healthy:tied_adapted_embedding", looks=LOOKS)

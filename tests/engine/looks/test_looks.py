@@ -79,3 +79,22 @@ def test_a_look_that_raises_leaves_the_run_alone(run_cell: Callable[..., JudgedR
     name = write(f"breaks_in_{hook}", "Reloaded", breaks=hook)
     broken, plain = (run_cell(looks=asked, steps=2).record for asked in ((name,), ()))
     assert (broken.looks[0].error, broken.adapter_digest) == ("ValueError: broken", plain.adapter_digest)
+
+
+WARNS = """
+import warnings
+
+from pytest_sftguard.engine.looks import Look
+from pytest_sftguard.engine.stages import Started
+
+class Warns(Look[Started]):
+    def conclude(self, reached):
+        warnings.warn("a library says so of the guard's own pass", UserWarning)
+        return {}
+"""
+
+
+def test_a_warning_ends_no_look(run_cell: Callable[..., JudgedRun], write: Write, tmp_path: Path) -> None:
+    """Also where the filters of the user, as those of these tests, make errors of warnings."""
+    (tmp_path / "warns.py").write_text(WARNS, encoding="utf-8")
+    assert run_cell(looks=("warns",), steps=1).record.looks[0].done

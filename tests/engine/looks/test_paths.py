@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 from collections.abc import Callable
@@ -9,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from pytest_sftguard.engine.after import forwards
 from pytest_sftguard.engine.building.targets import TargetError
 from pytest_sftguard.engine.faults import fault_named
 from pytest_sftguard.engine.faults._injected import injected
-from pytest_sftguard.engine.looks import paths
+from pytest_sftguard.engine.looks import InapplicableError, paths
+from pytest_sftguard.records import PathRecord
 from pytest_sftguard.rendering import message
 from pytest_sftguard.verdicts import JudgedRun, Outcome
 from tests.targets import answering as answering_targets
@@ -136,6 +140,37 @@ def test_scores_of_generated_tokens_are_seen_without_a_look(run_cell: Callable[.
     assert seen is not None
     assert (seen.prompts, seen.nonfinite, seen.scores) == (8, 0, 8 * seen.forwards)
     assert seen.forwards >= 1
+
+
+class Kinked(nn.Module):
+    """Sixteen units behind a ReLU, the first of them `start` away from its kink."""
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 16, bias=False, dtype=torch.bfloat16)
+        with torch.no_grad():
+            self.layer.weight.fill_(1.0)[0] = start
+
+    def gradients(self) -> tuple[float, dict[str, Tensor | None]]:
+        """A loss, and the gradient of each weight."""
+        loss = self.layer(torch.ones(1, 1, dtype=torch.bfloat16)).relu().float().sum()
+        self.layer.weight.grad = None
+        loss.backward()
+        assert self.layer.weight.grad is not None
+        return loss.item(), {"first": self.layer.weight.grad[0].float(), "second": self.layer.weight.grad[1].float()}
+
+
+@pytest.mark.parametrize(("start", "follows"), [(1e-5, True), (0.5, False)], ids=["at-the-kink", "away-from-it"])
+def test_a_gradient_that_follows_the_rounding_is_no_evidence(start: float, follows: bool) -> None:
+    """Where a unit flips with the rounding of its own result; a wrong kernel is reported anywhere else."""
+    model = Kinked(start)
+    step = object.__new__(paths._FirstStep)
+    step.arithmetic, step.model, step.plain = "bfloat16", model, model
+    step._own = lambda held: held.gradients()  # type: ignore[method-assign]
+    loss, gradients = model.gradients()
+    found = [PathRecord(name="plain kernels", loss=loss, max_change=1.0, tensor="first")]
+    with pytest.raises(InapplicableError, match="follow the rounding") if follows else contextlib.nullcontext():
+        step._require_repeatable(loss, gradients, found)
 
 
 def test_checkpointing_is_seen(run_cell: Callable[..., JudgedRun]) -> None:

@@ -6,11 +6,13 @@ import dataclasses
 import math
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytest_sftguard.engine.recording.recorder import Recorder
+from pytest_sftguard.engine.recording.stepping import ELEMENTS
 
 
 class Waits(TorchDispatchMode):
@@ -85,6 +87,42 @@ def trained(*, asked: bool) -> tuple[Recorder, list[int]]:
             group["lr"] *= 0.9
         seen.append(len(recorder.steps) if asked else recorder.taken)
     return recorder, seen
+
+
+def test_a_skipped_step_is_not_repeated() -> None:
+    """Also if the overflow lies in an element that is not compared."""
+    model, scale = nn.Linear(2 * ELEMENTS, 1, bias=False), torch.tensor(8.0)
+    optimizer, recorder = torch.optim.SGD(model.parameters(), lr=0.1), Recorder(model)
+    model(torch.ones(2 * ELEMENTS)).sum().backward()
+    gradient = model.weight.grad
+    assert gradient is not None
+    drawn = torch.randint(2 * ELEMENTS, (ELEMENTS,), generator=torch.Generator().manual_seed(1))
+    gradient[0, min(set(range(2 * ELEMENTS)) - {*drawn.tolist()})] = math.inf
+    recorder.before_step(scale)
+    recorder.at_optimizer(scale, optimizer)
+    scale.mul_(0.5)
+    recorder.after_step(optimizer, 0.1, scale)
+    [step] = recorder.finished()
+    assert (step.effect, step.departure) == ("skipped_by_scaler", None)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_an_update_is_held_to_the_gradients_in_its_momentum(maximize: bool) -> None:
+    """A large gradient of a step at the rate 0 decides the direction of the next one."""
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, maximize=maximize)
+    recorder = Recorder(model)
+    for rate, gradient in ((0.0, [10.0, 1.0]), (0.1, [-1.0, 1.0])):
+        optimizer.param_groups[0]["lr"] = rate
+        model.weight.grad = torch.tensor([gradient])
+        recorder.before_step()
+        optimizer.step()
+        recorder.after_step(optimizer, rate)
+    first, second = recorder.finished()
+    assert first.update_cosine is None
+    assert second.update_cosine is not None
+    assert (second.update_cosine > 0.9) is maximize
+    assert (second.update_cosine < -0.9) is not maximize
 
 
 def test_records_are_the_same_whenever_they_are_made() -> None:

@@ -75,6 +75,12 @@ REPLAYED = {
     "frozen-in-the-optimizer": ("tests.targets.healthy:all_parameters_to_the_optimizer", "fp32", {}),
     "calls-its-parent": (f"{__name__}:subclassed", "fp32", {}),
     "noisy": (f"{__name__}:noisy", "fp32", {}),
+    # ranks that are taken away are set to zero between the steps, on which the decay depends
+    "rewritten-between-steps": (
+        "tests.targets.adapters:adalora_pruning",
+        "fp32",
+        {"optim": "rmsprop", "weight_decay": 0.1, "learning_rate": 1e-2},
+    ),
 }
 
 
