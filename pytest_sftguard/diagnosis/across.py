@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, hint, shown_by, sign
 from pytest_sftguard.diagnosis.mechanism import Mechanism
 from pytest_sftguard.invariants import batch_split_equivalence as split
-from pytest_sftguard.invariants import checkpoint_round_trip, replica_equivalence, rerun_bit_equal, resume_equivalence
+from pytest_sftguard.invariants import (
+    checkpoint_round_trip,
+    loss_counts_once,
+    replica_equivalence,
+    rerun_bit_equal,
+    resume_equivalence,
+)
 from pytest_sftguard.records import FirstStepRecord, RunRecord
 
 _CLOSE = 1e-4
@@ -136,7 +142,10 @@ def _summed(case: Case) -> list[Clue]:
 
 
 def _multiplied(case: Case) -> list[Clue]:
-    return [] if _undivided_by_library(case) else _ratio(case, 1) or _summed(case)
+    if _undivided_by_library(case):
+        return []
+    alone = [decisive(text) for text in case.failed(loss_counts_once.Reason.ADDED_UP)] or _summed(case)
+    return [*alone, *_ratio(case, 1)]
 
 
 def _undivided_by_library(case: Case) -> list[Clue]:
@@ -157,7 +166,7 @@ def _undivided_by_library(case: Case) -> list[Clue]:
 
 
 def _divided_twice(case: Case) -> list[Clue]:
-    return _ratio(case, -1)
+    return [*map(decisive, case.failed(loss_counts_once.Reason.DIVIDED_TWICE)), *_ratio(case, -1)]
 
 
 def _cleared(case: Case) -> list[Clue]:

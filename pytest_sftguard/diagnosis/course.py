@@ -14,6 +14,7 @@ from pytest_sftguard.invariants import (
     factor_gradients_agree,
     gradient_present,
     log_honest,
+    loss_counts_once,
     loss_is_the_models,
     lr_trace,
     norm_honest,
@@ -589,9 +590,9 @@ COURSE: tuple[Mechanism, ...] = (
     ),
     Mechanism(
         "loss_changed_on_the_way",
-        "the loss that is trained on is the model's own, changed by a rule on its way through compute_loss",
+        "the loss that is trained on is the model's own, or its cross-entropy, changed by a rule in compute_loss",
         "look at overrides of compute_loss, for a division by the accumulation that the Trainer does too, or a sign",
-        shown_by(*_CHANGED),
+        shown_by(*_CHANGED, loss_counts_once.Reason.MULTIPLIED),
     ),
     Mechanism(
         "factor_gradient_altered",

@@ -39,6 +39,7 @@ _OF_INVARIANTS: Mapping[str, Station] = {
     "fp32_master": Station.START,
     "raw_loss_finite": Station.FORWARD,
     "loss_is_the_models": Station.FORWARD,
+    "loss_counts_once": Station.FORWARD,
     "context_independence": Station.FORWARD,
     "batch_split_equivalence": Station.FORWARD,
     "precision_agreement": Station.FORWARD,

@@ -156,13 +156,13 @@ class _Cell:
     def _resume(self, first: Started) -> None:
         """Train on as another process would: with a second Trainer, from what the first one saved."""
         checkpoint = variants.checkpoint_of(first.trainer)
-        before = self.seen["steps"], self.seen["first_step"]
+        before = self.seen["steps"], {name: self.seen[name] for name in ("first_step", "entropies")}
         self.reached = self.asked
         built = self.asked.then(Built, trainer=self.asked.build("resuming"), loads=first.loads)
         try:
             self._train(built, checkpoint)
         finally:
-            self.seen.update(steps=variants.joined(before[0], self.seen["steps"]), first_step=before[1])
+            self.seen.update(steps=variants.joined(before[0], self.seen["steps"]), **before[1])
 
     def _train(self, built: Built, checkpoint: str | None = None) -> Started:
         self.reached = built
@@ -202,6 +202,7 @@ class _Cell:
         self.seen.update(recorder.fields(watch.optimizer, whole=whole))
         if whole:
             self.seen["first_step"] = watch.first_step.record()
+            self.seen["entropies"] = watch.entropies.records()
             watch.settle()
 
     def _round_trip(self, trained: Trained) -> Reloaded:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pytest_sftguard import verdicts
+from pytest_sftguard.invariants import _averages
 from pytest_sftguard.records import RunRecord
 from pytest_sftguard.verdicts import Finding, General, Invariant
 
@@ -80,7 +81,7 @@ class LossIsTheModels(Invariant):
         library = "" if record.first_step is None else record.first_step.loss_library
         if others and library:
             yield self.not_evaluated(Reason.LIBRARY, required=False, library=library)
-        elif others:
+        elif others and not _divides(record, others, len(pairs), rtol):
             yield self._rule(others, len(pairs), rtol)
 
     def _rule(self, others: Sequence[tuple[int, float, float]], total: int, rtol: float) -> Finding:
@@ -103,6 +104,13 @@ class LossIsTheModels(Invariant):
             reason = Reason.SHIFTED if always else Reason.SHIFTED_AT_TIMES
             return self.failed(reason, observed=statistics.median(sums), **seen)
         return self.not_evaluated(Reason.OWN, required=False)
+
+
+def _divides(record: RunRecord, others: Sequence[tuple[int, float, float]], total: int, rtol: float) -> bool:
+    """Whether compute_loss divides the model's own by the number of micro-batches, which the Trainer leaves to it."""
+    count = len(record.steps[0].micro_losses)
+    divided = all(abs(count * loss - own) <= rtol * abs(own) for _, loss, own in others)
+    return divided and len(others) == total and bool(_averages.is_mean(record))
 
 
 def _alike(numbers: Sequence[float], noise: float) -> bool:

@@ -42,6 +42,7 @@ from pytest_sftguard.records.rows import (
 )
 from pytest_sftguard.records.run import SCHEMA, ErrorRecord, LookRecord, RunRecord
 from pytest_sftguard.records.steps import (
+    EntropyRecord,
     FirstStepRecord,
     LogRecord,
     ReplayedStepRecord,

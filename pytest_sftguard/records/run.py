@@ -24,7 +24,14 @@ from pytest_sftguard.records.encoding import RecordError, decode, encode, read_j
 from pytest_sftguard.records.micro_batch import AimRecord, DerivativeRecord, FootprintRecord, FutureRecord
 from pytest_sftguard.records.migration import from_schema_1
 from pytest_sftguard.records.rows import BatchesRecord, EvaluationRecord, KeptRecord, PromptsRecord, SupervisionRecord
-from pytest_sftguard.records.steps import FirstStepRecord, LogRecord, ReplayRecord, ScheduleRecord, StepRecord
+from pytest_sftguard.records.steps import (
+    EntropyRecord,
+    FirstStepRecord,
+    LogRecord,
+    ReplayRecord,
+    ScheduleRecord,
+    StepRecord,
+)
 from pytest_sftguard.records.tensors import (
     BaseRecord,
     FoundationRecord,
@@ -208,6 +215,8 @@ class RunRecord:
     """Digest of the bits of every trainable tensor after the last step; empty if none was seen."""
     first_step: FirstStepRecord | None = None
     """The forward passes of the first step; None if there was none."""
+    entropies: tuple[EntropyRecord, ...] = ()
+    """The cross-entropy of the logits in the steps after the first; empty where the model itself computes the loss."""
     replica_digests: tuple[str, ...] = ()
     """The same digest from each process, if several trained one model."""
     seconds: float | None = None

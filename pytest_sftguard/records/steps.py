@@ -179,6 +179,18 @@ class FirstStepRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EntropyRecord:
+    """The cross-entropy of one step's logits with its labels, computed apart from the loss of the training."""
+
+    step: int
+    """Number of the optimizer step, from 1."""
+    micro: tuple[float, ...] = ()
+    """Mean over the labels that count, for each micro-batch."""
+    tokens: tuple[int, ...] = ()
+    """Number of those labels, for each micro-batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScheduleRecord:
     """The learning rates that the first parameter group should have had, computed apart from the training."""
 

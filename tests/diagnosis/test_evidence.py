@@ -62,6 +62,10 @@ DECISIVE = {
     "norm_honest.given": {"gradients_altered"},
     # each loss is compared with the one that it comes from
     **{f"loss_is_the_models.{r}": {"loss_changed_on_the_way"} for r in CHANGED},
+    # the loss of the step and those of its micro-batches are compared with the logits of the same pass
+    "loss_counts_once.added_up": {"loss_grows_with_micro_batches"},
+    "loss_counts_once.divided_twice": {"loss_divided_twice"},
+    "loss_counts_once.multiplied": {"loss_changed_on_the_way"},
     # each gradient is compared with itself, and the common factor taken out
     "norm_honest.parted": {"gradients_altered"},
     # an identity of the two gradients, whatever the loss is

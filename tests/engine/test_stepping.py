@@ -23,6 +23,11 @@ SEEN = {
     "loss_scaled_later": ("loss_is_the_models", 3, "loss_changed_on_the_way"),
     "loss_with_an_offset": ("loss_is_the_models", 1, "loss_changed_on_the_way"),
     "loss_rounded": ("loss_is_the_models", 1, "loss_changed_on_the_way"),
+    "mean_that_nothing_divides": ("loss_counts_once", 1, "loss_grows_with_micro_batches"),
+    "number_of_labels_left_out": ("loss_counts_once", 1, "loss_grows_with_micro_batches"),
+    "loss_function_that_takes_no_number": ("loss_counts_once", 1, "loss_grows_with_micro_batches"),
+    "divided_by_own_code_too": ("loss_counts_once", 1, "loss_divided_twice"),
+    "written_out_and_tripled": ("loss_counts_once", 1, "loss_changed_on_the_way"),
     "update_scaled": ("update_repeats", 2, "update_is_not_the_optimizers"),
     "update_left_out_in_part": ("update_repeats", 2, "update_is_not_the_optimizers"),
 }

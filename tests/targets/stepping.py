@@ -207,3 +207,79 @@ def momentum(**arguments: Any) -> Trainer:
     trainer = built(arguments)
     trainer.optimizer = torch.optim.SGD(parameters(trainer), lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
     return trainer
+
+
+# the loss counts once
+
+
+def _written_out(arguments: dict[str, Any], change: Any) -> Trainer:
+    """A training whose compute_loss makes a loss of the logits: `change` is given cross-entropies, shape (labels,)."""
+    trainer = built(arguments)
+
+    def compute_loss(model: Any, inputs: Any, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Tensor:
+        labels = inputs.pop("labels")[:, 1:]
+        logits = model(**inputs).logits[:, :-1].float()
+        every = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        return change(every[labels != -100], num_items_in_batch)
+
+    trainer.compute_loss = compute_loss
+    return trainer
+
+
+def mean_that_nothing_divides(**arguments: Any) -> Trainer:
+    """The loss is the mean of each micro-batch, and the Trainer takes it for divided."""
+    return _written_out(arguments, lambda every, items: every.mean())
+
+
+def number_of_labels_left_out(**arguments: Any) -> Trainer:
+    """compute_loss calls the Trainer's own without the number of the step's labels, as an old signature does."""
+    trainer = built(arguments)
+    compute_loss = trainer.compute_loss
+    trainer.compute_loss = lambda model, inputs, *args, **kwargs: compute_loss(model, inputs)
+    return trainer
+
+
+def loss_function_that_takes_no_number(**arguments: Any) -> Trainer:
+    """A compute_loss_func leaves out the number of the step's labels, by which nobody else divides."""
+
+    def mean(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        logits = outputs.logits[:, :-1].float()
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
+    trainer = built(arguments)
+    trainer.compute_loss_func = mean
+    return trainer
+
+
+def divided_by_own_code_too(**arguments: Any) -> Trainer:
+    """The loss is divided by all labels of the step, and once more by the micro-batches."""
+    return _written_out(arguments, lambda every, items: every.sum() / items / 2)
+
+
+def written_out_and_tripled(**arguments: Any) -> Trainer:
+    """The loss is three times the mean over the labels."""
+    return _written_out(arguments, lambda every, items: 3 * every.sum() / items)
+
+
+def written_out(**arguments: Any) -> Trainer:
+    """The loss is the mean over the labels of the step, written out: sound."""
+    return _written_out(arguments, lambda every, items: every.sum() / items)
+
+
+def divided_in_compute_loss(**arguments: Any) -> Trainer:
+    """compute_loss divides a mean by the micro-batches, because the Trainer does not: sound."""
+    trainer = built(arguments)
+    compute_loss = trainer.compute_loss
+    count = trainer.args.gradient_accumulation_steps
+    trainer.compute_loss = lambda model, inputs, *args, **kwargs: compute_loss(model, inputs) / count
+    return trainer
+
+
+def written_out_with_a_penalty(**arguments: Any) -> Trainer:
+    """The loss has a term beside the mean over the labels: sound."""
+    return _written_out(arguments, lambda every, items: (every.sum() + 0.1 * every.square().sum()) / items)
+
+
+def sum_over_tokens(**arguments: Any) -> Trainer:
+    """The loss is a sum over tokens on purpose: sound."""
+    return _written_out(arguments, lambda every, items: every.sum())

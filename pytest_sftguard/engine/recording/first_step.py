@@ -34,7 +34,8 @@ class FirstStep:
 
     def __init__(self, trainer: Trainer, model: nn.Module) -> None:
         self._model = model
-        self._shifts = _shifts(model)
+        self.shifts = _shifts(model)
+        """Whether the model's own loss is that of the next token."""
         self._smoothing = float(getattr(trainer.args, "label_smoothing_factor", 0.0) or 0.0)
         self._random = ""
         self._model_loss = _model_of_loss(trainer, model)
@@ -49,6 +50,7 @@ class FirstStep:
         """Arguments of the first forward pass of the training, by name; None where the model itself was not called."""
 
         self._own_loss: Any = None
+        self._has_own_loss = False
         self._loss_dtype, self._loss_class = "", ""
 
     @contextlib.contextmanager
@@ -71,8 +73,9 @@ class FirstStep:
             if not self._random and any(_has_hooks(p) for p in self._model.parameters()):
                 self._random = "adapter"
         self._begun = True
-        logits = _logits(outputs[0]) if len(outputs) == 1 else None
+        logits = logits_of(outputs[0]) if len(outputs) == 1 else None
         self._own_loss = _member(outputs[0], "loss") if len(outputs) == 1 else None
+        self._has_own_loss = self._has_own_loss or self._own_loss is not None
         self._average(logits, labels)
 
     def _keep(self, module: Any, args: Any, kwargs: Any) -> None:
@@ -87,6 +90,11 @@ class FirstStep:
         self._loss_dtype = dtype_name(loss.dtype)
         if isinstance(own, Tensor) and torch.equal(own.detach(), loss.detach()):
             self._loss_class = _class_in_transformers(self._model)
+
+    @property
+    def told_by_logits_alone(self) -> bool:
+        """Whether code of the user's own computes the loss from logits of one pass, whose output holds no loss."""
+        return self._complete and bool(self._sums) and not self._has_own_loss and not self._loss_library
 
     def record(self) -> FirstStepRecord | None:
         """Record of the first step; None if there was none."""
@@ -143,23 +151,24 @@ class FirstStep:
                 self._complete &= bool((counted == (marks != -100)).all())
                 self._labels.append(marks[counted])
                 for part, wanted in zip(*(torch.split(t[counted], _TOKENS) for t in (row, marks)), strict=True):
-                    total += self._cross_entropy(part.float(), wanted).to(total.device)
-        self._counts.append((labels[:, 1:] != -100 if self._shifts else labels != -100).sum())
+                    total += self.cross_entropy(part.float(), wanted).to(total.device)
+        self._counts.append((labels[:, 1:] != -100 if self.shifts else labels != -100).sum())
         self._sums.append((total, (labels != -100).sum()))
 
     def _rows(self, logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]] | None:
         """Logits, shape (tokens, words), and the label that each predicts; None if their shapes do not match."""
         if logits.shape[:-1] == labels.shape:
             pairs = list(zip(logits, labels, strict=True))
-            return [(row[:-1], marks[1:]) for row, marks in pairs] if self._shifts else pairs
-        wanted = labels[:, 1:] if self._shifts else labels
+            return [(row[:-1], marks[1:]) for row, marks in pairs] if self.shifts else pairs
+        wanted = labels[:, 1:] if self.shifts else labels
         there = wanted[wanted != -100]
         # the model may compute logits only for tokens with a label
         if logits.shape[:-1].numel() == len(there):
             return [(logits.flatten(0, -2), there)]
         return None
 
-    def _cross_entropy(self, logits: Tensor, wanted: Tensor) -> Tensor:
+    def cross_entropy(self, logits: Tensor, wanted: Tensor) -> Tensor:
+        """Sum of the cross-entropy of `logits`, shape (tokens, words), over the labels `wanted` that are not -100."""
         return nn.functional.cross_entropy(logits, wanted, reduction="sum", label_smoothing=self._smoothing).double()
 
     def _entropy(self) -> float:
@@ -179,8 +188,9 @@ def _model_of_loss(trainer: Any, model: nn.Module) -> str:
 
 
 def _library_of_loss(trainer: Any) -> str:
-    """The package whose own `compute_loss` the Trainer has, such as transformers or trl; empty if it is the user's."""
-    package = type(trainer).compute_loss.__module__.partition(".")[0]
+    """The package whose own code computes the Trainer's loss, such as transformers or trl; empty if the user's does."""
+    code = getattr(trainer, "compute_loss_func", None) or type(trainer).compute_loss
+    package = str(getattr(code, "__module__", "")).partition(".")[0]
     return package if package in _LIBRARIES and "compute_loss" not in vars(trainer) else ""
 
 
@@ -193,7 +203,8 @@ def _shifts(model: Any) -> bool:
     return causal and not getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
 
 
-def _logits(output: Any) -> Tensor | None:
+def logits_of(output: Any) -> Tensor | None:
+    """Logits of shape (rows, tokens, words) in the output of a model; None if it has none."""
     logits = _member(output, "logits")
     return logits if isinstance(logits, Tensor) and logits.dim() == 3 else None
 

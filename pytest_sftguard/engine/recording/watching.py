@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from pytest_sftguard.engine.after import forwards
 from pytest_sftguard.engine.recording import scales
+from pytest_sftguard.engine.recording.entropies import Entropies
 from pytest_sftguard.engine.recording.first_step import FirstStep
 from pytest_sftguard.engine.recording.layers import LayerWatch
 from pytest_sftguard.engine.recording.recorder import Recorder, mean
@@ -49,6 +50,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.batches: list[dict[str, Any]] = []
         self._copies: list[dict[str, Any]] = []
         self.first_step = FirstStep(trainer, recorder.model)
+        self.entropies = Entropies(self.first_step, recorder.model)
         trainer.compute_loss = wrapped(trainer.compute_loss, self._compute_loss)
         trainer.training_step = wrapped(trainer.training_step, self._training_step)
         trainer.accelerator.backward = wrapped(trainer.accelerator.backward, self._backward)
@@ -102,7 +104,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._keep(inputs)
         self.layers.looking, self._own_losses = True, []
         try:
-            with contextlib.nullcontext() if self.recorder.taken else self.first_step.watching(inputs):
+            with self._watching(inputs):
                 result = original(model, inputs, *args, **kwargs)
         finally:
             self.layers.looking = False
@@ -112,6 +114,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         own = self._own_losses[0] if len(self._own_losses) == 1 else None
         self.recorder.micro_batch(loss, own)
         return result
+
+    def _watching(self, inputs: Any) -> contextlib.AbstractContextManager[None]:
+        taken = self.recorder.taken
+        return self.entropies.watching(taken + 1, inputs) if taken else self.first_step.watching(inputs)
 
     def _note_loss(self, module: Any, args: Any, output: Any) -> None:
         # copied at once: transformers multiplies it in place by the number of processes

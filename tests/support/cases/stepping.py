@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from pytest_sftguard.records import FirstStepRecord, Names, RunRecord
+from pytest_sftguard.records import EntropyRecord, FirstStepRecord, Names, RunRecord
 
 _B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight"
 _LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -52,6 +52,40 @@ def _losses(change: Callable[[float], float], *, first: int = 1, own: FirstStepR
         returned = change(loss) if s.step >= first else loss
         steps.append(dataclasses.replace(s, micro_losses=(returned,) * count, model_losses=(loss,) * count))
     return dataclasses.replace(record, steps=tuple(steps), first_step=own)
+
+
+def _counted(*factors: float, returned: float | None = None, **changes: Any) -> RunRecord:
+    """Steps of two micro-batches whose losses are the mean over their labels times the step's factor.
+
+    compute_loss returned the mean of each micro-batch times `returned`, by default its share of the loss.
+    """
+    from tests.support.canned import healthy
+
+    micro = ((4.2, 4.0), (3.9, 3.7), (3.6, 3.5), (3.1, 2.9))
+    tokens = (30, 10)
+    steps, entropies = [], []
+    for s, means, factor in zip(healthy(steps=len(micro)).steps, micro, factors, strict=True):
+        mean = sum(n * m for n, m in zip(tokens, means, strict=True)) / sum(tokens)
+        shares = tuple(factor * n * m / sum(tokens) for n, m in zip(tokens, means, strict=True))
+        given = shares if returned is None else tuple(returned * m for m in means)
+        loss = factor * mean if returned is None else returned * sum(means)
+        steps.append(dataclasses.replace(s, loss=loss, micro_losses=given, model_losses=()))
+        entropies.append(EntropyRecord(step=s.step, micro=means, tokens=tokens))
+    first = FirstStepRecord(
+        micro_tokens=tokens, micro_token_losses=micro[0], token_loss=4.15, labels=44, loss_dtype="float32"
+    )
+    first = dataclasses.replace(first, **changes)
+    record = healthy(steps=len(micro))
+    return dataclasses.replace(record, steps=tuple(steps), entropies=tuple(entropies[1:]), first_step=first)
+
+
+def _summed() -> RunRecord:
+    """A loss that is the sum over as many tokens in each micro-batch."""
+    record = _counted(20, 20, 20, 20, micro_tokens=(20, 20))
+    entropies = tuple(dataclasses.replace(e, tokens=(20, 20)) for e in record.entropies)
+    even = [sum(e.micro) / 2 for e in (EntropyRecord(step=1, micro=(4.2, 4.0), tokens=(20, 20)), *entropies)]
+    steps = tuple(dataclasses.replace(s, loss=20 * mean) for s, mean in zip(record.steps, even, strict=True))
+    return dataclasses.replace(record, steps=steps, entropies=entropies)
 
 
 def _by_sgd() -> RunRecord:
@@ -99,6 +133,22 @@ FAILURES: dict[str, dict[str, tuple[Any, ...]]] = {
         "shifted": (_losses(lambda x: x + 0.5), "plus 0.5, in every micro-batch"),
         "shifted-later": (_losses(lambda x: x + 0.5, first=4), "plus 0.5 in 3 of 6 micro-batches"),
         "rounded": (_losses(lambda x: round(x * 16) / 16), "rounded to 7 significant bits, in 6 of 6"),
+    },
+    "loss_counts_once": {
+        "added-up": (
+            _counted(1, 1, 1, 1, returned=1.0),
+            "the loss of step 1 is 8.2: .* nothing divides them by the 2 micro-batches of the step, whose mean is 4.15",
+        ),
+        "divided-twice": (
+            _counted(0.5, 0.5, 0.5, 0.5),
+            "the loss of step 1 is 2.075, and the mean .* 4.15: it is divided by the 2 micro-batches of the step twice",
+        ),
+        "divided-twice-means": (_counted(1, 1, 1, 1, returned=0.25), "the loss of step 1 is 2.05, .* twice"),
+        "multiplied": (
+            _counted(3, 3, 3, 3),
+            "the loss of each of 4 steps is 3 times the mean .*; that of step 1 is 12.45 and not 4.15",
+        ),
+        "negated": (_counted(-1, -1, -1, -1), "the loss of each of 4 steps is -1 times the mean"),
     },
     "update_repeats": {
         "other": (
@@ -158,6 +208,45 @@ MAY_BE_MISSING: dict[str, tuple[Any, ...]] = {
         _losses(lambda x: x + 0.1 * x * x),
         "compute_loss computes a loss of its own beside the model's",
     ),
+    "loss_counts_once-no-step": ("loss_counts_once", _healthy(steps=(), log=()), "no optimizer step was seen"),
+    "loss_counts_once-no-logits": (
+        "loss_counts_once",
+        _counted(3, 3, 3, 3, token_loss=None),
+        "the logits of the first step and its labels were not seen together",
+    ),
+    "loss_counts_once-library": (
+        "loss_counts_once",
+        _counted(2, 2, 2, 2, loss_library="transformers"),
+        "transformers's own code computes the loss: 8.3 in step 1, with a mean of 4.15",
+    ),
+    "loss_counts_once-half": (
+        "loss_counts_once",
+        _counted(3, 3, 3, 3, loss_dtype="bfloat16"),
+        "the loss is computed in bfloat16",
+    ),
+    "loss_counts_once-changed": (
+        "loss_counts_once",
+        dataclasses.replace(
+            _counted(3, 3, 3, 3),
+            steps=tuple(dataclasses.replace(s, model_losses=(1.0, 1.0)) for s in _counted(3, 3, 3, 3).steps),
+        ),
+        "compute_loss changes the model's own loss",
+    ),
+    "loss_counts_once-few": (
+        "loss_counts_once",
+        dataclasses.replace(_counted(3, 3, 3, 3), entropies=()),
+        "the losses of 1 step tell too little",
+    ),
+    "loss_counts_once-own": (
+        "loss_counts_once",
+        _counted(3, 3.1, 3.2, 3.3),
+        "the loss is no multiple of the cross-entropy",
+    ),
+    "loss_counts_once-sum": (
+        "loss_counts_once",
+        _summed(),
+        "the loss is no multiple of the cross-entropy",
+    ),
     "every_factor_moves-sgd": (
         "every_factor_moves",
         _by_sgd(),
@@ -182,6 +271,8 @@ THRESHOLDS: dict[tuple[str, str], Any] = {
         0.1,
         0.1,
     ),
+    ("loss_counts_once", "rtol"): (_counted(1.05, 1.05, 1.05, 1.05), 1e-3, 1e-2),
+    ("loss_counts_once", "least_factor"): (_counted(1.05, 1.05, 1.05, 1.05), 0.0, 1e-2),
     ("loss_is_the_models", "rtol"): (_losses(lambda x: 1.01 * x), 1e-3, 0.1),
     ("loss_is_the_models", "half_rtol"): (
         _losses(lambda x: 1.25 * x, own=FirstStepRecord(loss_dtype="bfloat16")),
