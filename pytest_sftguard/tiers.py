@@ -20,7 +20,16 @@ class Tier:
     """Other runs that it is compared with, trained for the purpose where no cell of the session will do."""
 
 
-_QUICK = ("wiring", "supervision", "prompts", "batches", "randomness", "base_during", "reach")
+_QUICK = (
+    "wiring",
+    "supervision",
+    "prompts",
+    "batches",
+    "arrival",
+    "randomness",
+    "base_during",
+    "reach",
+)
 _STANDARD = (*_QUICK, "replay", "context", "paths", "first_batch", "evaluation", "base_answers", "decoding", "merging")
 
 TIERS: dict[str, Tier] = {

@@ -29,7 +29,15 @@ from pytest_sftguard.records.micro_batch import (
     FootprintRecord,
     FutureRecord,
 )
-from pytest_sftguard.records.rows import BatchesRecord, DefectRecord, EvaluationRecord, PromptsRecord, SupervisionRecord
+from pytest_sftguard.records.rows import (
+    ArrivalRecord,
+    BatchesRecord,
+    DefectRecord,
+    DeviationRecord,
+    EvaluationRecord,
+    PromptsRecord,
+    SupervisionRecord,
+)
 from pytest_sftguard.records.run import SCHEMA, ErrorRecord, LookRecord, RunRecord
 from pytest_sftguard.records.steps import (
     FirstStepRecord,
