@@ -49,15 +49,6 @@ class Reason(verdicts.Reason):
     OTHER_ROWS = "the collator makes rows of its own: none of {rows} was found in its micro-batch"
 
 
-_REASONS = {
-    "ids": Reason.IDS,
-    "replaced": Reason.REPLACED,
-    "mask": Reason.MASK,
-    "padding": Reason.PADDING,
-    "labels": Reason.LABELS,
-}
-
-
 @dataclass(frozen=True, kw_only=True)
 class RowsArrive(Invariant):
     """The rows that the collator was given are what the model is given.
@@ -85,8 +76,9 @@ class RowsArrive(Invariant):
             yield self.not_evaluated(Reason.OTHER_ROWS, required=False, rows=rows)
             return
         for name, d in found.items():
+            reason = Reason[name.upper()]
             yield self.failed(
-                _REASONS[name],
+                reason,
                 step=d.step,
                 observed=d.places,
                 limit=0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ class Feature:
     """One row of the data set, as the collator was given it."""
 
     ids: Ids
-    """Token ids, shape (tokens,)."""
+    """Token ids, shape (tokens,); empty if it brings none, such as a row of speech."""
     mask: Ids | None = None
     """Its own attention mask, shape (tokens,); None if it brings none."""
     labels: Ids | None = None
@@ -35,14 +35,14 @@ class Feature:
 
     @classmethod
     def of(cls, item: Any) -> Feature | None:
-        """A copy of `item`, which a collator may change; None if it is not one sequence of token ids."""
+        """A copy of `item`, which a collator may change; None if it has no sequence of token ids or of labels."""
         if not isinstance(item, Mapping):
-            return None
-        ids = _numbers(item.get("input_ids"))
-        if ids is None or ids.ndim != 1:
             return None
         mask = _numbers(item.get("attention_mask"))
         labels = next((v for k in ("labels", "label", "label_ids") if (v := _numbers(item.get(k))) is not None), None)
+        ids = _numbers(item["input_ids"]) if "input_ids" in item else np.empty(0, np.int64)
+        if ids is None or ids.ndim != 1 or (not len(ids) and (labels is None or labels.ndim != 1)):
+            return None
         return cls(ids, mask if mask is not None and mask.shape == ids.shape else None, labels)
 
     def inside(self, pad: int) -> Feature:
@@ -63,7 +63,7 @@ class Given:
     """The inputs of one micro-batch."""
 
     ids: Ids
-    """Token ids, shape (rows, tokens)."""
+    """Token ids, shape (rows, tokens); of no tokens if there are none."""
     mask: Ids | None
     """Attention mask of the same shape; None if there is none of this shape."""
     labels: Ids | None
@@ -118,6 +118,8 @@ class Comparison:
     """What differs, at most once of each name for a row."""
     shifted: list[Deviation] = field(default_factory=list)
     """What differs in the labels if each is that of the next place."""
+    classes: list[Deviation] = field(default_factory=list)
+    """Rows that have one label in the data set and in the micro-batch, whether they differ or not."""
 
 
 @dataclass(frozen=True)
@@ -139,13 +141,16 @@ def compared(features: Sequence[Feature], given: Given, facts: Facts) -> Compari
     """Compare the rows `features` with the micro-batch that was made of them."""
     inside = [f.inside(facts.pad if facts.separate_pad else NO_ID) for f in features]
     result = Comparison()
+    if not given.ids.shape[1]:
+        _of_decoders(result, inside, given, facts)
+        return result
     padded = len(inside) == len(given.ids)
     places = _in_rows(inside, given, facts) if padded else _in_packs(inside, given)
     if not padded:
         flat = [None if a is None else a.reshape(1, -1) for a in (given.mask, given.labels)]
         same = given.labels is not None and given.labels.shape == given.ids.shape
         given = Given(given.ids.reshape(1, -1), flat[0], flat[1] if same else None)
-    for i, (feature, place) in enumerate(zip(inside, places, strict=True)):
+    for feature, place in zip(inside, places, strict=True):
         if not len(feature.ids):
             continue
         if place is None:
@@ -162,7 +167,7 @@ def compared(features: Sequence[Feature], given: Given, facts: Facts) -> Compari
                 if changed.name == "replaced":
                     continue
         result.deviations += _of_mask(feature, place, given, facts, padded=padded)
-        _of_labels(result, i, feature, place, given, facts)
+        _of_labels(result, feature, place, given, facts)
     return result
 
 
@@ -172,20 +177,20 @@ def _in_rows(features: Sequence[Feature], given: Given, facts: Facts) -> list[_P
     found: list[_Place | None] = [None] * len(features)
     free = set(range(len(features)))
 
-    def settle(i: int, place: _Place | None) -> None:
-        if place is not None:
-            found[i] = place
-            free.discard(place.row)
+    def find(search: Callable[[Ids, int], _Place | None], *, elsewhere: bool) -> None:
+        """Settle the rows that `search` finds: each in its own row of the micro-batch if it is there."""
+        for others in (False, True) if elsewhere else (False,):
+            for i in [n for n, place in enumerate(found) if place is None]:
+                rows = sorted(free) if others else sorted(free & {i})
+                found[i] = next((p for row in rows if (p := search(features[i].ids, row)) is not None), None)
+                free.difference_update({p.row for p in found if p is not None})
 
-    for i, feature in enumerate(features):
-        settle(i, _alone(feature.ids, given.ids[i], i, contents[i], facts))
-    for i, feature in enumerate(features):
-        if found[i] is None:
-            others = (_alone(feature.ids, given.ids[row], row, contents[row], facts) for row in sorted(free))
-            settle(i, next((p for p in others if p is not None), None))
-    for i, feature in enumerate(features):
-        if found[i] is None and i in free:
-            settle(i, _part(feature.ids, given.ids[i], i, contents[i], facts))
+    find(lambda ids, row: _alone(ids, given.ids[row], row, contents[row], facts), elsewhere=True)
+    find(lambda ids, row: _part(ids, given.ids[row], row, contents[row], facts), elsewhere=True)
+    find(lambda ids, row: _changed(ids, given.ids[row], row, contents[row], _ALIKE), elsewhere=True)
+    # in their own order, a row of which next to nothing is left is known by its place
+    if all(place is None or place.row == i for i, place in enumerate(found)):
+        find(lambda ids, row: _changed(ids, given.ids[row], row, contents[row], 0.0), elsewhere=False)
     return found
 
 
@@ -207,7 +212,7 @@ def _alone(ids: Ids, within: Ids, row: int, content: slice, facts: Facts) -> _Pl
 
 
 def _part(ids: Ids, within: Ids, row: int, content: slice, facts: Facts) -> _Place | None:
-    """Where `ids` lie in a longer row, or truncated at an end, or changed in places."""
+    """Where `ids` lie in a longer row, or truncated at an end."""
     start = next(_starts(ids, within), None)
     if start is not None:
         return _Place(row, start, 0, len(ids))
@@ -217,7 +222,15 @@ def _part(ids: Ids, within: Ids, row: int, content: slice, facts: Facts) -> _Pla
     begin = next(_starts(core, ids), None) if len(core) else None
     if begin is not None and len(core) < len(ids):
         return _Place(row, content.start + before, begin, begin + len(core))
-    return _Place(row, content.start, 0, len(ids), whole=False) if len(own) == len(ids) else None
+    return None
+
+
+def _changed(ids: Ids, within: Ids, row: int, content: slice, alike: float) -> _Place | None:
+    """Where `ids` lie in a row of as many tokens, of which the share `alike` at least is equal."""
+    own = within[content]
+    if len(own) != len(ids) or not np.mean(own == ids) >= alike:
+        return None
+    return _Place(row, content.start, 0, len(ids), whole=False)
 
 
 def _added(own: Ids, facts: Facts) -> int:
@@ -312,18 +325,18 @@ def _of_mask(feature: Feature, place: _Place, given: Given, facts: Facts, *, pad
                 return
 
 
-def _of_labels(result: Comparison, index: int, feature: Feature, place: _Place, given: Given, facts: Facts) -> None:
+def _of_labels(result: Comparison, feature: Feature, place: _Place, given: Given, facts: Facts) -> None:
     """Compare the labels of a row, if there is something to compare them with."""
     labels, own = given.labels, feature.labels
     if labels is None:
         return
     if labels.ndim == 1:
         if own is not None and own.ndim == 0 and len(labels) == len(given.ids):
-            there, at = labels[place.row : place.row + 1], replace(place, start=0)
-            result.deviations += _listed(_deviation("labels", at, there != own, there, own.reshape(1)))
+            given_class = int(labels[place.row])
+            result.classes.append(Deviation("labels", place.row, 0, 1, 1, given_class, int(own)))
     elif facts.decodes:
         if own is not None and own.ndim == 1 and len(labels) == len(given.ids):
-            result.deviations += _listed(_of_decoder(place, labels[place.row], own, facts))
+            result.deviations += _listed(_of_decoder(place.row, labels[place.row], _supervised(own), facts))
     elif labels.shape == given.ids.shape:
         beside = own is not None and own.shape == feature.ids.shape
         if not beside and not facts.causal:
@@ -343,21 +356,57 @@ def _of_labels(result: Comparison, index: int, feature: Feature, place: _Place, 
         result.shifted += _listed(_deviation("labels", place, late, there, following))
 
 
-def _of_decoder(place: _Place, there: Ids, own: Ids, facts: Facts) -> Deviation | None:
-    """Compare the labels of a decoder with those of the row, which may be padded and truncated."""
-    wanted = own[: int(np.flatnonzero(own != IGNORED)[-1]) + 1] if (own != IGNORED).any() else own[:0]
-    if not len(wanted) or next(_starts(wanted, there), None) is not None:
-        return None
+def _of_decoders(result: Comparison, features: Sequence[Feature], given: Given, facts: Facts) -> None:
+    """Compare the labels of rows that have no token ids, in any order."""
+    labels = given.labels
+    if labels is None or labels.ndim != 2 or len(labels) != len(features):
+        return
+    free, missing = set(range(len(labels))), []
+    for i, feature in enumerate(features):
+        rows = [i, *sorted(free)]
+        row = next((r for r in rows if r in free and _decodes(labels[r], _supervised(feature.labels), facts)), None)
+        if row is None:
+            missing.append(i)
+        else:
+            free.discard(row)
+            result.arrived += 1
+    for i in missing:
+        wrong = _of_decoder(i, labels[i], _supervised(features[i].labels), facts) if i in free else None
+        result.unknown += wrong is None
+        result.deviations += _listed(wrong)
+
+
+def _supervised(own: Ids | None) -> Ids:
+    """The labels of a row for a decoder, without those after the last that counts."""
+    if own is None or own.ndim != 1 or not (own != IGNORED).any():
+        return np.empty(0, np.int64)
+    return own[: int(np.flatnonzero(own != IGNORED)[-1]) + 1]
+
+
+def _within(there: Ids, facts: Facts) -> slice:
+    """The places of labels that count, between padding."""
     counted = np.flatnonzero((there != IGNORED) & (there != facts.pad))
-    content = there[int(counted[0]) : int(counted[-1]) + 1] if len(counted) else there[:0]
-    shorter = len(content) < len(wanted)
-    if shorter and len(content) and next(_starts(content, wanted), None) is not None:
+    return slice(int(counted[0]), int(counted[-1]) + 1) if len(counted) else slice(0, 0)
+
+
+def _decodes(there: Ids, wanted: Ids, facts: Facts) -> bool:
+    """Whether the labels of a micro-batch's row are those of a row, which may be truncated."""
+    if not len(wanted) or next(_starts(wanted, there), None) is not None:
+        return True
+    content = there[_within(there, facts)]
+    return 0 < len(content) < len(wanted) and next(_starts(content, wanted), None) is not None
+
+
+def _of_decoder(row: int, there: Ids, wanted: Ids, facts: Facts) -> Deviation | None:
+    """The labels of a row for a decoder that differ from those `wanted`; None where too few are equal to tell."""
+    if _decodes(there, wanted, facts):
         return None
-    start = int(counted[0]) if len(content) == len(wanted) else 0
+    content = _within(there, facts)
+    start = content.start if content.stop - content.start == len(wanted) else 0
     seen = there[start : start + len(wanted)]
     if len(seen) < len(wanted) or not np.mean(seen == wanted) >= _ALIKE:
         return None
-    return _deviation("labels", replace(place, start=start), seen != wanted, seen, wanted)
+    return _deviation("labels", _Place(row, start, 0, len(wanted)), seen != wanted, seen, wanted)
 
 
 def _listed(found: Deviation | None) -> list[Deviation]:

@@ -75,10 +75,11 @@ class Arrival(Look[Started]):
         if self._trained > self._collations:
             raise InapplicableError("the training does not take its micro-batches from the data loader one by one")
         pairs = [(step, self._rows[n], given) for n, (step, given) in self._given.items() if n in self._rows]
-        held = [(step, rows.features, _on_host(given)) for step, rows, given in pairs if rows.features]
+        copied = [(step, rows.features, _on_host(given)) for step, rows, given in pairs if rows.features]
+        held = [(s, f, given) for s, f, given in copied if any(len(x.ids) > 0 for x in f) == (given.ids.shape[1] > 0)]
         if not held:
             raise InapplicableError("the rows of the data set are no token ids, or the micro-batches hold none of them")
-        record = self._record([(s, compared(f or (), g, facts)) for s, f, g in held], reached.trainer)
+        record = self._record([(s, compared(f, g, facts)) for s, f, g in held], reached.trainer)
         if record.deviations and any(rows.drew for _, rows, _ in pairs):
             raise InapplicableError("the collator draws random numbers, so that its rows need not be the data set's")
         return {"arrival": record}
@@ -92,6 +93,8 @@ class Arrival(Look[Started]):
             for deviation in comparison.deviations:
                 if not (shifted and deviation.name == "labels"):
                     found.setdefault(deviation.name, []).append((step, deviation))
+        for step, deviation in _classes([(step, d) for step, c in steps for d in c.classes]):
+            found.setdefault(deviation.name, []).append((step, deviation))
         return ArrivalRecord(
             micro_batches=len(steps),
             arrived_rows=sum(c.arrived for _, c in steps),
@@ -141,12 +144,11 @@ class Arrival(Look[Started]):
         return original(model, inputs, *args, **kwargs)
 
     def _keep(self, inputs: Any) -> None:
-        ids = inputs.get("input_ids")
-        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+        ids, keys = inputs.get("input_ids"), ("input_ids", "attention_mask", "labels")
+        if ids is not None and (not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point()):
             return
-        self._tokens += ids.numel()
-        keys = ("input_ids", "attention_mask", "labels")
         copies = {k: t.detach().clone() for k in keys if isinstance(t := inputs.get(k), Tensor)}
+        self._tokens += max((t.numel() for t in copies.values()), default=0)
         self._given[self._trained] = self._recorder.taken + 1, copies
 
     def _note_labels(self, module: Any, args: Any, kwargs: Any) -> None:
@@ -219,8 +221,15 @@ def _own_loss(trainer: Any) -> bool:
     return type(trainer).compute_loss is not Trainer.compute_loss or trainer.compute_loss_func is not None
 
 
+def _classes(listed: Sequence[tuple[int, Deviation]]) -> list[tuple[int, Deviation]]:
+    """The rows with another class than in the data set, unless the collator gives each class another number."""
+    numbers = {(d.expected, d.found) for _, d in listed}
+    if len(numbers) == len({a for a, _ in numbers}) == len({b for _, b in numbers}) > 1:
+        return []
+    return [(step, d) for step, d in listed if d.found != d.expected]
+
+
 def _on_host(tensors: dict[str, Tensor]) -> Given:
-    ids = tensors["input_ids"]
 
     def whole(key: str) -> Any:
         tensor = tensors.get(key)
@@ -234,10 +243,11 @@ def _on_host(tensors: dict[str, Tensor]) -> Given:
             else numbers.numpy()
         )
 
-    mask, labels = whole("attention_mask"), whole("labels")
+    ids, mask, labels = whole("input_ids"), whole("attention_mask"), whole("labels")
+    ids = np.empty((0, 0), np.int64) if ids is None else np.ascontiguousarray(ids)
     return Given(
-        np.ascontiguousarray(whole("input_ids")),
-        mask if mask is not None and mask.shape == tuple(ids.shape) else None,
+        ids,
+        mask if mask is not None and mask.shape == ids.shape else None,
         labels if labels is not None and labels.ndim in (1, 2) else None,
     )
 
