@@ -228,7 +228,7 @@ def _part(ids: Ids, within: Ids, row: int, content: slice, facts: Facts) -> _Pla
 def _changed(ids: Ids, within: Ids, row: int, content: slice, alike: float) -> _Place | None:
     """Where `ids` lie in a row of as many tokens, of which the share `alike` at least is equal."""
     own = within[content]
-    if len(own) != len(ids) or not np.mean(own == ids) >= alike:
+    if not len(ids) or len(own) != len(ids) or not np.mean(own == ids) >= alike:
         return None
     return _Place(row, content.start, 0, len(ids), whole=False)
 
