@@ -26,6 +26,7 @@ _QUICK = (
     "supervision",
     "prompts",
     "batches",
+    "arrival",
     "randomness",
     "base_during",
     "reach",

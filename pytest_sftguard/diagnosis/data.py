@@ -6,11 +6,18 @@ import math
 
 from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, hint, shown_by, sign
 from pytest_sftguard.diagnosis.mechanism import Mechanism
-from pytest_sftguard.invariants import base_finite, context_independence, prompt_is_prefix, supervision_audit
+from pytest_sftguard.invariants import (
+    base_finite,
+    context_independence,
+    prompt_is_prefix,
+    rows_arrive,
+    supervision_audit,
+)
 from pytest_sftguard.records import ContextRecord
 from pytest_sftguard.verdicts import Finding
 
 _Defect = supervision_audit.Reason
+_Arrival = rows_arrive.Reason
 _FEW = 3
 """Fewest rows that a limit on the length truncates: in one or two something else may have taken the end."""
 
@@ -96,6 +103,9 @@ def _defective_rows(case: Case) -> list[Clue]:
 
 
 def _rows_changed(case: Case) -> list[Clue]:
+    # the row was compared with itself, place by place
+    if arrived := case.failed(_Arrival.IDS, _Arrival.REPLACED, _Arrival.MASK, _Arrival.PADDING):
+        return [decisive(f) for f in arrived]
     seen = case.record.supervision
     invariants = ("supervision_audit", "prompt_is_prefix", "context_independence")
     found = [*case.failed(*invariants), *case.failed(base_finite.Reason.ZERO_EMBEDDINGS)]
@@ -108,6 +118,8 @@ def _rows_changed(case: Case) -> list[Clue]:
 
 
 def _labels_changed(case: Case) -> list[Clue]:
+    if (arrived := case.failed(_Arrival.LABELS)) and not case.failed(_Arrival.IDS, _Arrival.REPLACED):
+        return [decisive(f) for f in arrived]
     seen, found = case.record.supervision, case.failed("supervision_audit", "prompt_is_prefix")
     if seen is None or seen.strange_inputs or not seen.strange_labels or not found:
         return []

@@ -29,6 +29,7 @@ class Station(enum.Enum):
 
 _OF_INVARIANTS: Mapping[str, Station] = {
     "supervision_audit": Station.DATA,
+    "rows_arrive": Station.DATA,
     "prompt_is_prefix": Station.DATA,
     "base_finite": Station.START,
     "identity_at_init": Station.START,

@@ -33,8 +33,10 @@ from pytest_sftguard.records.micro_batch import (
     FutureRecord,
 )
 from pytest_sftguard.records.rows import (
+    ArrivalRecord,
     BatchesRecord,
     DefectRecord,
+    DeviationRecord,
     EvaluationRecord,
     KeptRecord,
     PromptsRecord,

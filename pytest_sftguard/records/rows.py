@@ -77,6 +77,48 @@ class BatchesRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeviationRecord:
+    """One thing in which rows differ between the data set and the micro-batches that were made of them."""
+
+    name: str
+    """What differs: `ids` in some places, `replaced` in most of them, `mask` on the row, `padding` that the mask lets
+    in, or `labels`."""
+    rows: int
+    """Number of rows with it."""
+    step: int
+    """Optimizer step of the first of them."""
+    row: int
+    """Its row in the micro-batch, from 0."""
+    place: int
+    """The first of its places that differs, from 0."""
+    places: int
+    """Number of its places that differ."""
+    compared: int
+    """Number of its places that were compared."""
+    found: int
+    """What the model was given at the first one."""
+    expected: int
+    """What it should have been given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrivalRecord:
+    """The rows that the collator was given, found again in the micro-batches that the model was given.
+
+    Those of the first eight steps, and of each eighth.
+    """
+
+    micro_batches: int
+    """Number of micro-batches that were looked at."""
+    arrived_rows: int = 0
+    """Number of rows whose tokens all came, or were truncated at an end."""
+    unknown_rows: int = 0
+    """Number of rows that were not found in their micro-batch."""
+    deviations: tuple[DeviationRecord, ...] = ()
+    """What differed, one of each name."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptsRecord:
     """The prompts of generation, compared with the rows of the training."""
 

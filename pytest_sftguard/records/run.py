@@ -23,7 +23,14 @@ from pytest_sftguard.records.comparisons import ContextRecord, MergeRecord, Path
 from pytest_sftguard.records.encoding import RecordError, decode, encode, read_json, write_text
 from pytest_sftguard.records.micro_batch import AimRecord, DerivativeRecord, FootprintRecord, FutureRecord
 from pytest_sftguard.records.migration import from_schema_1
-from pytest_sftguard.records.rows import BatchesRecord, EvaluationRecord, KeptRecord, PromptsRecord, SupervisionRecord
+from pytest_sftguard.records.rows import (
+    ArrivalRecord,
+    BatchesRecord,
+    EvaluationRecord,
+    KeptRecord,
+    PromptsRecord,
+    SupervisionRecord,
+)
 from pytest_sftguard.records.steps import (
     EntropyRecord,
     FirstStepRecord,
@@ -165,6 +172,8 @@ class RunRecord:
     """The labels of the rows; None without the look `supervision`."""
     batches: BatchesRecord | None = None
     """The rows of the micro-batches; None without the look `batches`."""
+    arrival: ArrivalRecord | None = None
+    """The rows of the data set in the micro-batches; None without the look `arrival`."""
     randomness: RandomnessRecord | None = None
     """The random numbers of the training's forward passes; None without the look `randomness`."""
     base_during: BaseDuringRecord | None = None

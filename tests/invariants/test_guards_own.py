@@ -26,6 +26,7 @@ FILLED = {
     "base_answers": ("base_answers",),
     "decoding": ("decoding",),
     "batches": ("batches",),
+    "arrival": ("arrival",),
     "base_during": ("base_during",),
     "reach": ("reach",),
     "checkpoints": ("checkpoint",),
