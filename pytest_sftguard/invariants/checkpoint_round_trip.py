@@ -1,4 +1,4 @@
-"""B40: a checkpoint gives back what was saved."""
+"""B24: a checkpoint gives back what was saved."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Reason(verdicts.Reason):
 class CheckpointRoundTrip(Invariant):
     """What the Trainer saves of optimizer, schedule and loss scaler comes back bit for bit when it loads it."""
 
-    code: ClassVar[str] = "B40"
+    code: ClassVar[str] = "B24"
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Look at states that are not there, at their bits, and at the options beside them."""

@@ -1,4 +1,4 @@
-"""D40: a greedy answer is what the model's own scores say."""
+"""D12: a greedy answer is what the model's own scores say."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class GenerationFollowsLogits(Invariant):
     low_margin: float = 5e-2
     """The same in tf32, float16 and bfloat16, whose scores differ by up to 1e-2."""
 
-    code: ClassVar[str] = "D40"
+    code: ClassVar[str] = "D12"
     required: ClassVar[bool] = False
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:

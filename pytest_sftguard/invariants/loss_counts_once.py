@@ -1,4 +1,4 @@
-"""B30: a loss that is the cross-entropy of the model's logits counts once in each step."""
+"""B23: a loss that is the cross-entropy of the model's logits counts once in each step."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class LossCountsOnce(Invariant):
     least_factor: float = 0.01
     """Smallest difference of a factor from 1 that is reported: a small term that hardly varies looks like one."""
 
-    code: ClassVar[str] = "B30"
+    code: ClassVar[str] = "B23"
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Hold the first step against its own labels, then look for a factor that several steps have in common."""

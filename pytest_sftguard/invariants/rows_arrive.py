@@ -1,4 +1,4 @@
-"""A30: the model is given the rows of the data set, with their tokens, mask and labels."""
+"""A18: the model is given the rows of the data set, with their tokens, mask and labels."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class RowsArrive(Invariant):
     brings; without them, each that is supervised is its own token.
     """
 
-    code: ClassVar[str] = "A30"
+    code: ClassVar[str] = "A18"
 
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Look at each thing in which rows differ."""
