@@ -89,7 +89,7 @@ class BatchSplitEquivalence(ComparingSplits):
             own != "mean"
             and ours is not None
             and theirs is not None
-            and self._undivided(ours, theirs, record, reference)
+            and self._in_ratio(ours, theirs, record, reference)
         ):
             cells = {"cell": record.cell, "reference": reference.cell}
             return self.failed(Reason.ADDED_UP, step=1, observed=ours, limit=theirs, **cells)
@@ -112,7 +112,8 @@ class BatchSplitEquivalence(ComparingSplits):
     def excuse(self, ours: float, theirs: float, record: RunRecord, reference: RunRecord) -> Reason | None:
         """Why two splits may differ without this cell being wrong; None where there is no such reason.
 
-        An auxiliary term over the micro-batch, such as a router's, is no mean over labels. Of two splits of which one
+        An auxiliary term over the micro-batch, such as a router's, is no mean over labels, and neither is a loss that
+        holds rows against each other. Of two splits of which one
         has the mean over all labels, the other is wrong; without knowing, it is the one that accumulates.
         """
         own, other = (self.average(r) for r in (record, reference))
@@ -121,11 +122,12 @@ class BatchSplitEquivalence(ComparingSplits):
             return None
         if own == "mean":
             return Reason.REFERENCE_WRONG
-        if own is None:
-            return Reason.NOT_ACCUMULATED if record.gradient_accumulation_steps == 1 else None
-        return None if self._undivided(ours, theirs, record, reference) else Reason.OWN_LOSS
+        if own is None and record.gradient_accumulation_steps == 1:
+            return Reason.NOT_ACCUMULATED
+        counted = any(self._in_ratio(*pair, record, reference) for pair in ((ours, theirs), (theirs, ours)))
+        return None if counted else Reason.OWN_LOSS
 
-    def _undivided(self, ours: float, theirs: float, record: RunRecord, reference: RunRecord) -> bool:
+    def _in_ratio(self, ours: float, theirs: float, record: RunRecord, reference: RunRecord) -> bool:
         """Whether the two stand in the ratio of their numbers of micro-batches, this cell adding up several."""
         counts = [len(r.steps[0].micro_losses) for r in (record, reference)]
         if counts[0] < 2 or counts[0] == counts[1] or not all(counts):

@@ -6,10 +6,12 @@ setting asks for it, and leaves the training bit for bit as it is.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Generic, get_args
 
 from pytest_sftguard import registry
@@ -37,6 +39,8 @@ class Look(ABC, Generic[StageT]):
     """The stage in the brackets of the base class."""
     last: ClassVar[bool] = False
     """Whether `conclude` changes the models, so that the look must come after all others."""
+    ended: Exception | None = None
+    """What its work inside the training ended in: nothing is concluded from what it saw."""
 
     def __init_subclass__(cls) -> None:
         for base in vars(cls).get("__orig_bases__", ()):
@@ -50,6 +54,16 @@ class Look(ABC, Generic[StageT]):
 
     def rebuilt(self, rebuilt: Rebuilt) -> None:
         """Read the second model: nothing has been loaded into it yet."""
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around work of the look inside the training: an exception ends the look, and never the training."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        except Exception as error:
+            self.ended = self.ended or error
 
     @abstractmethod
     def conclude(self, reached: StageT) -> dict[str, Any]:
@@ -88,7 +102,7 @@ class Looks:
         for name, look in self._asked.items():
             if name not in self._looks and not isinstance(reached, look.stage):
                 self._looks[name] = LookRecord(name=name, inapplicable="the run ended before it could be looked at")
-            fields.update(self._guarded(name, look.conclude, reached) or {})
+            fields.update(self._guarded(name, functools.partial(_concluded, look), reached) or {})
             self._looks.setdefault(name, LookRecord(name=name))
         return fields | {"looks": tuple(self._looks.values())}
 
@@ -111,3 +125,12 @@ class Looks:
             first = first_line(error)[:300]
             self._looks[name] = LookRecord(name=name, error=f"{type(error).__name__}: {first}")
         return None
+
+
+def _concluded(look: Look[Any], reached: Asked) -> dict[str, Any]:
+    """What a look concludes, or the exception that its work inside the training ended in."""
+    try:
+        return look.conclude(reached)
+    finally:
+        if look.ended is not None:
+            raise look.ended

@@ -118,13 +118,15 @@ class Arrival(Look[Started]):
         self._collations += 1
         if not self._wanted(number):
             return original(features, *args, **kwargs)
-        listed = features if isinstance(features, (list, tuple)) else ()
-        copies = [Feature.of(item) for item in listed]
-        rows = [c for c in copies if c is not None]
-        before = self._generators.states()
+        with self.aside():
+            listed = features if isinstance(features, (list, tuple)) else ()
+            copies = [Feature.of(item) for item in listed]
+            rows = [c for c in copies if c is not None]
+            before = self._generators.states()
         made = original(features, *args, **kwargs)
-        whole = rows if len(rows) == len(copies) else None
-        self._rows[number] = _Collated(whole, self._generators.moved(before))
+        with self.aside():
+            whole = rows if len(rows) == len(copies) else None
+            self._rows[number] = _Collated(whole, self._generators.moved(before))
         return made
 
     def _training_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -139,7 +141,8 @@ class Arrival(Look[Started]):
         if self._open:
             self._open = False
             if self._trained in self._rows and hasattr(inputs, "get"):
-                self._keep(inputs)
+                with self.aside():
+                    self._keep(inputs)
             self._trained += 1
         return original(model, inputs, *args, **kwargs)
 
@@ -166,7 +169,8 @@ class _Beginning(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The data loader has been prepared, and nothing has been read from it."""
-        self._look.begin(kwargs.get("train_dataloader"), resumed=state.global_step > 0)
+        with self._look.aside():
+            self._look.begin(kwargs.get("train_dataloader"), resumed=state.global_step > 0)
 
 
 def _innermost(loader: Any) -> Any:

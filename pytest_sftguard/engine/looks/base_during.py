@@ -43,5 +43,6 @@ class BaseDuring(Look[Started]):
     def _training_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         step = self._recorder.taken + 1
         if step not in self._at and step in (1, self._trainer.state.max_steps):
-            self._at[step] = base_digests(self._recorder.model)
+            with self.aside():
+                self._at[step] = base_digests(self._recorder.model)
         return original(*args, **kwargs)

@@ -46,7 +46,8 @@ class Context(Look[Trained]):
 
         def remember(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
             if module.training and len(self._given) < _MICRO_BATCHES and torch.is_grad_enabled():
-                self._given.append(_as_given(module, args, kwargs))
+                with self.aside():
+                    self._given.append(_as_given(module, args, kwargs))
 
         # a hook would be compiled too
         if not started.trainer.args.torch_compile:

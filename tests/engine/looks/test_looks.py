@@ -9,6 +9,7 @@ import pytest
 
 from pytest_sftguard import registry
 from pytest_sftguard.engine import looks
+from pytest_sftguard.engine.looks import arrival
 from pytest_sftguard.verdicts import JudgedRun
 
 Write = Callable[..., str]
@@ -98,3 +99,18 @@ def test_a_warning_ends_no_look(run_cell: Callable[..., JudgedRun], write: Write
     """Also where the filters of the user, as those of these tests, make errors of warnings."""
     (tmp_path / "warns.py").write_text(WARNS, encoding="utf-8")
     assert run_cell(looks=("warns",), steps=1).record.looks[0].done
+
+
+def test_an_exception_of_a_look_inside_the_training_ends_the_look_alone(
+    run_cell: Callable[..., JudgedRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows cannot be read, and the training is the one that it would be without the look."""
+
+    def unreadable(item: object) -> None:
+        raise ValueError("unreadable")
+
+    monkeypatch.setattr(arrival.Feature, "of", unreadable)
+    run, plain = (run_cell(looks=asked, steps=2) for asked in (("arrival",), ()))
+    assert run.record.looks[0].error == "ValueError: unreadable"
+    assert (run.record.error, run.record.adapter_digest) == (None, plain.record.adapter_digest)
+    assert [f.invariant for f in run.verdict.findings if f.guards_own] == ["rows_arrive"]
