@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -107,8 +108,11 @@ class Runs:
         if key not in self._records:
             progress("importing torch")
             try:
-                from pytest_sftguard.engine import runner
-                from pytest_sftguard.engine.building import targets
+                with warnings.catch_warnings():
+                    # bitsandbytes, which peft imports where it is there, has torch import what torch itself deprecates
+                    warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)
+                    from pytest_sftguard.engine import runner
+                    from pytest_sftguard.engine.building import targets
             except ImportError as error:
                 raise CannotRunError(
                     f"training needs torch, transformers, accelerate and peft, and one is missing: {error}; "

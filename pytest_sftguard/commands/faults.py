@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -89,6 +90,12 @@ def add(commands: Any) -> None:
         help="add each of them to this file as it ends, and do not repeat those that it holds",
     )
     generated.add_argument(
+        "--at-least",
+        type=read(detected_share),
+        metavar="SHARE",
+        help="exit code 0 if this share of the composed faults is reported in each tier, such as 0.8 (default: 1)",
+    )
+    generated.add_argument(
         "--replay", metavar="ID", help="compose and judge one of them again, such as fault-17-42, and print the report"
     )
 
@@ -101,9 +108,22 @@ def tier_names(text: str) -> tuple[str, ...]:
     return tuple(name for name in tiers.TIERS if name in names)
 
 
+def detected_share(text: str) -> float:
+    """A share of the faults, above 0 and at most 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number <= 1:
+        raise ValueError("give a share above 0 and at most 1, such as 0.8")
+    return number
+
+
 def run(options: argparse.Namespace) -> int:
     """Try the faults on a target, and print what the guard reports."""
     asked = [o for o in ("--generate", "--healthy", "--replay") if getattr(options, o.strip("-")) is not None]
+    if options.at_least is not None and asked != ["--generate"]:
+        raise MisuseError("--at-least is for composed faults, and needs --generate")
     if asked:
         return _generated(options, asked)
     for name in ("seed", "tier", "resume"):
@@ -168,7 +188,7 @@ def _generated(options: argparse.Namespace, asked: list[str]) -> int:
         raise MisuseError(str(error)) from None
     print(*pages.text(found), sep="\n")
     _write(options, found, pages.markdown)
-    return 0 if found.sound else 1
+    return 0 if found.sound(1.0 if options.at_least is None else options.at_least) else 1
 
 
 def _replay(name: str, chosen: tuple[str, ...]) -> int:

@@ -61,11 +61,16 @@ class Study:
         """Those that the guard could not judge in `tier`, as it raised an exception."""
         return [t for t in self.judged if tier in t.seen and t.seen[tier].error]
 
-    @property
-    def sound(self) -> bool:
-        """Whether there were trials, the guard judged each of them, and reported every fault or no training."""
-        wrong = self.reported if self.healthy else self.missed
-        return bool(self.judged) and not any(wrong(t) or self.broken(t) for t in self.tiers)
+    def sound(self, at_least: float = 1.0) -> bool:
+        """Whether there were trials, the guard judged each of them, and did so rightly.
+
+        It reported no healthy training, or the share `at_least` of the faults in every tier.
+        """
+        if not self.judged or any(self.broken(t) for t in self.tiers):
+            return False
+        if self.healthy:
+            return not any(self.reported(t) for t in self.tiers)
+        return all(len(self.reported(t)) >= at_least * len(self.judged) for t in self.tiers)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain types."""

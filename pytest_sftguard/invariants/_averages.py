@@ -16,7 +16,8 @@ def of_first_step(record: RunRecord) -> EntropyRecord | None:
     first, steps = record.first_step, record.steps
     if first is None or not first.token_loss or not steps or not all(map(math.isfinite, first.micro_token_losses)):
         return None
-    if len(first.micro_token_losses) != len(steps[0].micro_losses):
+    counts = {len(first.micro_token_losses), len(first.micro_tokens), len(steps[0].micro_losses)}
+    if len(counts) > 1 or not sum(first.micro_tokens):
         return None
     return EntropyRecord(step=1, micro=first.micro_token_losses, tokens=first.micro_tokens)
 

@@ -291,6 +291,7 @@ def test_faults_can_be_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (["--target", "absent:build"], "target 'absent:build' cannot be imported"),
         (["--json", "/no/such/folder/x.json"], "cannot be written: there is no folder /no/such/folder"),
         (["--jobs", "0"], "'0' cannot be used: give a whole number, at least 1"),
+        (["--at-least", "80"], "'80' cannot be used: give a share above 0 and at most 1"),
     ],
 )
 def test_faults_misused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,7 +83,8 @@ def test_a_study_tells_its_rates_and_its_map() -> None:
     found = Study(seed=1, tiers=("quick",), healthy=False, trials=(FAULT, MISSED, replace(FAULT, discarded="none")))
     assert "quick: detected 1 of 2 (50.0%; 95% bounds 1.3% to 98.7%)" in found.summary()
     assert "1 discarded: none" in found.summary()
-    assert not found.sound
+    assert not found.sound()
+    assert found.sound(at_least=0.5)
     assert any(line.startswith("| save | 2 |") for line in pages.markdown(found))
     assert "1 further classes have fewer than 4 faults each." in list(pages.markdown(found))
     assert any("--replay fault-1-1 --tier quick" in line for line in pages.text(found))
@@ -94,7 +95,7 @@ def test_an_exception_of_the_guards_own_is_no_detection() -> None:
     broken = replace(FAULT, seen={"quick": Seen(error="KeyError: 'x'")})
     found = Study(seed=1, tiers=("quick",), healthy=False, trials=(broken,))
     assert found.reported("quick") == found.missed("quick") == []
-    assert not found.sound
+    assert not found.sound()
 
 
 def test_a_trial_is_read_back_as_it_was() -> None:
@@ -130,6 +131,7 @@ def test_a_trail_of_something_else_is_refused(tmp_path: Path) -> None:
     [
         (["--generate", "1", "--healthy", "1"], "cannot be combined"),
         (["--seed", "1"], "--seed needs --generate"),
+        (["--healthy", "1", "--at-least", "0.8"], "--at-least is for composed faults"),
         (["--generate", "1", "nan-best-metric"], "leave ids of faults"),
         (["--replay", "17"], "write fault-SEED-NUMBER"),
     ],

@@ -424,4 +424,4 @@ def _numbers(value: Any) -> Ids | None:
     # ragged lists, and whatever else a row may hold
     except (ValueError, TypeError, RuntimeError):
         return None
-    return made.astype(np.int64) if made.dtype.kind in "iub" else None
+    return made.astype(np.int64) if made.dtype.char in "?bBhHiIlLqQ" else None

@@ -62,4 +62,3 @@ MAY_BE_MISSING: dict[str, tuple[Any, ...]] = {
         "the collator makes rows of its own",
     ),
 }
-OPTIONAL = {"arrival.deviations[]": "rows arrive as they are"}
