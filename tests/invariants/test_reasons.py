@@ -99,7 +99,6 @@ ELSEWHERE = {
     ("terminal.py", "failure"): "the function of a report",
     ("test_founding_bug.py", "failure"): "the function of a report",
     ("test_reports.py", "failure"): "the function of a report",
-    ("false_alarms.py", "alarm"): "an Attempt, whose message was rendered",
     ("verdicts.py", "self"): "a Finding, which compares it with a reason's and says nothing of it",
     ("test_simulate.py", "f"): "a FailedQuery",
     ("test_simulate.py", "failure"): "a FailedQuery",
