@@ -124,8 +124,18 @@ class BatchSplitEquivalence(ComparingSplits):
             return Reason.REFERENCE_WRONG
         if own is None and record.gradient_accumulation_steps == 1:
             return Reason.NOT_ACCUMULATED
-        counted = any(self._in_ratio(*pair, record, reference) for pair in ((ours, theirs), (theirs, ours)))
-        return None if counted else Reason.OWN_LOSS
+        return Reason.OWN_LOSS if self._own_loss(record, reference) else None
+
+    def _own_loss(self, record: RunRecord, reference: RunRecord) -> bool:
+        """Whether the first losses of the two differ, and not by their numbers of micro-batches.
+
+        Then gradients differ as well, by any factor: a term that each micro-batch adds, such as AdaLoRA's, may be
+        nearly all of them.
+        """
+        ours, theirs = record.steps[0].loss, reference.steps[0].loss
+        if ours is None or theirs is None or gap(ours, theirs) <= self.usual_rtols(record, reference)[0]:
+            return False
+        return not any(self._in_ratio(*pair, record, reference) for pair in ((ours, theirs), (theirs, ours)))
 
     def _in_ratio(self, ours: float, theirs: float, record: RunRecord, reference: RunRecord) -> bool:
         """Whether the two stand in the ratio of their numbers of micro-batches, this cell adding up several."""

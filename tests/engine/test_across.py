@@ -58,6 +58,15 @@ def failed(run: JudgedRun) -> list[str]:
     return [f"{f.invariant}: {message(f)}" for f in detection.reports(run)]
 
 
+
+@pytest.mark.parametrize("target", ["tasks:two_towers", "adapters:adalora"])
+def test_a_loss_that_holds_for_a_micro_batch_is_its_authors(target: str) -> None:
+    """Rows that are held against each other, and a term that each micro-batch adds, follow the split by nature."""
+    run = compared(config(f"tests.targets.{target}", (2, 2)), "batch_split")
+    assert failed(run) == []
+    assert {f.reason for f in run.verdict.of("batch_split_equivalence")} <= {"own_loss"}
+
+
 @pytest.mark.parametrize(
     "target",
     [
