@@ -219,6 +219,16 @@ def saved_too_early(**arguments: Any) -> Trainer:
     return trainer
 
 
+def head_changed_in_the_file(**arguments: Any) -> Trainer:
+    """Peft saves the layer of the base under an adapter on the head, and one row of it is another one in the file."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        next(t for n, t in tensors.items() if n.endswith("lm_head.base_layer.weight"))[3] += 1
+        return tensors
+
+    return _file_changed(arguments, change, lora={"target_modules": ["q_proj", "v_proj", "lm_head"]})
+
+
 def half_of_the_file(**arguments: Any) -> Trainer:
     """Every other tensor is missing from the file."""
     return _file_changed(arguments, lambda tensors: dict(list(tensors.items())[::2]))
@@ -520,8 +530,8 @@ def _rotary(trainer: Trainer) -> torch.Tensor:
     return next(b for n, b in trainer.model.named_buffers() if n.endswith("inv_freq"))
 
 
-def _file_changed(arguments: dict[str, Any], change: Callable[[Any], Any]) -> Trainer:
-    trainer = built(arguments)
+def _file_changed(arguments: dict[str, Any], change: Callable[[Any], Any], **built_as: Any) -> Trainer:
+    trainer = built(arguments, **built_as)
     original = trainer.save_model
 
     def save_model(folder: str, *args: Any, **kwargs: Any) -> None:

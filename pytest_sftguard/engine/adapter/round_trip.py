@@ -70,6 +70,8 @@ def round_trip(
     loaded: dict[str, Tensor] = {in_file(n, active_adapters(reloaded)[0]): p for n, p in reloaded.named_parameters()}
     with torch.no_grad():
         loaded |= {n: t for n, t in form.kept(reloaded).items() if n not in loaded}
+    # a base that was put together again need not have the bits that it had
+    beside = {} if restored else {n: t for n, t in _of_base(trained).items() if n in saved}
     never = {in_file(n, name) for n in unused}
     missing, unexpected = _unlike(trained, expected, saved) if form.partial else ([], [])
     return RoundTripRecord(
@@ -79,9 +81,9 @@ def round_trip(
         unexpected=Names.of(unexpected),
         nonfinite=Names.of(n for n, t in saved.items() if t.is_floating_point() and not t.isfinite().all()),
         zero=Names.of(n for n, t in saved.items() if ".lora_" in n and n not in never and _is_zero(t)),
-        differing=Names.of(_differing(expected, loaded)),
+        differing=Names.of(_differing(beside | expected, loaded)),
         # peft may store what the file has in another shape
-        file_differing=Names.of(_differing({n: t for n, t in expected.items() if n in saved}, saved)),
+        file_differing=Names.of(_differing({n: t for n, t in (beside | expected).items() if n in saved}, saved)),
         load_warnings=tuple(str(w.message)[:300] for w in caught if _is_about_tensors(str(w.message))),
         rescaled=Names.of(_rescaled(trained, reloaded)),
         computed_otherwise=Names.of(_computed_otherwise(trained, reloaded)),
@@ -102,8 +104,13 @@ def _unlike(trained: nn.Module, expected: dict[str, Tensor], saved: dict[str, Te
     missing = {n for n in expected if not same.get(n, {n}) & saved.keys()}
     wrong_shape = {n for n in expected if n in saved and saved[n].shape != expected[n].shape}
     buffers = {in_file(n, name) for n, _ in trained.named_buffers(remove_duplicate=False)}
-    known = same.keys() | expected.keys() | buffers | {in_file(n) for n in base_tensors(trained)}
+    known = same.keys() | expected.keys() | buffers | _of_base(trained).keys()
     return sorted(missing | wrong_shape), sorted(n for n in saved.keys() - known if not _beside(trained, n))
+
+
+def _of_base(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors of the base by the names that a file has for them."""
+    return {in_file(n): t for n, t in base_tensors(model).items()}
 
 
 def _beside(model: nn.Module, name: str) -> bool:
