@@ -105,7 +105,8 @@ def healthy_trial(seed: int, number: int, chosen: Sequence[str] = ()) -> Trial:
         training=training.architecture,
         description=training.describe(),
         axes=training.axes(),
-        discarded=learning.not_healthy(training),
+        # of the tiers, only thorough resumes anything
+        discarded=learning.not_healthy(training) or ("thorough" in chosen and learning.not_resumable(training)) or "",
         seconds=0.0,
     )
     trial = replace(trial, seconds=time.perf_counter() - started)

@@ -232,8 +232,9 @@ def _checkpoint_changes(case: Case) -> list[Clue]:
 
 
 def _resume_elsewhere(case: Case) -> list[Clue]:
+    lost = case.failed(resume_equivalence.Reason.NOT_RESTORED)
     found = case.failed(resume_equivalence.Reason.DIFFERS)
-    return [decisive(f) for f in found if f.evidence.get("name") in ("loss", "grad_norm")][:1]
+    return [decisive(f) for f in [*lost, *(f for f in found if f.evidence.get("name") in ("loss", "grad_norm"))][:1]]
 
 
 def _broke_off(case: Case) -> bool:
@@ -394,8 +395,9 @@ ACROSS: tuple[Mechanism, ...] = (
     ),
     Mechanism(
         "resume_restores_something_else",
-        "the first step after resuming has another loss: weights, adapter or random state were not restored",
-        "compare the adapter's weights in the checkpoint with those that the resumed run starts from",
+        "the resumed run does not begin with the weights or the random state that the interrupted one ended with",
+        "look for the tensors in the checkpoint's file, by other names as well; where a library writes and reads it, as"
+        " peft does for p-tuning, train in one go and waive resume_equivalence",
         _resume_elsewhere,
         locates=True,
     ),

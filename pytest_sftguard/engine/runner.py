@@ -160,21 +160,27 @@ class _Cell:
         self.reached = self.asked
         built = self.asked.then(Built, trainer=self.asked.build("resuming"), loads=first.loads)
         try:
-            self._train(built, checkpoint)
+            self._train(built, checkpoint, first)
         finally:
             self.seen.update(steps=variants.joined(before[0], self.seen["steps"]), **before[1])
 
-    def _train(self, built: Built, checkpoint: str | None = None) -> Started:
+    def _train(self, built: Built, checkpoint: str = "", interrupted: Started | None = None) -> Started:
         self.reached = built
         recorder = Recorder(built.trainer.model)
         watch = Watch(built.trainer, recorder, self.progress)
         self.reached = started = built.then(Started, recorder=recorder, watch=watch)
         self.looks.attach(started)
         try:
-            if checkpoint is None:
+            if interrupted is None:
                 built.trainer.train()
             else:
-                variants.resume(built.trainer, recorder, checkpoint)
+                other = interrupted.trainer
+
+                def begin() -> None:
+                    self.seen["not_restored"] = variants.not_restored(other, built.trainer)
+                    recorder.begin_from_here()
+
+                variants.resume(built.trainer, checkpoint, begin)
         finally:
             watch.detach()
             self._note(started)

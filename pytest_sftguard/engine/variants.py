@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback
 
+from pytest_sftguard.engine.tensors.reductions import digests
 from pytest_sftguard.matrix import RunConfig
-from pytest_sftguard.records import StepRecord
+from pytest_sftguard.records import Names, StepRecord
 
 if TYPE_CHECKING:
     from transformers import Trainer
-
-    from pytest_sftguard.engine.recording.recorder import Recorder
 
 
 class InapplicableError(Exception):
@@ -45,10 +45,23 @@ def checkpoint_of(trainer: Trainer) -> str:
     return str(folder)
 
 
-def resume(trainer: Trainer, recorder: Recorder, checkpoint: str) -> None:
-    """Resume the training from `checkpoint`; `recorder` starts once it has been loaded."""
-    trainer.add_callback(_AtBeginning(recorder.begin_from_here))
+def resume(trainer: Trainer, checkpoint: str, begin: Callable[[], None]) -> None:
+    """Resume the training from `checkpoint`; calls `begin` once it has been loaded."""
+    trainer.add_callback(_AtBeginning(begin))
     trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def not_restored(interrupted: Trainer, resumed: Trainer) -> Names | None:
+    """Trainable tensors that are not what they were when the checkpoint was saved; None where that was not seen."""
+    saved = [c.saved for c in interrupted.callback_handler.callbacks if isinstance(c, _StopAfter)]
+    if not saved or not saved[0]:
+        return None
+    now = _digests(resumed.model)
+    return Names.of(n for n, digest in saved[0].items() if now.get(n) != digest)
+
+
+def _digests(model: nn.Module) -> dict[str, str]:
+    return digests((n, p) for n, p in model.named_parameters() if p.requires_grad)
 
 
 def joined(first: tuple[StepRecord, ...], second: tuple[StepRecord, ...]) -> tuple[StepRecord, ...]:
@@ -62,12 +75,18 @@ class _StopAfter(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, steps: int, save: bool = False) -> None:
         self.steps, self.save = steps, save
+        self.saved: dict[str, str] = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop once enough steps are done."""
         if state.global_step >= self.steps:
             control.should_training_stop = True
             control.should_save = control.should_save or self.save
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note what a resumed training has to begin with: the training may end with other weights, such as the best."""
+        if self.save and state.global_step >= self.steps:
+            self.saved = _digests(kwargs["model"])
 
 
 # transformers types its callbacks as Any

@@ -43,6 +43,7 @@ from pytest_sftguard.records.tensors import (
     BaseRecord,
     FoundationRecord,
     InitialRecord,
+    Names,
     OptimizerRecord,
     TensorRecord,
     WiringRecord,
@@ -226,6 +227,8 @@ class RunRecord:
     """The forward passes of the first step; None if there was none."""
     entropies: tuple[EntropyRecord, ...] = ()
     """The cross-entropy of the logits in the steps after the first; empty where the model itself computes the loss."""
+    not_restored: Names | None = None
+    """Trainable tensors that a resumed training does not begin with as they were saved; None for other runs."""
     replica_digests: tuple[str, ...] = ()
     """The same digest from each process, if several trained one model."""
     seconds: float | None = None

@@ -95,7 +95,8 @@ DECISIVE = {
     "rerun_bit_equal.rows": {"rows_come_in_another_order"},
     "rerun_bit_equal.bits": {"not_repeatable"},
     "rerun_bit_equal.differs": {"not_repeatable"},
-    # the first state that differs, compared one by one
+    # the tensors at the save and after the load were compared one by one
+    "resume_equivalence.not_restored": {"resume_restores_something_else"},
     # what was saved and what was loaded were both read
     "checkpoint_round_trip.not_loaded": {"resume_loses_state"},
     "checkpoint_round_trip.changed": {"checkpoint_changes_state"},

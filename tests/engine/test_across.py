@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from pytest_sftguard import detection, tiers
+from pytest_sftguard.diagnosis import diagnose
 from pytest_sftguard.engine import replicas, runner
 from pytest_sftguard.engine.recording.layers import LayerWatch
 from pytest_sftguard.engine.tensors.fingerprints import (
@@ -56,7 +57,6 @@ def compared(asked: RunConfig, *relations: str) -> JudgedRun:
 def failed(run: JudgedRun) -> list[str]:
     """The messages of what failed."""
     return [f"{f.invariant}: {message(f)}" for f in detection.reports(run)]
-
 
 
 @pytest.mark.parametrize("target", ["tasks:two_towers", "adapters:adalora"])
@@ -139,6 +139,21 @@ def test_an_interrupted_run_has_all_steps() -> None:
     assert [s.step for s in resumed.steps] == [1, 2, 3, 4, 5]
     assert [s.max_update for s in resumed.steps] == [s.max_update for s in whole.steps]
     assert resumed.global_step == 5
+
+
+def test_what_a_checkpoint_does_not_give_back_is_named() -> None:
+    """Peft saves what the encoder of p-tuning makes of its numbers, and not the encoder."""
+    run = compared(config("tests.targets.adapters:p_tuning", (4, 1)), "resumed")
+    assert [f.reason for f in run.verdict.failures] == ["not_restored"]
+    assert "prompt_encoder.default.embedding.weight" in failed(run)[0]
+    assert diagnose(run)[0].mechanism == "resume_restores_something_else"
+
+
+def test_states_that_torch_rounds_on_loading_are_no_loss() -> None:
+    """Adafactor keeps float32 statistics of bfloat16 parameters, and torch loads them in bfloat16."""
+    given: dict[str, Any] = {"training_arguments": {"optim": "adafactor"}, "looks": ("checkpoints",)}
+    run = compared(config("tests.targets.adapters:whole", (4, 1), "bf16-true", **given), "resumed")
+    assert "resume_equivalence" not in {f.invariant for f in run.verdict.failures}
 
 
 def test_what_is_not_saved_cannot_be_resumed() -> None:

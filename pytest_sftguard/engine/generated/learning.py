@@ -6,9 +6,13 @@ import itertools
 import math
 import statistics
 import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import TrainerCallback
 
 from pytest_sftguard.engine.building.cpu_float16 import make_real
 from pytest_sftguard.engine.generated import trainings
@@ -47,25 +51,69 @@ def not_healthy(training: Healthy) -> str:
     return "" if last <= FALL * first else "the loss does not fall when one batch is repeated"
 
 
+def not_resumable(training: Healthy) -> str:
+    """Why `training` does not go on from its checkpoint, by plain runs; empty if it does.
+
+    Some libraries save a part of what is trained, or under names that they do not load: peft of an encoder of prompts,
+    transformers 5.23 of GPT-NeoX.
+    """
+    half = training.steps // 2
+    with isolated(), tempfile.TemporaryDirectory() as folder:
+        saved: dict[str, Tensor] = {}
+        first = _built(training, folder, training.steps, save_strategy="steps", save_steps=half)
+        first.add_callback(_At("on_save", lambda: saved.update(_trainable(first.model))))
+        first.train()
+        again = _built(training, folder, training.steps)
+        loaded: dict[str, Tensor] = {}
+        again.add_callback(_At("on_train_begin", lambda: loaded.update(_trainable(again.model))))
+        again.train(resume_from_checkpoint=str(Path(folder, f"checkpoint-{half}")))
+    same = all(n in loaded and torch.equal(t, loaded[n]) for n, t in saved.items())
+    return "" if same else "a plain Trainer does not restore all that is trained when it resumes"
+
+
+def _trainable(model: Any) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+# transformers types its callbacks as Any
+class _At(TrainerCallback):  # type: ignore[misc]
+    """Calls a function at the first event with this name."""
+
+    def __init__(self, event: str, act: Callable[[], None]) -> None:
+        setattr(self, event, self._once)
+        self._act: Callable[[], None] | None = act
+
+    def _once(self, *args: Any, **kwargs: Any) -> None:
+        if self._act is not None:
+            self._act()
+        self._act = None
+
+
+def _built(training: Healthy, folder: str, steps: int, **changes: Any) -> Any:
+    """A plain Trainer of `training`."""
+    mode = mode_named(training.precision)
+    arguments = {
+        "output_dir": folder,
+        "max_steps": steps,
+        "per_device_train_batch_size": training.batch[0],
+        "gradient_accumulation_steps": training.batch[1],
+        "seed": 0,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **mode.training_arguments,
+        **changes,
+    }
+    trainer = trainings.built(training, dtype=mode.weights_dtype, **arguments)
+    make_real(trainer)
+    return trainer
+
+
 def _trained(training: Healthy, steps: int, *, repeated: bool) -> tuple[list[float], Any, int]:
     """The losses of a plain training, its model, and the number of steps that a loss scaler skipped."""
-    mode = mode_named(training.precision)
     with tempfile.TemporaryDirectory() as folder:
-        trainer: Any = trainings.built(
-            training,
-            dtype=mode.weights_dtype,
-            output_dir=folder,
-            max_steps=steps,
-            per_device_train_batch_size=training.batch[0],
-            gradient_accumulation_steps=training.batch[1],
-            seed=0,
-            use_cpu=True,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            **mode.training_arguments,
-        )
-        make_real(trainer)
+        trainer = _built(training, folder, steps)
         if repeated:
             trainer.train_dataset = torch.utils.data.Subset(
                 trainer.train_dataset, list(range(training.batch[0])) * training.batch[1]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_sftguard.engine.faults import fault_named
-from pytest_sftguard.engine.generated import axes, faults, trainings
+from pytest_sftguard.engine.generated import axes, faults, learning, trainings
 from pytest_sftguard.engine.generated.faults import Generated, path_of
 from pytest_sftguard.engine.generated.grammar import IDS, NUMBERS, OPERATIONS, STATIONS, compose, meaningful
 from pytest_sftguard.engine.generated.operations import on_ids, on_numbers
@@ -119,3 +119,10 @@ def test_a_packed_row_is_divided_by_what_is_predicted(architecture: str, tmp_pat
     batches = [trainer.data_collator([trainer.train_dataset[i]]) for i in range(8)]
     counted = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
     assert counted == sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "resumes"), [(233, False), (0, True)])
+def test_a_plain_trainer_says_whether_a_training_resumes(number: int, resumes: bool) -> None:
+    """Peft saves no encoder of prompts, so that p-tuning does not."""
+    assert (learning.not_resumable(axes.compose(5, number)) == "") is resumes
