@@ -395,9 +395,10 @@ ACROSS: tuple[Mechanism, ...] = (
     ),
     Mechanism(
         "resume_restores_something_else",
-        "the resumed run does not begin with the weights or the random state that the interrupted one ended with",
-        "look for the tensors in the checkpoint's file, by other names as well; where a library writes and reads it, as"
-        " peft does for p-tuning, train in one go and waive resume_equivalence",
+        "the resumed run does not begin with all that the interrupted one ended with: weights, random state, or what"
+        " else a model keeps, as AdaLoRA does of its ranks",
+        "look for it in the checkpoint's files, by other names as well; where a library writes and reads them, as peft"
+        " does for p-tuning and AdaLoRA, train in one go and waive resume_equivalence",
         _resume_elsewhere,
         locates=True,
     ),
