@@ -8,6 +8,7 @@ import statistics
 from pytest_sftguard.diagnosis.case import Case, Clue, against, decisive, hint, shown_by, sign
 from pytest_sftguard.diagnosis.mechanism import Mechanism
 from pytest_sftguard.invariants import (
+    adapter_reached,
     answers_beat_base,
     effective_steps,
     every_factor_moves,
@@ -629,6 +630,13 @@ COURSE: tuple[Mechanism, ...] = (
         "follow loss.grad_fn back to the adapter: detach, item, clamp, no_grad, and hooks that return zeros",
         _no_gradient_at_all,
         locates=True,
+    ),
+    Mechanism(
+        "adapted_layer_never_called",
+        "an adapter sits on a layer that no token passes through: its weight is read past it, or no row needs the layer",
+        "leave the layer out of target_modules; or call it, where a fused loss takes lm_head.weight; or train on rows"
+        " that need it, such as images for a vision tower",
+        shown_by(adapter_reached.Reason.UNREACHED),
     ),
     Mechanism(
         "gradient_does_not_reach_a_part",

@@ -9,6 +9,7 @@ from pytest_sftguard.diagnosis.mechanism import Mechanism
 from pytest_sftguard.invariants import (
     base_finite,
     context_independence,
+    loss_footprint,
     prompt_is_prefix,
     rows_arrive,
     supervision_audit,
@@ -261,7 +262,18 @@ def _nonfinite_batch(case: Case) -> list[Clue]:
     return clues
 
 
+def _padding_supervised(case: Case) -> list[Clue]:
+    counted = case.failed(loss_footprint.Reason.PADDING)
+    return [*map(decisive, case.failed(_Defect.PADDING_SUPERVISED)[:1]), *map(sign, counted[:1])]
+
+
 DATA: tuple[Mechanism, ...] = (
+    Mechanism(
+        "padding_supervised",
+        "labels lie on padding, so that the model learns to predict it",
+        "set labels to -100 wherever the attention mask is 0, as in labels.masked_fill(attention_mask == 0, -100)",
+        _padding_supervised,
+    ),
     Mechanism(
         "mask_hides_tokens",
         "the attention mask hides tokens of the rows, which the others then do not see",

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from pytest_sftguard.diagnosis import MECHANISMS, diagnose
 from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.matrix import Cell
-from pytest_sftguard.records import DefectRecord, ErrorRecord, FirstStepRecord, Names, RecordError, RunRecord
+from pytest_sftguard.records import (
+    DefectRecord,
+    ErrorRecord,
+    FirstStepRecord,
+    Names,
+    ReachRecord,
+    RecordError,
+    RunRecord,
+)
 from pytest_sftguard.verdicts import JudgedRun, judge
 from tests.strategies import gaps, healthy_records, put, remove
 from tests.support.canned import HEAD, A, B, healthy, with_step, with_steps, with_tensor, within
@@ -149,6 +157,7 @@ DATA = {
     "labels_are_not_the_rows_tokens": defective("mismatched"),
     "end_token_not_supervised": defective("endless"),
     "mask_hides_tokens": defective("hidden_tokens"),
+    "padding_supervised": defective("padding_supervised"),
     "prompt_supervised": defective("prompt_supervised"),
     "duplicate_bos": defective("doubled_bos", rows=16),
     "rows_changed_on_the_way": within(defective("mismatched"), "supervision", strange_inputs=8),
@@ -201,6 +210,10 @@ COURSE = {
     "update_not_finite": with_step(healthy(), 3, nonfinite_weights=Names.of([A])),
     "loss_does_not_reach_the_adapter": with_step(
         healthy(), 3, grad_norm=0.0, received_grad_norm=0.0, zero_gradients=Names.of([A, B])
+    ),
+    "adapted_layer_never_called": dataclasses.replace(
+        with_steps(healthy(), zero_gradients=Names.of([A, B]), idle=Names.of([A, B])),
+        reach=ReachRecord(layers=2, unreached=Names.of([A.partition(".lora_A")[0]])),
     ),
     "gradient_does_not_reach_a_part": with_step(healthy(), 3, missing_gradients=Names.of([A])),
     "step_leaves_a_part_unmoved": with_step(healthy(), 3, unchanged=Names.of([A]), changed=1),

@@ -104,6 +104,8 @@ DECISIVE = {
     "resume_equivalence.rows": {"resume_sees_other_rows"},
     "resume_equivalence.schedule": {"resume_loses_state"},
     "resume_equivalence.scale": {"resume_loses_scale"},
+    # the forward passes were watched
+    "adapter_reached.unreached": {"adapted_layer_never_called"},
     # the record says that tensors and base are the same
     "round_trip.logits": {"reloaded_model_computes_otherwise"},
     # each row was compared with itself, place by place
@@ -119,6 +121,7 @@ DECISIVE = {
     # the labels and tokens themselves were read
     "supervision_audit.unsupervised": {"rows_without_labels"},
     "supervision_audit.mismatched": {"labels_are_not_the_rows_tokens"},
+    "supervision_audit.padding_supervised": {"padding_supervised"},
     "supervision_audit.hidden_tokens": {"mask_hides_tokens"},
     "supervision_audit.unknown_id": {"token_id_out_of_range"},
     "supervision_audit.unknown_label": {"token_id_out_of_range"},
