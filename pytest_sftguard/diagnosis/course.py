@@ -633,7 +633,7 @@ COURSE: tuple[Mechanism, ...] = (
     ),
     Mechanism(
         "adapted_layer_never_called",
-        "an adapter sits on a layer that no token passes through: its weight is read past it, or no row needs the layer",
+        "an adapter sits on a layer that no token passes through: its weight is read past it, or no row needs it",
         "leave the layer out of target_modules; or call it, where a fused loss takes lm_head.weight; or train on rows"
         " that need it, such as images for a vision tower",
         shown_by(adapter_reached.Reason.UNREACHED),
