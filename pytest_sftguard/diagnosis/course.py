@@ -30,7 +30,9 @@ from pytest_sftguard.records import StepRecord
 
 _OFF_SCHEDULE = (lr_trace.Reason.ELSEWHERE, lr_trace.Reason.OFF_SCHEDULE)
 """A rate of another place of the schedule, or of none; one that is 0 or NaN says nothing of the schedule's pace."""
-_CHANGED = tuple(r for r in loss_is_the_models.Reason if r.name.startswith(("MULTIPLIED", "SHIFTED", "ROUNDED")))
+_CHANGED = tuple(
+    r for r in loss_is_the_models.Reason if r.name.startswith(("MULTIPLIED", "SHIFTED", "ROUNDED", "OFFSET"))
+)
 """A rule by which losses come from the model's."""
 _RTOL = 1e-3
 """How closely two norms of the same gradients agree, as a share; norms in half precision are told apart by more."""

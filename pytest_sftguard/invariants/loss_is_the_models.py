@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from pytest_sftguard import verdicts
 from pytest_sftguard.invariants import _averages
-from pytest_sftguard.records import RunRecord
-from pytest_sftguard.verdicts import Finding, General, Invariant
+from pytest_sftguard.records import RunRecord, StepRecord
+from pytest_sftguard.verdicts import Finding, General, Invariant, Outcome
 
 _LEAST = 3
 """Number of different losses from which on a rule that they all follow is no accident."""
@@ -32,6 +32,10 @@ class Reason(verdicts.Reason):
         "compute_loss returns the loss that the model computed plus {observed:.6g} in {count} of"
         " {total:# micro-batch}, and the model's own in the others"
     )
+    OFFSET = (
+        "compute_loss adds numbers to the loss that the model computed in {count} of {total:# micro-batch}, first"
+        " {observed:.6g}: no weight enters them, so that they change the loss and teach nothing"
+    )
     ROUNDED = (
         "compute_loss returns the loss that the model computed rounded to {observed} significant bits, in {count} of"
         " {total:# micro-batch}"
@@ -48,7 +52,8 @@ class LossIsTheModels(Invariant):
 
     Another loss, such as one with weights, a penalty or a teacher, is in no fixed relation to the model's own. A
     multiple of it, or a sum with a constant, is the same loss changed on the way: divided twice by the accumulation,
-    negated, scaled from some step on. What the `compute_loss` of transformers or TRL itself returns, which may divide
+    negated, scaled from some step on. So is a sum with any number that no weight enters, such as a penalty that is
+    detached. What the `compute_loss` of transformers or TRL itself returns, which may divide
     by tokens or multiply by processes, is taken as it is.
     """
 
@@ -72,6 +77,7 @@ class LossIsTheModels(Invariant):
             # that a loss is not finite is for raw_loss_finite to say
             if math.isfinite(loss) and math.isfinite(own)
         ]
+        offset = {(s.step, loss, own) for s in record.steps for loss, own, added in _offsets(s) if added}
         if not pairs:
             yield self.not_evaluated(Reason.NOT_SEEN, required=False)
             return
@@ -82,7 +88,17 @@ class LossIsTheModels(Invariant):
         if others and library:
             yield self.not_evaluated(Reason.LIBRARY, required=False, library=library)
         elif others and not _divides(record, others, len(pairs), rtol):
-            yield self._rule(others, len(pairs), rtol)
+            finding = self._rule(others, len(pairs), rtol)
+            yield finding if finding.outcome is Outcome.FAILED else self._offset(others, offset, len(pairs)) or finding
+
+    def _offset(
+        self, others: Sequence[tuple[int, float, float]], offset: Collection[tuple[int, float, float]], total: int
+    ) -> Finding | None:
+        """A failure where each loss that differs is the model's with a number added."""
+        if not all(pair in offset for pair in others):
+            return None
+        step, loss, own = others[0]
+        return self.failed(Reason.OFFSET, step=step, observed=loss - own, limit=0, count=len(others), total=total)
 
     def _rule(self, others: Sequence[tuple[int, float, float]], total: int, rtol: float) -> Finding:
         """What the losses that differ from the model's have in common; not evaluated where it is nothing."""
@@ -104,6 +120,12 @@ class LossIsTheModels(Invariant):
             reason = Reason.SHIFTED if always else Reason.SHIFTED_AT_TIMES
             return self.failed(reason, observed=statistics.median(sums), **seen)
         return self.not_evaluated(Reason.OWN, required=False)
+
+
+def _offsets(step: StepRecord) -> Iterator[tuple[float, float, bool]]:
+    """Each micro-batch's loss, the model's, and whether the one is the other with a number added."""
+    if len(step.micro_losses) == len(step.model_losses) == len(step.offsets):
+        yield from zip(step.micro_losses, step.model_losses, step.offsets, strict=True)
 
 
 def _divides(record: RunRecord, others: Sequence[tuple[int, float, float]], total: int, rtol: float) -> bool:

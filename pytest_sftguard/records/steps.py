@@ -18,6 +18,8 @@ class StepRecord:
     """Loss of each micro-batch as `compute_loss` returned it, before any filter."""
     model_losses: tuple[float, ...] = ()
     """Loss of each micro-batch in the output of the model's only forward pass; empty where one has no such loss."""
+    offsets: tuple[bool, ...] = ()
+    """Whether each micro-batch's loss is the model's with a number added that no weight enters; empty if none is."""
     loss: float | None = None
     """Loss of the step: the sum of what `training_step` returned for its micro-batches."""
     grad_norm: float | None = None

@@ -23,7 +23,7 @@ REASONS = {n: importlib.import_module(f"{invariants.__name__}.{n}").Reason for n
 # the canned rates are larger than any that one trains at, which would be evidence
 PLAIN = with_steps(healthy(), learning_rate=1e-3)
 
-CHANGED = ("multiplied", "multiplied_at_times", "shifted", "shifted_at_times", "rounded")
+CHANGED = ("multiplied", "multiplied_at_times", "shifted", "shifted_at_times", "rounded", "offset")
 DECISIVE = {
     # the reason states what the mechanism states; there is nothing else that it could be
     "answers_beat_base.promise_broken": {"learned_something_else"},

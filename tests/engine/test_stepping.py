@@ -22,6 +22,8 @@ SEEN = {
     "loss_negated": ("loss_is_the_models", 1, "loss_changed_on_the_way"),
     "loss_scaled_later": ("loss_is_the_models", 3, "loss_changed_on_the_way"),
     "loss_with_an_offset": ("loss_is_the_models", 1, "loss_changed_on_the_way"),
+    "penalty_without_a_gradient": ("loss_is_the_models", 1, "loss_changed_on_the_way"),
+    "noise_at_times": ("loss_is_the_models", 3, "loss_changed_on_the_way"),
     "loss_rounded": ("loss_is_the_models", 1, "loss_changed_on_the_way"),
     "mean_that_nothing_divides": ("loss_counts_once", 1, "loss_grows_with_micro_batches"),
     "number_of_labels_left_out": ("loss_counts_once", 1, "loss_grows_with_micro_batches"),

@@ -145,6 +145,25 @@ def loss_rounded(**arguments: Any) -> Trainer:
     return _losses(arguments, lambda loss, step: loss + (loss.detach().mul(8).round().div(8) - loss.detach()))
 
 
+def penalty_without_a_gradient(**arguments: Any) -> Trainer:
+    """A penalty on the adapter's size is computed under no_grad, so that it is in the loss alone."""
+    trainer: Trainer
+
+    def penalised(loss: Tensor, step: int) -> Tensor:
+        with torch.no_grad():
+            penalty = torch.stack([p.square().sum() for p in parameters(trainer, "lora_A")]).sum()
+        return loss + 0.01 * step * penalty
+
+    trainer = _losses(arguments, penalised)
+    return trainer
+
+
+def noise_at_times(**arguments: Any) -> Trainer:
+    """In every third step a random number is added to the loss."""
+    noise = torch.Generator().manual_seed(5)
+    return _losses(arguments, lambda loss, step: loss - torch.randn((), generator=noise) if step % 3 == 0 else loss)
+
+
 # sound
 
 

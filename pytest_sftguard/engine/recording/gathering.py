@@ -41,6 +41,8 @@ class Numbers:
     """Raw loss of each micro-batch."""
     own: list[float]
     """The loss that the model itself computed in each micro-batch; empty where it did not in all of them."""
+    offsets: list[bool]
+    """Whether the loss of each micro-batch is that with a number added; empty where none is."""
     places: list[int]
     """Indices of the parameters that have a gradient."""
     gradient_order: Sequence[int] | None
@@ -139,6 +141,7 @@ class Gathered:
             step=len(self._records) + 1,
             micro_losses=tuple(seen.micro),
             model_losses=tuple(seen.own),
+            offsets=tuple(seen.offsets),
             loss=_added_up(seen.loss),
             grad_norm=None if seen.gradient_order is None else _hypot(seen.norm),
             max_abs_gradient=None if seen.gradient_order is None else _largest(most),

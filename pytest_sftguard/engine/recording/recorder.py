@@ -75,6 +75,7 @@ class Recorder:
     def _open(self) -> None:
         self._micro_losses: list[Tensor] = []
         self._model_losses: list[Tensor] = []
+        self._offsets: list[bool] = []
         self._returned: list[Tensor] = []
         self._places: list[int] = []
         self._gradient_order: Sequence[int] | None = None
@@ -112,13 +113,17 @@ class Recorder:
         """Record the inputs of a micro-batch of the present step."""
         self.seen_batches.add(self.taken + 1, inputs)
 
-    def micro_batch(self, loss: Tensor, models: Tensor | None = None) -> None:
-        """Record the raw loss of a micro-batch, of any shape, whose mean counts, and the loss of the model's output."""
+    def micro_batch(self, loss: Tensor, models: Tensor | None = None, *, offset: bool = False) -> None:
+        """Record the raw loss of a micro-batch, of any shape, whose mean counts, and the loss of the model's output.
+
+        `offset` says that the one is the other with a number added.
+        """
         # `zero_grad` leaves None behind, so that nothing has to be read from the device
         self._cleared = self._cleared or (self._had_gradients and all(p.grad is None for p in self._tensors))
         self._micro_losses.append(mean(loss))
         if models is not None:
             self._model_losses.append(models)
+        self._offsets.append(offset)
 
     def micro_batch_done(self, returned: Tensor) -> None:
         """Record a summand of the step's loss."""
@@ -233,6 +238,7 @@ class Recorder:
                 mismatch=mismatch,
                 departure=departure,
                 order=self._layout.order,
+                offsets=self._offsets if any(self._offsets) else [],
                 places=self._places,
                 gradient_order=self._gradient_order,
                 stale_names=self._stale[0],

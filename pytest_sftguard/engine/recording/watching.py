@@ -21,6 +21,7 @@ from pytest_sftguard.engine.recording import scales
 from pytest_sftguard.engine.recording.entropies import Entropies
 from pytest_sftguard.engine.recording.first_step import FirstStep
 from pytest_sftguard.engine.recording.layers import LayerWatch
+from pytest_sftguard.engine.recording.offsets import only_offset
 from pytest_sftguard.engine.recording.recorder import Recorder, mean
 from pytest_sftguard.engine.recording.schedules import Schedule
 from pytest_sftguard.engine.surroundings import devices
@@ -111,8 +112,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         loss = result[0] if isinstance(result, tuple) else result
         if not self.recorder.taken:
             self.first_step.returned(loss)
-        own = self._own_losses[0] if len(self._own_losses) == 1 else None
-        self.recorder.micro_batch(loss, own)
+        own, node = self._own_losses[0] if len(self._own_losses) == 1 else (None, None)
+        # a node of the graph keeps all behind it
+        self._own_losses = []
+        self.recorder.micro_batch(loss, own, offset=only_offset(loss, node))
         return result
 
     def _watching(self, inputs: Any) -> contextlib.AbstractContextManager[None]:
@@ -122,7 +125,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def _note_loss(self, module: Any, args: Any, output: Any) -> None:
         # copied at once: transformers multiplies it in place by the number of processes
         found = forwards.loss_of(output)
-        self._own_losses.append(None if found is None else mean(found))
+        self._own_losses.append((None, None) if found is None else (mean(found), found.grad_fn))
 
     def _keep(self, inputs: Any) -> None:
         """Record the inputs, and keep the first micro-batches: the tensors themselves.

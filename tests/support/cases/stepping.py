@@ -54,6 +54,12 @@ def _losses(change: Callable[[float], float], *, first: int = 1, own: FirstStepR
     return dataclasses.replace(record, steps=tuple(steps), first_step=own)
 
 
+def _offset(record: RunRecord) -> RunRecord:
+    """`record` with losses that are the model's and a number."""
+    steps = (dataclasses.replace(s, offsets=(True,) * len(s.micro_losses)) for s in record.steps)
+    return dataclasses.replace(record, steps=tuple(steps))
+
+
 def _counted(*factors: float, returned: float | None = None, **changes: Any) -> RunRecord:
     """Steps of two micro-batches whose losses are the mean over their labels times the step's factor.
 
@@ -133,6 +139,10 @@ FAILURES: dict[str, dict[str, tuple[Any, ...]]] = {
         "shifted": (_losses(lambda x: x + 0.5), "plus 0.5, in every micro-batch"),
         "shifted-later": (_losses(lambda x: x + 0.5, first=4), "plus 0.5 in 3 of 6 micro-batches"),
         "rounded": (_losses(lambda x: round(x * 16) / 16), "rounded to 7 significant bits, in 6 of 6"),
+        "offset": (
+            _offset(_losses(lambda x: x + 0.1 * x * x, first=5)),
+            "adds numbers to the loss that the model computed in 2 of 6 micro-batches, first 1.23366",
+        ),
     },
     "loss_counts_once": {
         "added-up": (
