@@ -136,6 +136,7 @@ FAILURES: dict[str, dict[str, tuple[Any, ...]]] = {
             _losses(lambda x: 3 * x, first=3),
             "returns 3 times the loss that the model computed in 4 of 6 micro-batches",
         ),
+        "multiplied-twice": (_losses(lambda x: 3 * x, first=5), "returns 3 times .* in 2 of 6 micro-batches"),
         "shifted": (_losses(lambda x: x + 0.5), "plus 0.5, in every micro-batch"),
         "shifted-later": (_losses(lambda x: x + 0.5, first=4), "plus 0.5 in 3 of 6 micro-batches"),
         "rounded": (_losses(lambda x: round(x * 16) / 16), "rounded to 7 significant bits, in 6 of 6"),
@@ -210,8 +211,8 @@ MAY_BE_MISSING: dict[str, tuple[Any, ...]] = {
     ),
     "loss_is_the_models-few": (
         "loss_is_the_models",
-        _losses(lambda x: 2 * x, first=5),
-        "2 different losses tell too little",
+        _losses(lambda x: 2 * x, first=6),
+        "1 different loss cannot tell by which rule",
     ),
     "loss_is_the_models-own": (
         "loss_is_the_models",
