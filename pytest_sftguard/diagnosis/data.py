@@ -263,6 +263,11 @@ def _nonfinite_batch(case: Case) -> list[Clue]:
 
 
 def _padding_supervised(case: Case) -> list[Clue]:
+    """Labels on padding that are not there because labels, tokens or mask of a row came to another one."""
+    seen = case.record.supervision
+    strange = seen is not None and (seen.strange_inputs or seen.strange_labels)
+    if strange or case.failed(_Defect.MISMATCHED, "rows_arrive"):
+        return []
     counted = case.failed(loss_footprint.Reason.PADDING)
     return [*map(decisive, case.failed(_Defect.PADDING_SUPERVISED)[:1]), *map(sign, counted[:1])]
 

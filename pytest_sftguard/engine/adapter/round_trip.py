@@ -70,8 +70,8 @@ def round_trip(
     loaded: dict[str, Tensor] = {in_file(n, active_adapters(reloaded)[0]): p for n, p in reloaded.named_parameters()}
     with torch.no_grad():
         loaded |= {n: t for n, t in form.kept(reloaded).items() if n not in loaded}
-    # a base that was put together again need not have the bits that it had
-    beside = {} if restored else {n: t for n, t in _of_base(trained).items() if n in saved}
+    # a base that was put together again need not have the bits that it had; buffers that adapters share are drawn
+    beside = {} if restored else {n: t for n, t in _of_base(trained).items() if n in saved and n in loaded}
     never = {in_file(n, name) for n in unused}
     missing, unexpected = _unlike(trained, expected, saved) if form.partial else ([], [])
     return RoundTripRecord(
