@@ -31,8 +31,8 @@ class UpdateDescends(Invariant):
     It sees an error of sign between the backward pass and the weights: `maximize=True`, gradients that a callback
     negates, an optimizer that adds. A loss that is itself negated has a gradient that is negated with it, and cannot be
     seen here. Only the first update is judged, because momentum lets later ones leave the gradient's direction. Where
-    steps without an effect came before it, as in a warm-up from zero, the update is judged as a whole only, and by the
-    sum of their gradients and its own.
+    steps without an effect came before it, as in a warm-up from zero, the update is judged as a whole only, and may
+    oppose the sum of their gradients and its own instead.
     """
 
     max_cosine: float = 0.05

@@ -432,9 +432,11 @@ class Recorder:
 
 
 class _Descending:
-    """Waits for the first step that moves a tensor, and compares that update with the gradients up to it.
+    """Waits for the first step that moves a tensor, and compares that update with the gradients.
 
-    Those of steps without an effect before it, as in a warm-up from zero, may be in the optimizer's momentum.
+    Those of steps without an effect before it, as in a warm-up from zero, may be in the optimizer's momentum. Then the
+    update goes down the sum of all, and without momentum down its own. Of an optimizer that does not say whether it has
+    one, the lower one of the two cosines counts.
     """
 
     def __init__(self) -> None:
@@ -444,6 +446,7 @@ class _Descending:
         self._places: list[int] = []
         self._gradients: list[Tensor] = []
         self._earlier: dict[int, Tensor] = {}
+        self._readings = 1
 
     def give_up(self, why: str) -> None:
         """Compare nothing, because of `why`."""
@@ -456,8 +459,6 @@ class _Descending:
         """
         if self._waiting:
             kept = [g.detach().clone() for g in gradients] if scale is None else [g.detach() / scale for g in gradients]
-            earlier = self._earlier
-            kept = [g + earlier[i] if i in earlier else g for i, g in zip(places, kept, strict=True)]
             self._places, self._gradients = places, kept
 
     def products(self, optimizer: torch.optim.Optimizer, before: list[Tensor], after: list[Tensor]) -> Tensor:
@@ -465,16 +466,31 @@ class _Descending:
         if not self._gradients:
             return _NOTHING
         old, new = ([tensors[i] for i in self._places] for tensors in (before, after))
-        return descent.products(old, new, self._gradients, descent.decays(optimizer, new))
+        decays = descent.decays(optimizer, new)
+        momentum = descent.has_momentum(optimizer) if self._earlier else False
+        readings = [] if momentum else [self._gradients]
+        readings += [] if momentum is False else [self._summed(self._gradients)]
+        self._readings = len(readings)
+        return torch.cat([descent.products(old, new, gradients, decays) for gradients in readings])
+
+    def _summed(self, gradients: list[Tensor]) -> list[Tensor]:
+        """`gradients` and those of the steps before that moved nothing."""
+        earlier = self._earlier
+        return [g + earlier[i] if i in earlier else g for i, g in zip(self._places, gradients, strict=True)]
 
     def direction(self, names: list[str], numbers: list[float], *, skipped: bool) -> descent.Direction | None:
         """The direction of the step's update; None if nothing moved, or an earlier step did."""
-        found = descent.direction([names[i] for i in self._places], numbers) if numbers else None
+        tensors = [names[i] for i in self._places]
+        each = len(numbers) // self._readings
+        parts = [numbers[i : i + each] for i in range(0, len(numbers), each or 1)]
+        seen = [d for part in parts if (d := descent.direction(tensors, part)) is not None]
+        # NaN is no smaller than anything
+        found = min(seen, key=lambda d: -math.inf if math.isnan(d.cosine) else d.cosine, default=None)
         gradients, self._gradients = self._gradients, []
         if found is None:
             # those of a skipped step reach no optimizer
             if self._waiting and not skipped:
-                self._earlier |= zip(self._places, gradients, strict=False)
+                self._earlier |= zip(self._places, self._summed(gradients), strict=True)
             # a step that moved nothing may have left momentum: each tensor by itself need not go downhill then
             self._first = self._first and (skipped or not self._waiting or not numbers)
             return None

@@ -125,6 +125,21 @@ def test_an_update_is_held_to_the_gradients_in_its_momentum(maximize: bool) -> N
     assert (second.update_cosine < -0.9) is not maximize
 
 
+@pytest.mark.parametrize("maximize", [False, True])
+def test_without_momentum_an_update_is_held_to_its_own_gradient(maximize: bool) -> None:
+    """A large gradient of a step at the rate 0 is in no later update."""
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, maximize=maximize)
+    recorder = Recorder(model)
+    for rate, gradient in ((0.0, [10.0, 1.0]), (0.1, [-1.0, 1.0])):
+        optimizer.param_groups[0]["lr"] = rate
+        model.weight.grad = torch.tensor([gradient])
+        recorder.before_step()
+        optimizer.step()
+        recorder.after_step(optimizer, rate)
+    assert recorder.finished()[1].update_cosine == pytest.approx(1.0 if maximize else -1.0)
+
+
 def test_records_are_the_same_whenever_they_are_made() -> None:
     """Records that are made step by step equal those that are made together after the training."""
     (one_by_one, counted), (together, taken) = trained(asked=True), trained(asked=False)
