@@ -249,7 +249,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=30, metavar="N", help="counted steps of a round (default 30)")
     parser.add_argument(
-        "--ways",
+        "--methods",
         nargs="+",
         default=INSTALLED,
         choices=WAYS,
