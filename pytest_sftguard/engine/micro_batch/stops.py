@@ -12,10 +12,14 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import accelerate
+import peft
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
@@ -23,7 +27,17 @@ from torch.utils._pytree import tree_map
 _CONSTANT = {torch.Tensor.detach, torch.detach, torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__float__}
 _CHOICES = {torch.topk, torch.Tensor.topk}
 _TORCH = str(torch.__path__[0])
-_LIBRARIES = tuple({*site.getsitepackages(), sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"]})
+_PACKAGES = [Path(package.__path__[0]) for package in (torch, transformers, peft, accelerate)]
+_FOLDERS = {p.parent for p in _PACKAGES if p.parent.name in ("site-packages", "dist-packages")}
+# an environment may take its libraries from another one
+_LIBRARIES = tuple(
+    {
+        *site.getsitepackages(),
+        *(sysconfig.get_paths()[name] for name in ("stdlib", "purelib")),
+        *map(str, (*_PACKAGES, *_FOLDERS)),
+    }
+)
+"""Folders of the code that is no user's own."""
 
 
 class OtherCallsError(Exception):
