@@ -489,7 +489,7 @@ class _Descending:
         gradients, self._gradients = self._gradients, []
         if found is None:
             # those of a skipped step reach no optimizer
-            if self._waiting and not skipped:
+            if gradients and self._waiting and not skipped:
                 self._earlier |= zip(self._places, self._summed(gradients), strict=True)
             # a step that moved nothing may have left momentum: each tensor by itself need not go downhill then
             self._first = self._first and (skipped or not self._waiting or not numbers)

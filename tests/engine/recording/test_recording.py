@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytest_sftguard.engine.recording.recorder import Recorder
 from pytest_sftguard.engine.recording.stepping import ELEMENTS
+from pytest_sftguard.records import StepRecord
 
 
 class Waits(TorchDispatchMode):
@@ -106,11 +107,10 @@ def test_a_skipped_step_is_not_repeated() -> None:
     assert (step.effect, step.departure) == ("skipped_by_scaler", None)
 
 
-@pytest.mark.parametrize("maximize", [False, True])
-def test_an_update_is_held_to_the_gradients_in_its_momentum(maximize: bool) -> None:
-    """A large gradient of a step at the rate 0 decides the direction of the next one."""
+def after_a_step_at_rate_0(**options: Any) -> tuple[StepRecord, ...]:
+    """Two steps of SGD, of which the first moves nothing and has a large gradient to another side."""
     model = nn.Linear(2, 1, bias=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, maximize=maximize)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, **options)
     recorder = Recorder(model)
     for rate, gradient in ((0.0, [10.0, 1.0]), (0.1, [-1.0, 1.0])):
         optimizer.param_groups[0]["lr"] = rate
@@ -118,7 +118,13 @@ def test_an_update_is_held_to_the_gradients_in_its_momentum(maximize: bool) -> N
         recorder.before_step()
         optimizer.step()
         recorder.after_step(optimizer, rate)
-    first, second = recorder.finished()
+    return recorder.finished()
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_an_update_is_held_to_the_gradients_in_its_momentum(maximize: bool) -> None:
+    """A large gradient of a step at the rate 0 decides the direction of the next one."""
+    first, second = after_a_step_at_rate_0(momentum=0.9, maximize=maximize)
     assert first.update_cosine is None
     assert second.update_cosine is not None
     assert (second.update_cosine > 0.9) is maximize
@@ -128,16 +134,20 @@ def test_an_update_is_held_to_the_gradients_in_its_momentum(maximize: bool) -> N
 @pytest.mark.parametrize("maximize", [False, True])
 def test_without_momentum_an_update_is_held_to_its_own_gradient(maximize: bool) -> None:
     """A large gradient of a step at the rate 0 is in no later update."""
+    _, second = after_a_step_at_rate_0(maximize=maximize)
+    assert second.update_cosine == pytest.approx(1.0 if maximize else -1.0)
+
+
+def test_a_step_whose_gradients_were_not_seen_is_passed_over() -> None:
+    """It comes between a step at the rate 0 and the first that moves anything."""
     model = nn.Linear(2, 1, bias=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, maximize=maximize)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     recorder = Recorder(model)
-    for rate, gradient in ((0.0, [10.0, 1.0]), (0.1, [-1.0, 1.0])):
-        optimizer.param_groups[0]["lr"] = rate
-        model.weight.grad = torch.tensor([gradient])
-        recorder.before_step()
-        optimizer.step()
-        recorder.after_step(optimizer, rate)
-    assert recorder.finished()[1].update_cosine == pytest.approx(1.0 if maximize else -1.0)
+    model.weight.grad = torch.ones(1, 2)
+    recorder.before_step()
+    recorder.after_step(optimizer, 0.0)
+    recorder.after_step(optimizer, 0.0)
+    assert [s.update_cosine for s in recorder.finished()] == [None, None]
 
 
 def test_records_are_the_same_whenever_they_are_made() -> None:
