@@ -155,7 +155,7 @@ def _summed(case: Case) -> list[Clue]:
 def _multiplied(case: Case) -> list[Clue]:
     if _undivided_by_library(case):
         return []
-    alone = [decisive(text) for text in case.failed(loss_counts_once.Reason.ADDED_UP)] or _summed(case)
+    alone = [*map(decisive, case.failed(loss_counts_once.Reason.ADDED_UP))] or _summed(case)
     return [*alone, *_ratio(case, 1)]
 
 

@@ -112,7 +112,7 @@ class Looks:
             return None
         try:
             # what a library says of the guard's own passes is not the user's, whose filters may make errors of it
-            with isolated(), warnings.catch_warnings():
+            with isolated():
                 warnings.simplefilter("ignore")
                 return hook(stage)
         except InapplicableError as reason:

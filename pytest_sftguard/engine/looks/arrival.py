@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -99,7 +99,7 @@ class Arrival(Look[Started]):
             micro_batches=len(steps),
             arrived_rows=sum(c.arrived for _, c in steps),
             unknown_rows=sum(c.unknown for _, c in steps),
-            deviations=tuple(_deviation(name, listed) for name, listed in found.items()),
+            deviations=tuple(map(_deviation, found.values())),
         )
 
     def _reset(self) -> None:
@@ -234,6 +234,7 @@ def _classes(listed: Sequence[tuple[int, Deviation]]) -> list[tuple[int, Deviati
 
 
 def _on_host(tensors: dict[str, Tensor]) -> Given:
+    """The inputs as arrays, without those that are no whole numbers."""
 
     def whole(key: str) -> Any:
         tensor = tensors.get(key)
@@ -241,11 +242,8 @@ def _on_host(tensors: dict[str, Tensor]) -> Given:
             return None
         numbers = tensor.cpu().to(torch.int64)
         # numbers to be added to scores, and labels of a regression
-        return (
-            None
-            if tensor.is_floating_point() and not torch.equal(numbers.to(tensor), tensor.cpu())
-            else numbers.numpy()
-        )
+        fractions = tensor.is_floating_point() and not torch.equal(numbers.to(tensor), tensor.cpu())
+        return None if fractions else numbers.numpy()
 
     ids, mask, labels = whole("input_ids"), whole("attention_mask"), whole("labels")
     ids = np.empty((0, 0), np.int64) if ids is None else np.ascontiguousarray(ids)
@@ -256,16 +254,6 @@ def _on_host(tensors: dict[str, Tensor]) -> Given:
     )
 
 
-def _deviation(name: str, listed: Sequence[tuple[int, Deviation]]) -> DeviationRecord:
+def _deviation(listed: Sequence[tuple[int, Deviation]]) -> DeviationRecord:
     step, first = listed[0]
-    return DeviationRecord(
-        name=name,
-        rows=len(listed),
-        step=step,
-        row=first.row,
-        place=first.place,
-        places=first.places,
-        compared=first.compared,
-        found=first.found,
-        expected=first.expected,
-    )
+    return DeviationRecord(rows=len(listed), step=step, **asdict(first))
