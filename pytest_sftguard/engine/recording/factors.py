@@ -17,13 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from pytest_sftguard.engine.adapter.adapters import lora_layers
-
-FIRST, EVERY = 8, 8
-"""Steps that are looked at: the first ones, and then every eighth."""
+from pytest_sftguard.engine.recording.sampling import sampled
 
 _NUMBERS = 4
 _ELEMENTS = 1 << 20
-"""Elements of the factors that are copied at a time: with their gradients 16 MiB in float64."""
+"""Elements of the factors that are copied at a time: with their gradients 8 MiB in float32."""
 _PRODUCT_ALONE = ("Dora", "ALora")
 """Variants of LoRA in which the output still depends on the factors through their product alone."""
 
@@ -62,7 +60,7 @@ class Factors:
     def products(self, step: int) -> Tensor:
         """Numbers for `mismatch`, on the device of the factors; none in a step that is not looked at."""
         self._seen = []
-        if not self._pairs or not (step <= FIRST or step % EVERY == 0):
+        if not self._pairs or not sampled(step):
             return torch.empty(0)
         found = []
         for group in self._groups:
@@ -99,8 +97,8 @@ def _shared(sizes: Sequence[float]) -> bool:
 
 def _compared(pairs: Sequence[_Pair]) -> Tensor:
     """Norm of each pair's difference, the largest possible one, and its gradients' maxima: shape (pairs, 4)."""
-    # mps has no float64
-    wide = torch.float32 if pairs[0].down.device.type == "mps" else torch.float64
+    # wider than that only where the training is: its own roundings are in the gradients already
+    wide = torch.promote_types(pairs[0].down.dtype, torch.float32)
     a, up = _stacked([p.down for p in pairs], wide), _stacked([p.up for p in pairs], wide)
     ga, gup = (_stacked([t.grad for t in ts], wide) for ts in ([p.down for p in pairs], [p.up for p in pairs]))
     apart = _norms(a @ ga.mT - gup.mT @ up)

@@ -190,7 +190,9 @@ class Recorder:
     ) -> None:
         """Record the step of the optimizer, also if the scaler skipped it; `loss_scale` is the scale after it."""
         self._follow()
-        products = self._descending.products(optimizer, self._layout.tensors_of(self._previous), self._tensors)
+        products = _NOTHING
+        if self._descending.compares:
+            products = self._descending.products(optimizer, self._layout.tensors_of(self._previous), self._tensors)
         weights_seen, update_seen, least_move = [], [], []
         for i, (rows, kept) in enumerate(zip(self._layout.blocks(self._tensors), self._previous, strict=True)):
             update_seen.append(largest(kept.sub_(rows)))
@@ -461,10 +463,13 @@ class _Descending:
             kept = [g.detach().clone() for g in gradients] if scale is None else [g.detach() / scale for g in gradients]
             self._places, self._gradients = places, kept
 
+    @property
+    def compares(self) -> bool:
+        """Whether the step has gradients to compare; none once the first move was seen."""
+        return bool(self._gradients)
+
     def products(self, optimizer: torch.optim.Optimizer, before: list[Tensor], after: list[Tensor]) -> Tensor:
-        """Numbers for `direction`, to be transferred with those of the step; none once the first move was seen."""
-        if not self._gradients:
-            return _NOTHING
+        """Numbers for `direction`, to be transferred with those of the step."""
         old, new = ([tensors[i] for i in self._places] for tensors in (before, after))
         decays = descent.decays(optimizer, new)
         momentum = descent.has_momentum(optimizer) if self._earlier else False

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytest_sftguard.engine.recording.sampling import sampled
 from pytest_sftguard.engine.tensors.layouts import Layout
 
-FIRST, EVERY = 4, 8
-"""Steps that are repeated: the first ones, and then every eighth."""
-ELEMENTS = 1024
+ELEMENTS = 256
 """Elements of each tensor that are compared, others in each step."""
 
 _BY_ELEMENT = (
@@ -52,7 +51,7 @@ def repeatable(optimizer: Any, tensors: Sequence[Tensor], step: int) -> bool:
 
     All `tensors` must be of one type, belong to `optimizer` and have gradients of that type.
     """
-    if not (step <= FIRST or step % EVERY == 0) or type(optimizer) not in _BY_ELEMENT or not tensors:
+    if not sampled(step) or type(optimizer) not in _BY_ELEMENT or not tensors:
         return False
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     dtype = tensors[0].dtype

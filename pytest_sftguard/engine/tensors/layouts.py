@@ -128,11 +128,14 @@ class Signs:
             drawn = torch.randint(2, (_SIGNS,), generator=torch.Generator().manual_seed(0))
             signs = self._drawn[rows.device] = (2.0 * drawn - 1).to(rows.device)
         wide = rows if rows.dtype == torch.float64 else rows.float()
+        signs = signs.to(wide.dtype)
         count, length = wide.shape
+        if length <= _SIGNS:
+            return torch.mv(wide, signs[:length])
         whole = length - length % _SIGNS
         # signs of signs, so that a long row needs no more of them
-        parts = (wide[:, :whole].view(count, -1, _SIGNS) * signs).sum(2)
-        sums: Tensor = (parts * signs[: parts.shape[1]]).sum(1) + (wide[:, whole:] * signs[: length - whole]).sum(1)
+        parts = torch.matmul(wide[:, :whole].view(count, -1, _SIGNS), signs)
+        sums: Tensor = torch.mv(parts, signs[: parts.shape[1]]) + torch.mv(wide[:, whole:], signs[: length - whole])
         return sums
 
 
