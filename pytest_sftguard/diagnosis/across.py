@@ -16,6 +16,7 @@ from pytest_sftguard.invariants import (
     resume_equivalence,
 )
 from pytest_sftguard.records import FirstStepRecord, RunRecord
+from pytest_sftguard.verdicts import Finding
 
 _CLOSE = 1e-4
 """How closely two numbers agree, as a share, that are the same sum in another order. Measured: 1e-7 for float32 losses.
@@ -229,8 +230,14 @@ def _replicas_mean(case: Case) -> list[Clue]:
     ]
 
 
-def _resume_optimizer(case: Case) -> list[Clue]:
+def _resumed_otherwise(case: Case) -> list[Finding]:
+    """What differs in the resumed run; where the uninterrupted one has NaN, that is no other number than NaN."""
     found = case.failed(resume_equivalence.Reason.DIFFERS)
+    return [f for f in found if isinstance(f.limit, (int, float)) and math.isfinite(f.limit)]
+
+
+def _resume_optimizer(case: Case) -> list[Clue]:
+    found = _resumed_otherwise(case)
     # loss and gradient are compared before it, and were the same
     same = [f for f in found if f.evidence.get("name") == "max_update"]
     lost = case.failed(checkpoint_round_trip.Reason.NOT_LOADED)
@@ -249,7 +256,7 @@ def _resume_other_rows(case: Case) -> list[Clue]:
 
 def _resume_elsewhere(case: Case) -> list[Clue]:
     lost = case.failed(resume_equivalence.Reason.NOT_RESTORED)
-    found = [] if case.failed(*_OF_THE_RUN_ALONE) else case.failed(resume_equivalence.Reason.DIFFERS)
+    found = [] if case.failed(*_OF_THE_RUN_ALONE) else _resumed_otherwise(case)
     return [decisive(f) for f in [*lost, *(f for f in found if f.evidence.get("name") in ("loss", "grad_norm"))][:1]]
 
 
