@@ -51,6 +51,7 @@ class General(Reason):
     NOT_ASKED = "not asked for: the look or reference `{name}`"
     INAPPLICABLE = "{why}"
     LOOK_BROKE = "the guard's own look `{name}` ended in {error}"
+    GUARD_BROKE = "the guard's own code ended in {error}[[ ({where})]], which says nothing about the training"
     LOOK_EMPTY = "the look `{name}` left nothing to judge by"
     REFERENCE_NOT_RUN = "the {name} reference was not run: {why}"
     REFERENCE_BROKE = "the {name} reference {cell} ended in {error}"
@@ -113,7 +114,7 @@ class Finding:
     @property
     def guards_own(self) -> bool:
         """Whether an exception in the guard's own look or reference run kept it from being evaluated."""
-        return self.because(General.LOOK_BROKE, General.REFERENCE_BROKE, General.BROKEN)
+        return self.because(General.LOOK_BROKE, General.GUARD_BROKE, General.REFERENCE_BROKE, General.BROKEN)
 
 
 def _read(value: Any) -> Any:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from pytest_sftguard.records import RunRecord, StepRecord
+from pytest_sftguard.records import ErrorRecord, RunRecord, StepRecord
 from pytest_sftguard.verdicts import Finding, General, Reason, Verdict
 
 _OURS = (General.LOOK_BROKE, General.REFERENCE_BROKE, General.BROKEN, General.UNUSABLE)
@@ -76,6 +76,12 @@ class Case:
     def step(self, number: int | None) -> StepRecord | None:
         """The step with this number; None if there is none."""
         return self.first(lambda s: s.step == number)
+
+    @property
+    def error(self) -> ErrorRecord | None:
+        """The exception that ended the run; None also where the guard raised it."""
+        error = self.record.error
+        return None if error is None or error.guards_own else error
 
     @property
     def lost(self) -> StepRecord | None:

@@ -95,7 +95,7 @@ def _checkpointing(case: Case) -> list[Clue]:
 
 
 def _no_graph(case: Case) -> list[Clue]:
-    error = case.record.error
+    error = case.error
     # torch's own words for a loss without a graph; it raises the same type for everything
     if (
         error is None

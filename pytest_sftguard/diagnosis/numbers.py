@@ -207,7 +207,7 @@ def _half_master(case: Case) -> list[Clue]:
 
 
 def _unscaled_half(case: Case) -> list[Clue]:
-    error = case.record.error
+    error = case.error
     if error is None or "unscale FP16" not in error.message:
         return []
     return [decisive(f"the training ended in {error.type}: {error.message}")]

@@ -59,7 +59,7 @@ def _saved_before_training(case: Case) -> list[Clue]:
 
 
 def _not_saved(case: Case) -> list[Clue]:
-    error = case.record.error
+    error = case.error
     return [decisive(str(error))] if error is not None and error.type == "AdapterNotSavedError" else []
 
 

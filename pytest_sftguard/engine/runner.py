@@ -27,7 +27,7 @@ from pytest_sftguard.engine.recording.recorder import Recorder
 from pytest_sftguard.engine.recording.watching import Watch
 from pytest_sftguard.engine.stages import Asked, Built, Rebuilt, Reloaded, Started, Trained
 from pytest_sftguard.engine.surroundings import devices, float32
-from pytest_sftguard.engine.surroundings.errors import raised
+from pytest_sftguard.engine.surroundings.errors import own_work, raised, source_of
 from pytest_sftguard.engine.surroundings.frames import with_room
 from pytest_sftguard.engine.surroundings.garbage import set_aside
 from pytest_sftguard.engine.surroundings.isolation import isolated
@@ -123,8 +123,10 @@ class _Cell:
         # whatever the code under test raises is evidence, not a crash of the guard
         except Exception as error:
             _log.debug("cell %s ended in %s", self.asked.config.cell, self.reached.doing, exc_info=True)
-            self.seen["error"] = raised(error, self.reached.doing)
-            if isinstance(self.reached, Started) and not devices.answers(self.asked.device_type):
+            answers = devices.answers(self.asked.device_type)
+            # who touches a lost device raises, and that may be the guard
+            self.seen["error"] = raised(error if answers else source_of(error), self.reached.doing)
+            if isinstance(self.reached, Started) and not answers:
                 self.reached.watch.give_up_device()
         self.seen.update(self.looks.conclude(self.reached))
         return self.seen
@@ -186,6 +188,7 @@ class _Cell:
             self._note(started)
         return started
 
+    @own_work
     def _note(self, started: Started) -> None:
         """Note what was seen of the training, also of one that raised: all of it only while the device answers."""
         trainer, recorder, watch = started.trainer, started.recorder, started.watch

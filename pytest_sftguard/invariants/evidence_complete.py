@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from pytest_sftguard import verdicts
 from pytest_sftguard.records import RunRecord, numbers
-from pytest_sftguard.verdicts import Finding, Invariant
+from pytest_sftguard.verdicts import Finding, General, Invariant
 
 _NEEDED = ("loss", "grad_norm", "max_abs_gradient", "learning_rate", "changed", "max_update", "seconds")
 _NEEDED_OF_TENSORS = ("initial_norm", "final_norm", "delta_norm", "changed_fraction")
@@ -44,9 +44,12 @@ class EvidenceComplete(Invariant):
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Count first, then look for gaps."""
         if record.error is not None:
-            stage, where = record.error.stage, record.error.where
+            error, stage, where = str(record.error), record.error.stage, record.error.where
             step = len(record.steps) + 1 if stage == "train" else None
-            yield self.failed(Reason.ENDED_EARLY, step=step, stage=stage, error=str(record.error), where=where)
+            if record.error.guards_own:
+                yield self.not_evaluated(General.GUARD_BROKE, required=True, error=error, where=where)
+            else:
+                yield self.failed(Reason.ENDED_EARLY, step=step, stage=stage, error=error, where=where)
         if record.error is None or record.error.stage not in ("build", "train"):
             yield from self._counts(record)
         yield from self._gaps(record)

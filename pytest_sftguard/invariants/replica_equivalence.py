@@ -51,8 +51,9 @@ class ReplicaEquivalence(ComparingSplits):
     def check(self, record: RunRecord, reference: RunRecord | None = None) -> Iterator[Finding]:
         """Compare the processes with each other, then with the one."""
         # DDP refuses some models, loudly: nothing was trained that could be unsound
-        if reference is not None and reference.error is not None and not reference.steps:
-            yield self.not_evaluated(Reason.REFUSED, required=False, error=str(reference.error))
+        error = None if reference is None or reference.steps else reference.error
+        if error is not None and not error.guards_own:
+            yield self.not_evaluated(Reason.REFUSED, required=False, error=str(error))
         else:
             yield from super().check(record, reference)
 

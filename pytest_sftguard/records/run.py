@@ -66,6 +66,8 @@ class ErrorRecord:
     """First line of its text."""
     where: str = ""
     """File, line and function that raised it."""
+    guards_own: bool = False
+    """Whether code of the guard's own raised it, so that it says nothing about the training."""
 
     def __str__(self) -> str:
         return f"{self.type}: {self.message}"

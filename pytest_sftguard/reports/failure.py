@@ -68,7 +68,8 @@ def _certain(run: JudgedRun) -> list[tuple[str, str]]:
     """What is certain where no mechanism is named: where it begins, and what that rules out."""
     error, known = run.record.error, certain(run)
     if error is not None and error.stage in ("build", "train"):
-        return [("certain", f"the code under test raised {error}" + (f" in {error.where}" if error.where else ""))]
+        who = "code of the guard's own" if error.guards_own else "the code under test"
+        return [("certain", f"{who} raised {error}" + (f" in {error.where}" if error.where else ""))]
     if known is None or known.station is None:
         return []
     at = "" if known.first.step is None else f" at step {known.first.step}"

@@ -116,7 +116,9 @@ def _open_questions(runs: Sequence[Run], screen: Screen) -> Iterator[str]:
     folded: dict[str, dict[int, Run]] = {}
     higher: dict[str, None] = {}
     for number, entry in enumerate(runs):
-        for finding in entry[1].verdict.not_evaluated if entry[1].record.error is None else ():
+        for finding in entry[1].verdict.not_evaluated:
+            if entry[1].record.error is not None and not finding.because(General.GUARD_BROKE):
+                continue
             if finding.because(General.NOT_ASKED):
                 higher[finding.invariant] = None
             elif screen.details or finding.required or finding.waived or finding.guards_own:

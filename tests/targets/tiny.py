@@ -92,6 +92,14 @@ def frozen_under_checkpointing(**arguments: Any) -> Trainer:
     return trainer
 
 
+def loss_is_a_number(**arguments: Any) -> Trainer:
+    """A compute_loss that returns a number, which has no gradient."""
+    trainer = tiny.build_trainer(**arguments)
+    original = trainer.compute_loss
+    trainer.compute_loss = lambda *args, **kwargs: original(*args, **kwargs).item()
+    return trainer
+
+
 def third_loss_infinite(**arguments: Any) -> Trainer:
     """One micro-batch with an infinite loss, in the third step of a cell without accumulation."""
     trainer = tiny.build_trainer(**arguments)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pytest_sftguard.engine.adapter.adapters import active_adapters, base_digests, base_tensors, holder, in_file
 from pytest_sftguard.engine.adapter.reloading import saved_tensors
+from pytest_sftguard.engine.surroundings.errors import own_work
 from pytest_sftguard.engine.tensors.reductions import combined
 
 
@@ -28,6 +29,7 @@ class Redrawn:
     whole: bool
     """Whether every parameter differs that could, so that the whole base is a toy made from the seed."""
 
+    @own_work
     def without(self, trained: nn.Module, folder: Path) -> tuple[str, list[str]]:
         """Digest of the other base with the tensors of the adapter's file in `folder`, and what still differs."""
         name = active_adapters(trained)[0]
@@ -46,6 +48,7 @@ class Redrawn:
         return combined(digest), left
 
 
+@own_work
 def redrawn(before: dict[str, str], trained: nn.Module, fresh: nn.Module) -> Redrawn:
     """Compare the base of `fresh` with the digests `before` of the training's, whose tensors `trained` still has."""
     after, others = base_digests(fresh), _inactive_adapters(fresh)

@@ -24,7 +24,7 @@ from pytest_sftguard.engine.adapter.adapters import (
 from pytest_sftguard.engine.adapter.reloading import reloading
 from pytest_sftguard.engine.after import finiteness, forwards
 from pytest_sftguard.engine.building import quantised
-from pytest_sftguard.engine.surroundings.errors import first_line
+from pytest_sftguard.engine.surroundings.errors import first_line, own_work
 from pytest_sftguard.records import Names, RoundTripRecord
 
 _LOADING_SEED = 1_000_003
@@ -66,31 +66,35 @@ def round_trip(
         # whoever loads the file does not know the state of the generators in the training
         torch.manual_seed(_LOADING_SEED)
         reloaded = form.loaded(base, folder).to(device).eval()
-    quantised.like(reloaded, trained)
-    loaded: dict[str, Tensor] = {in_file(n, active_adapters(reloaded)[0]): p for n, p in reloaded.named_parameters()}
-    with torch.no_grad():
-        loaded |= {n: t for n, t in form.kept(reloaded).items() if n not in loaded}
-    # a base that was put together again need not have the bits that it had; buffers that adapters share are drawn
-    beside = {} if restored else {n: t for n, t in _of_base(trained).items() if n in saved and n in loaded}
-    never = {in_file(n, name) for n in unused}
-    missing, unexpected = _unlike(trained, expected, saved) if form.partial else ([], [])
-    return RoundTripRecord(
-        file_bytes=sum(p.stat().st_size for p in files),
-        tensors=len(saved),
-        missing=Names.of(missing),
-        unexpected=Names.of(unexpected),
-        nonfinite=Names.of(n for n, t in saved.items() if t.is_floating_point() and not t.isfinite().all()),
-        zero=Names.of(n for n, t in saved.items() if ".lora_" in n and n not in never and _is_zero(t)),
-        differing=Names.of(_differing(beside | expected, loaded)),
-        # peft may store what the file has in another shape
-        file_differing=Names.of(_differing({n: t for n, t in (beside | expected).items() if n in saved}, saved)),
-        load_warnings=tuple(str(w.message)[:300] for w in caught if _is_about_tensors(str(w.message))),
-        rescaled=Names.of(_rescaled(trained, reloaded)),
-        computed_otherwise=Names.of(_computed_otherwise(trained, reloaded)),
-        restored=restored,
-        base_differs=base_differs(fresh_config) if form.partial else "the model has no adapter that could be disabled",
-        **logits.compared(trained, reloaded),
-    ), reloaded
+    with own_work:
+        quantised.like(reloaded, trained)
+        active = active_adapters(reloaded)[0]
+        loaded: dict[str, Tensor] = {in_file(n, active): p for n, p in reloaded.named_parameters()}
+        with torch.no_grad():
+            loaded |= {n: t for n, t in form.kept(reloaded).items() if n not in loaded}
+        # a base that was put together again need not have the bits that it had; buffers that adapters share are drawn
+        beside = {} if restored else {n: t for n, t in _of_base(trained).items() if n in saved and n in loaded}
+        never = {in_file(n, name) for n in unused}
+        missing, unexpected = _unlike(trained, expected, saved) if form.partial else ([], [])
+        differs = base_differs(fresh_config) if form.partial else "the model has no adapter that could be disabled"
+        compared = RoundTripRecord(
+            file_bytes=sum(p.stat().st_size for p in files),
+            tensors=len(saved),
+            missing=Names.of(missing),
+            unexpected=Names.of(unexpected),
+            nonfinite=Names.of(n for n, t in saved.items() if t.is_floating_point() and not t.isfinite().all()),
+            zero=Names.of(n for n, t in saved.items() if ".lora_" in n and n not in never and _is_zero(t)),
+            differing=Names.of(_differing(beside | expected, loaded)),
+            # peft may store what the file has in another shape
+            file_differing=Names.of(_differing({n: t for n, t in (beside | expected).items() if n in saved}, saved)),
+            load_warnings=tuple(str(w.message)[:300] for w in caught if _is_about_tensors(str(w.message))),
+            rescaled=Names.of(_rescaled(trained, reloaded)),
+            computed_otherwise=Names.of(_computed_otherwise(trained, reloaded)),
+            restored=restored,
+            base_differs=differs,
+            **logits.compared(trained, reloaded),
+        )
+    return compared, reloaded
 
 
 def _unlike(trained: nn.Module, expected: dict[str, Tensor], saved: dict[str, Tensor]) -> tuple[list[str], list[str]]:

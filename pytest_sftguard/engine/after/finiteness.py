@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pytest_sftguard.engine.after import forwards
+from pytest_sftguard.engine.surroundings.errors import own_work
 from pytest_sftguard.records import FinitenessRecord
 
 _TOKENS = 16
@@ -38,6 +39,7 @@ class ProbeBatch:
             return self.plain, outputs, f"the model takes no padded row: {type(error).__name__}"
 
 
+@own_work
 def probe_of(given: Mapping[str, Any], model: Any) -> ProbeBatch:
     """The arguments `given` to `model` in the training; rows of tokens are made at least 16 tokens long.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_sftguard.engine.recording.first_step import FirstStep, logits_of
+from pytest_sftguard.engine.surroundings.errors import own_work
 from pytest_sftguard.records import EntropyRecord
 
 _LAST = 4
@@ -44,12 +45,16 @@ class Entropies:
             yield
         finally:
             hook.remove()
+        with own_work:
+            self._seen[step].append(self._of(outputs, labels))
+
+    def _of(self, outputs: list[Any], labels: Any) -> tuple[Tensor, Tensor] | None:
         logits = logits_of(outputs[0]) if len(outputs) == 1 else None
         if isinstance(labels, Tensor) and logits is not None and logits.shape[:-1] == labels.shape:
-            self._seen[step].append(self._summed(logits, labels))
-        else:
-            self._seen[step].append(None)
+            return self._summed(logits, labels)
+        return None
 
+    @own_work
     def records(self) -> tuple[EntropyRecord, ...]:
         """Records of the steps of which every micro-batch is known, without the first step."""
         found = []

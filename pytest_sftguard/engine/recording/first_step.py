@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pytest_sftguard.engine.adapter.adapters import lora_layers
 from pytest_sftguard.engine.after import forwards
+from pytest_sftguard.engine.surroundings.errors import own_work
 from pytest_sftguard.engine.tensors.reductions import dtype_name
 from pytest_sftguard.records import FirstStepRecord
 
@@ -56,17 +57,23 @@ class FirstStep:
     @contextlib.contextmanager
     def watching(self, inputs: Any) -> Iterator[None]:
         """Observe the computation of the loss of `inputs`, which may pop the labels."""
-        self._sampled |= hasattr(inputs, "get") and inputs.get("advantages") is not None
-        labels = inputs.get("labels") if hasattr(inputs, "get") and "shift_labels" not in inputs else None
         outputs: list[Any] = []
-        hooks = [self._model.register_forward_hook(lambda module, args, output: outputs.append(output))]
-        if not self._begun:
-            hooks += [self._model.register_forward_pre_hook(self._keep, with_kwargs=True), *self._watch_random()]
+        with own_work:
+            self._sampled |= hasattr(inputs, "get") and inputs.get("advantages") is not None
+            labels = inputs.get("labels") if hasattr(inputs, "get") and "shift_labels" not in inputs else None
+            hooks = [self._model.register_forward_hook(lambda module, args, output: outputs.append(output))]
+            if not self._begun:
+                hooks += [self._model.register_forward_pre_hook(self._keep, with_kwargs=True), *self._watch_random()]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+        self._seen(outputs, labels)
+
+    @own_work
+    def _seen(self, outputs: list[Any], labels: Any) -> None:
+        """Note what the passes of a micro-batch returned."""
         if not self._begun:
             self._note("model")
             # a hook that clips or drops depends on the micro-batch, and no two splits have the same ones
@@ -78,10 +85,12 @@ class FirstStep:
         self._has_own_loss = self._has_own_loss or self._own_loss is not None
         self._average(logits, labels)
 
+    @own_work
     def _keep(self, module: Any, args: Any, kwargs: Any) -> None:
         if self.given is None:
             self.given = forwards.given(self._model, args, kwargs)
 
+    @own_work
     def returned(self, loss: Tensor) -> None:
         """Note the type of the loss that the Trainer computed, and whose it is."""
         own, self._own_loss = self._own_loss, None
@@ -96,6 +105,7 @@ class FirstStep:
         """Whether code of the user's own computes the loss from logits of one pass, whose output holds no loss."""
         return self._complete and bool(self._sums) and not self._has_own_loss and not self._loss_library
 
+    @own_work
     def record(self) -> FirstStepRecord | None:
         """Record of the first step; None if there was none."""
         if not self._begun:
@@ -130,6 +140,7 @@ class FirstStep:
         hooks: list[Any] = [d.register_forward_pre_hook(lambda *a: self._note("model")) for d in dropouts]
         return hooks + [d.register_forward_hook(lambda *a: self._note("adapter")) for d in dropouts]
 
+    @own_work
     def _note(self, where: str) -> None:
         """Compare the generators with their last state: numbers drawn since then were drawn at `where`."""
         if self._random == "model":

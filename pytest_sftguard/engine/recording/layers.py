@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from pytest_sftguard.engine.adapter.adapters import lora_layers, other_products, product_layers
 from pytest_sftguard.engine.building import quantised
 from pytest_sftguard.engine.recording.recorder import Recorder
+from pytest_sftguard.engine.surroundings.errors import own_work
 from pytest_sftguard.engine.tensors.reductions import dtype_name
 
 _Hook = tuple[Callable[..., Any], Callable[..., None]]
@@ -23,11 +25,13 @@ class LayerWatch:
 
     In the first step every layer has a hook. After it, one hook on a decoder layer replaces those of the layers that
     are always computed with it; in each step another decoder layer has its detailed hooks back. Layers that a decoder
-    layer chooses between, such as experts, keep their hooks.
+    layer chooses between, such as experts, keep their hooks. Each hook works within `around`.
     """
 
-    def __init__(self, recorder: Recorder) -> None:
+    @own_work
+    def __init__(self, recorder: Recorder, around: contextlib.ContextDecorator = own_work) -> None:
         self.recorder = recorder
+        self._around = around
         self.looking = True
         """Whether a forward pass is one of the training, whose types count."""
         self.autocast_dtype: str | None = None
@@ -57,6 +61,7 @@ class LayerWatch:
             _remove(hooks)
         self._layer_hooks, self._product_hooks, self._every_step, self._rotation = {}, [], [], []
 
+    @own_work
     def begin_micro_batch(self, *, first: bool) -> None:
         """Begin a micro-batch of the training, the `first` of its step or a later one.
 
@@ -125,6 +130,8 @@ class LayerWatch:
         """Record that a token passed through the layers `names`."""
         used = frozenset(names)
 
+        @self._around
+        @own_work
         def note(module: Any, inputs: Any) -> None:
             if not (inputs and isinstance(inputs[0], torch.Tensor) and not inputs[0].numel()):
                 self.recorder.used_layers |= used
@@ -136,6 +143,8 @@ class LayerWatch:
         returned = self._returned if kept is None else kept
         seen: set[Any] = set()
 
+        @self._around
+        @own_work
         def note(module: Any, inputs: Any, output: Any) -> None:
             if names and not (inputs and isinstance(inputs[0], torch.Tensor) and not inputs[0].numel()):
                 self.recorder.used_layers.update(names)
@@ -168,9 +177,13 @@ class LayerWatch:
             tensors = [m._buffers.get(b) for _, m, b in places]
             return [t if t is None else (t, t._version) for t in tensors]
 
+        @self._around
+        @own_work
         def remember(module: Any, inputs: Any) -> None:
             before[:] = versions()
 
+        @self._around
+        @own_work
         def compare(module: Any, inputs: Any, output: Any) -> None:
             for (name, _, buffer), old, new in zip(places, before, versions(), strict=True):
                 if (old is None) != (new is None) or (old and new and (old[0] is not new[0] or old[1] != new[1])):

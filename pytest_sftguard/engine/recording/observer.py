@@ -6,6 +6,7 @@ that all gradients of a step are complete, that the step is over, and that the t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import tempfile
@@ -29,7 +30,7 @@ from pytest_sftguard.engine.recording.layers import LayerWatch
 from pytest_sftguard.engine.recording.recorder import Recorder
 from pytest_sftguard.engine.recording.schedules import Schedule
 from pytest_sftguard.engine.surroundings import devices, float32
-from pytest_sftguard.engine.surroundings.errors import raised
+from pytest_sftguard.engine.surroundings.errors import GuardError, raised, source_of
 from pytest_sftguard.engine.surroundings.isolation import isolated
 from pytest_sftguard.matrix import Cell
 from pytest_sftguard.precision import MODES, mode_named
@@ -48,6 +49,8 @@ class Observer:
     `max_grad_norm` is the clipping threshold, compared with the gradients that the optimizer received; 0 means no
     clipping. `fresh` builds the model again, untrained: with it the adapter is saved at the end, by
     `model.save_pretrained` or by `save` (which receives a folder), and loaded onto a fresh base.
+
+    An exception of the guard's own ends the observation, and never the loop: `record` has it as its `error`.
 
     Raises ValueError for an unknown precision.
     """
@@ -88,7 +91,8 @@ class Observer:
         self._seen: RunRecord | None = None
         self._loss_scaling = False
         self._undo: list[Callable[[], Any]] = []
-        self._layers = LayerWatch(self.recorder)
+        self._beside = _Beside(self._give_up)
+        self._layers = LayerWatch(self.recorder, self._beside)
         inner = self.recorder.model
         forward = inner.register_forward_pre_hook(self._forward, with_kwargs=True)
         backward = inner.register_forward_hook(self._forward_done, always_call=True)
@@ -105,23 +109,32 @@ class Observer:
             self._error = raised(error, "train")
         self.detach()
 
+    def _give_up(self, error: GuardError) -> None:
+        lost = not devices.answers(next(self.recorder.model.parameters()).device.type)
+        # who touches a lost device raises, and that may be the guard
+        self._error = raised(source_of(error) if lost else error, "train")
+        self.detach()
+
     def micro_batch(self, loss: Tensor, *, inputs: Any = None, labels: Tensor | None = None) -> None:
         """Record the loss of a micro-batch before its backward pass, as the model returned it: not divided or scaled.
 
         `inputs` and `labels` are not necessary if the model itself was called with them.
         """
+        if self._error is not None:
+            return
         given = inputs if isinstance(inputs, Mapping) else self._inputs
         if labels is None:
             labels = given.get("labels", self._labels)
         if not self._first_inputs:
             self._first_inputs = {k: v for k, v in given.items() if isinstance(v, Tensor)}
-        self.recorder.start_clock()
-        if not self._losses and loss.requires_grad:
-            # torch leaves it untyped
-            loss.register_hook(self._backward_begins)  # type: ignore[no-untyped-call]
-        self._losses.append(loss.detach())
-        self.recorder.collated({"labels": labels})
-        self.recorder.micro_batch(loss)
+        with self._beside:
+            self.recorder.start_clock()
+            if not self._losses and loss.requires_grad:
+                # torch leaves it untyped
+                loss.register_hook(self._backward_begins)  # type: ignore[no-untyped-call]
+            self._losses.append(loss.detach())
+            self.recorder.collated({"labels": labels})
+            self.recorder.micro_batch(loss)
         self._inputs, self._labels = {}, None
 
     def before_step(self, optimizer: Any = None, scaler: Any = None) -> None:
@@ -129,25 +142,31 @@ class Observer:
 
         It may come before or after `scaler.unscale_`.
         """
+        if self._error is not None:
+            return
         self._adopt(optimizer)
         self.scaler = self.scaler if scaler is None else scaler
-        self.recorder.before_step(scales.current(self.scaler), scaled=scales.still_on(self.scaler, self.optimizer))
-        self._rate = _rate(self.optimizer)
+        with self._beside:
+            self.recorder.before_step(scales.current(self.scaler), scaled=scales.still_on(self.scaler, self.optimizer))
+            self._rate = _rate(self.optimizer)
 
     def after_step(self, optimizer: Any = None) -> None:
         """Record the step. Call it after `optimizer.step()`, or after `scaler.update()` if there is a scaler.
 
         Call it also for a step that the scaler skipped. Raises TypeError if the Observer has no optimizer.
         """
+        if self._error is not None:
+            return
         self._adopt(optimizer)
         if self.optimizer is None:
             raise TypeError("the Observer knows no optimizer: give it one, Observer(model, optimizer)")
         scale = scales.current(self.scaler)
         self._loss_scaling = self._loss_scaling or scale is not None
-        for loss in self._losses:
-            self.recorder.micro_batch_done(loss.float().mean() / len(self._losses))
+        with self._beside:
+            for loss in self._losses:
+                self.recorder.micro_batch_done(loss.float().mean() / len(self._losses))
+            self.recorder.after_step(self.optimizer, self._rate, scale)
         self._losses = []
-        self.recorder.after_step(self.optimizer, self._rate, scale)
         self._seen = None
 
     def detach(self) -> None:
@@ -172,7 +191,11 @@ class Observer:
     def _recorded(self) -> RunRecord:
         recorder = self.recorder
         device_type = next(iter(recorder.model.parameters())).device.type
-        seen = recorder.fields(self.optimizer, whole=devices.answers(device_type))
+        try:
+            seen = recorder.fields(self.optimizer, whole=devices.answers(device_type))
+        except GuardError as error:
+            self._give_up(error)
+            seen = {"steps": tuple(recorder.steps)}
         trip = self._round_trip()
         steps = seen["steps"]
         rows = next((v.shape[0] for v in self._first_inputs.values() if v.dim()), 1)
@@ -257,21 +280,24 @@ class Observer:
     def _optimizer_begins(self, optimizer: Any, *_: Any) -> None:
         scaled = scales.still_on(self.scaler, optimizer)
         # nobody called `before_step`: late is better than never
-        if not self.recorder.gradients_seen:
-            self.recorder.before_step(scales.current(self.scaler), scaled=scaled)
-            self._rate = _rate(optimizer)
-        self.recorder.at_optimizer(scales.current(self.scaler) if scaled else None, optimizer)
+        with self._beside:
+            if not self.recorder.gradients_seen:
+                self.recorder.before_step(scales.current(self.scaler), scaled=scaled)
+                self._rate = _rate(optimizer)
+            self.recorder.at_optimizer(scales.current(self.scaler) if scaled else None, optimizer)
 
     def _backward_begins(self, gradient: Tensor) -> None:
-        self.recorder.look_for_stale_gradients()
+        with self._beside:
+            self.recorder.look_for_stale_gradients()
 
     def _forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the inputs of a forward pass in training mode."""
         self._layers.looking = model.training
         if not model.training:
             return
-        self._layers.begin_micro_batch(first=not self._losses)
-        self.recorder.start_clock()
+        with self._beside:
+            self._layers.begin_micro_batch(first=not self._losses)
+            self.recorder.start_clock()
         self._inputs = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
         if args and isinstance(args[0], Tensor):
             self._inputs.setdefault("input_ids", args[0])
@@ -279,6 +305,24 @@ class Observer:
 
     def _forward_done(self, model: nn.Module, args: Any, output: Any) -> None:
         self._layers.looking = True
+
+
+class _Beside(contextlib.ContextDecorator):
+    """Around the guard's own work in a loop: what goes wrong is told to `end`, and does not reach the loop."""
+
+    def __init__(self, end: Callable[[GuardError], None]) -> None:
+        self._end = end
+
+    def __enter__(self) -> None:
+        """Nothing needs to be set up."""
+
+    def __exit__(
+        self, type_: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, GuardError):
+            return False
+        self._end(error)
+        return True
 
 
 def observe_accelerate(accelerator: Any, model: nn.Module, optimizer: Any, **more: Any) -> Observer:

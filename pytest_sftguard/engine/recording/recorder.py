@@ -31,6 +31,7 @@ from pytest_sftguard.engine.recording.collated import Collated
 from pytest_sftguard.engine.recording.factors import Factors
 from pytest_sftguard.engine.recording.gathering import Gathered, Numbers, finite
 from pytest_sftguard.engine.recording.moments import Moments
+from pytest_sftguard.engine.surroundings.errors import own_work
 from pytest_sftguard.engine.tensors.layouts import Layout, Signs, joined, l2, largest, ordered
 from pytest_sftguard.engine.tensors.reductions import combined, digests, dtype_name, norms, to_host
 from pytest_sftguard.records import NONE, BaseRecord, Names, OptimizerRecord, StepRecord, TensorRecord
@@ -39,6 +40,7 @@ from pytest_sftguard.records import NONE, BaseRecord, Names, OptimizerRecord, St
 class Recorder:
     """Observes one training of `model`, the unwrapped one, from before its first step."""
 
+    @own_work
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         padding = getattr(getattr(model, "config", None), "pad_token_id", None)
@@ -88,6 +90,7 @@ class Recorder:
         self._had_gradients = self._cleared = False
         self.used_layers = set()
 
+    @own_work
     def begin_micro_batch(self) -> bool:
         """Begin a micro-batch; returns whether it is the first of its step, which starts the step's clock."""
         first = self._started is None
@@ -96,6 +99,7 @@ class Recorder:
             self.look_for_stale_gradients()
         return first
 
+    @own_work
     def start_clock(self) -> None:
         """Begin the step, unless it has begun."""
         if self._started is None:
@@ -103,16 +107,19 @@ class Recorder:
             if torch.cuda.is_available() and self._device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self._device)
 
+    @own_work
     @torch.no_grad()
     def look_for_stale_gradients(self) -> None:
         """Record the gradients that exist before the first backward pass of the step: they belong to another step."""
         stale = [(n, p.grad) for n, p in self.parameters.items() if p.grad is not None]
         self._stale = ([n for n, _ in stale], norms([g.to_dense() if g.is_sparse else g for _, g in stale], math.inf))
 
+    @own_work
     def collated(self, inputs: Any) -> None:
         """Record the inputs of a micro-batch of the present step."""
         self.seen_batches.add(self.taken + 1, inputs)
 
+    @own_work
     def micro_batch(self, loss: Tensor, models: Tensor | None = None, *, offset: bool = False) -> None:
         """Record the raw loss of a micro-batch, of any shape, whose mean counts, and the loss of the model's output.
 
@@ -125,11 +132,13 @@ class Recorder:
             self._model_losses.append(models)
         self._offsets.append(offset)
 
+    @own_work
     def micro_batch_done(self, returned: Tensor) -> None:
         """Record a summand of the step's loss."""
         self._returned.append(mean(returned))
         self._had_gradients = self._had_gradients or any(p.grad is not None for p in self._tensors)
 
+    @own_work
     @torch.no_grad()
     def before_step(self, loss_scale: Tensor | None = None, *, scaled: bool = True) -> None:
         """Record the gradients of the step, complete and unclipped.
@@ -169,6 +178,7 @@ class Recorder:
         pairs = zip(self._layout.blocks(self._tensors), self._previous, strict=True)
         return joined([largest(rows.sub_(before)) for rows, before in pairs])
 
+    @own_work
     @torch.no_grad()
     def at_optimizer(self, loss_scale: Tensor | None = None, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Record the gradients that `optimizer` receives, which are still multiplied by `loss_scale`, if any."""
@@ -184,6 +194,7 @@ class Recorder:
             assert optimizer is not None
             self._stepping = stepping.Stepping(optimizer, layout, self._tensors, dense, loss_scale, step=self.taken + 1)
 
+    @own_work
     @torch.no_grad()
     def after_step(
         self, optimizer: torch.optim.Optimizer, learning_rate: float | None, loss_scale: Tensor | None = None
@@ -268,6 +279,7 @@ class Recorder:
         """Records of the steps so far, without what `finished` adds."""
         return self._gathered.records()
 
+    @own_work
     def finished(self) -> tuple[StepRecord, ...]:
         """Complete records of the steps so far."""
         self.seen_batches.settle()
@@ -281,6 +293,7 @@ class Recorder:
             for s in self.steps
         )
 
+    @own_work
     def fields(self, optimizer: torch.optim.Optimizer | None, *, whole: bool = True) -> dict[str, Any]:
         """Fields of a RunRecord; unless `whole`, only those that need no tensor of a lost device."""
         if not whole:
@@ -293,6 +306,7 @@ class Recorder:
             "adapter_digest": self.adapter_digest(),
         }
 
+    @own_work
     def begin_from_here(self) -> None:
         """Measure the first step from the present weights, which a checkpoint has replaced."""
         if self.parameters and not self.taken:

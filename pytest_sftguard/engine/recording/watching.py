@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import TrainerCallback
 
 from pytest_sftguard.engine.after import forwards
@@ -25,6 +26,7 @@ from pytest_sftguard.engine.recording.offsets import only_offset
 from pytest_sftguard.engine.recording.recorder import Recorder, mean
 from pytest_sftguard.engine.recording.schedules import Schedule
 from pytest_sftguard.engine.surroundings import devices
+from pytest_sftguard.engine.surroundings.errors import own_work
 from pytest_sftguard.records import LogRecord
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ STEP = "sftguard_step"
 class Watch(TrainerCallback):  # type: ignore[misc]
     """Attaches a Recorder to `trainer`; calls `progress` with the number of each finished step."""
 
+    @own_work
     def __init__(self, trainer: Trainer, recorder: Recorder, progress: Callable[[int], None] | None = None) -> None:
         self.trainer, self.recorder, self.progress = trainer, recorder, progress
         self.optimizer: torch.optim.Optimizer | None = None
@@ -110,23 +113,31 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         finally:
             self.layers.looking = False
         loss = result[0] if isinstance(result, tuple) else result
+        # the Trainer itself will say that this is no loss
+        if isinstance(loss, Tensor):
+            self._note_micro_batch(loss)
+        return result
+
+    @own_work
+    def _note_micro_batch(self, loss: Tensor) -> None:
         if not self.recorder.taken:
             self.first_step.returned(loss)
         own, node = self._own_losses[0] if len(self._own_losses) == 1 else (None, None)
         # a node of the graph keeps all behind it
         self._own_losses = []
         self.recorder.micro_batch(loss, own, offset=only_offset(loss, node))
-        return result
 
     def _watching(self, inputs: Any) -> contextlib.AbstractContextManager[None]:
         taken = self.recorder.taken
         return self.entropies.watching(taken + 1, inputs) if taken else self.first_step.watching(inputs)
 
+    @own_work
     def _note_loss(self, module: Any, args: Any, output: Any) -> None:
         # copied at once: transformers multiplies it in place by the number of processes
         found = forwards.loss_of(output)
         self._own_losses.append((None, None) if found is None else (mean(found), found.grad_fn))
 
+    @own_work
     def _keep(self, inputs: Any) -> None:
         """Record the inputs, and keep the first micro-batches: the tensors themselves.
 
@@ -144,7 +155,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             returned = original(*args, **kwargs)
         finally:
             self._in_training_step = False
-        self.recorder.micro_batch_done(returned)
+        if isinstance(returned, Tensor):
+            self.recorder.micro_batch_done(returned)
         return returned
 
     def _backward(self, original: _Method, *args: Any, **kwargs: Any) -> Any:
