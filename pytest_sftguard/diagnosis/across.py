@@ -31,9 +31,11 @@ _OF_THE_RUN_ALONE = (
     "gradients_finite",
     "loss_is_the_models",
     "loss_counts_once",
+    "update_repeats",
+    "weights_and_moments_finite",
 )
-"""Invariants of rows, losses and gradients in one run. Where one of them fails, something changes these from step to
-step, and it need not do so in the same steps of a resumed run."""
+"""Invariants of rows, losses, gradients and updates in one run. Where one of them fails, something changes these from
+step to step, and it need not do so in the same steps of a resumed run."""
 
 
 @dataclass(frozen=True)
@@ -231,8 +233,8 @@ def _replicas_mean(case: Case) -> list[Clue]:
 
 
 def _resumed_otherwise(case: Case) -> list[Finding]:
-    """What differs in the resumed run; where the uninterrupted one has NaN, that is no other number than NaN."""
-    found = case.failed(resume_equivalence.Reason.DIFFERS)
+    """What differs in the resumed run, and is sound in the other: NaN is no other number than NaN."""
+    found = [] if case.failed(*_OF_THE_RUN_ALONE) else case.failed(resume_equivalence.Reason.DIFFERS)
     return [f for f in found if isinstance(f.limit, (int, float)) and math.isfinite(f.limit)]
 
 
@@ -256,7 +258,7 @@ def _resume_other_rows(case: Case) -> list[Clue]:
 
 def _resume_elsewhere(case: Case) -> list[Clue]:
     lost = case.failed(resume_equivalence.Reason.NOT_RESTORED)
-    found = [] if case.failed(*_OF_THE_RUN_ALONE) else _resumed_otherwise(case)
+    found = _resumed_otherwise(case)
     return [decisive(f) for f in [*lost, *(f for f in found if f.evidence.get("name") in ("loss", "grad_norm"))][:1]]
 
 

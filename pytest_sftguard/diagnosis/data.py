@@ -81,11 +81,11 @@ def _truncated(case: Case) -> list[Clue]:
     in_data = [d.rows for d in seen.dataset_defects if d.name == "truncated"] if seen is not None else []
     if in_data and in_data[0] < _FEW:
         return []
-    endless = max((f.observed or 0.0 for f in case.failed(_Defect.ENDLESS)), default=0.0)
-    clues = [decisive(found[0])]
-    if endless > max(f.observed or 0.0 for f in found):
-        clues.append(against("shorter rows lack their end as well"))
-    return clues
+    lacking = max((f.observed or 0.0 for f in case.failed(_Defect.ENDLESS, _Defect.WRONG_ANSWER)), default=0.0)
+    # what is truncated lacks its end first, and then a part of its answer
+    if lacking > max(f.observed or 0.0 for f in found):
+        return [sign(found[0]), against("shorter rows lack their answers or ends as well")]
+    return [decisive(found[0])]
 
 
 def _endless(case: Case) -> list[Clue]:

@@ -170,12 +170,16 @@ def test_an_overflow_goes_before_what_it_does_to_the_schedule():
     assert named(within(record, "optimizer", fused=True), fp32=healthy(steps=8))[0] == "forward_overflow_in_float16"
 
 
-@pytest.mark.parametrize(("ours", "named_"), [(1e-3, True), (NAN, False)])
-def test_a_resumption_is_no_cause_of_what_was_not_finite_before(ours, named_):
-    """A run with NaN differs from every other one, itself resumed included."""
-    record = with_step(healthy(), 2, max_update=ours)
+@pytest.mark.parametrize(
+    ("ours", "resumption"),
+    [({"max_update": 1e-3}, True), ({"max_update": NAN}, False), ({"max_update": 1e-3, "departure": 0.5}, False)],
+    ids=["sound", "nan", "update-altered"],
+)
+def test_a_resumption_is_no_cause_of_what_was_wrong_before(ours, resumption):
+    """A run with NaN, or whose updates are altered, differs from itself resumed."""
+    record = with_step(healthy(), 2, **ours)
     found = named(record, resumed=with_step(healthy(), 2, max_update=NAN))
-    assert ("resume_loses_state" in found) == named_
+    assert ("resume_loses_state" in found) == resumption
 
 
 def test_a_step_that_raised_is_no_retry():

@@ -459,6 +459,14 @@ def test_evidence_against_weighs():
     assert any("fused" in a for a in against)
 
 
+def test_rows_that_lack_more_than_truncation_takes_are_not_truncated():
+    """A wrong answer in more rows than had the greatest length has another cause."""
+    counts = {"truncated": 4, "wrong_answer": 5}
+    defects = tuple(DefectRecord(name=n, rows=r, step=1, example="'a row'") for n, r in counts.items())
+    record = within(healthy(), "supervision", trained_defects=defects)
+    assert named(record)[0] == "wrong_labels"
+
+
 @given(record=healthy_records(), data=st.data())
 def test_any_damage_can_be_diagnosed(record, data):
     """Diagnosis takes whatever a record may hold or lack, and raises nothing."""
