@@ -144,10 +144,10 @@ def test_misuse_is_answered(options: list[str], message: str, capsys: pytest.Cap
 
 @pytest.mark.slow
 def test_a_small_study_of_faults() -> None:
-    """Eight draws of a fixed seed: what has an effect and is as large as itself is detected in the tier quick."""
-    trials = [generated.fault_trial(2026, number, ("quick",)) for number in range(8)]
+    """Six draws of a fixed seed: what has an effect and is as large as itself is detected in the tier quick."""
+    trials = [generated.fault_trial(2026, number, ("quick",)) for number in range(6)]
     judged = [t for t in trials if not t.discarded]
-    assert len(judged) >= 4
+    assert len(judged) >= 3
     assert not any(t.seen["quick"].error for t in judged)
     assert sum(bool(t.detected("quick")) for t in judged) >= len(judged) // 2
 

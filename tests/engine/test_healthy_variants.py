@@ -13,6 +13,7 @@ from pytest_sftguard.invariants import load_invariants
 from pytest_sftguard.verdicts import JudgedRun, judge
 from tests.targets import healthy as healthy_targets
 
+pytestmark = pytest.mark.slow
 BUILDING = ("built", "with_kernel", "collate_left")
 TARGETS = [
     name
