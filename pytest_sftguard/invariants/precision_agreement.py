@@ -20,6 +20,7 @@ class Reason(verdicts.Reason):
     FLOAT32_ITSELF = "the cell is the float32 one itself"
     QUANTISED = "no float32 cell has the rounded weights of a quantised base"
     SAMPLED = "the training learns from answers of the model itself, which are others in another precision"
+    NOISE = "the training draws numbers with {name} in half precision, which are others in float32"
     REFERENCE_LOST = "the loss of the float32 reference is not finite at every step: it is no reference"
     NO_ROUNDING = "the losses and gradients of {steps:# step} are float32's to the bit: {precision} did not happen"
     DIFFERS = "the {name} of step {step} is {ours:.6g}, and {theirs:.6g} in float32" + MOST_IN
@@ -74,9 +75,11 @@ class PrecisionAgreement(ComparingSteps):
             yield from self._updates(record, reference)
 
     def _obstacle(self, record: RunRecord, reference: RunRecord) -> Finding | None:
-        # on a CPU the draws are the same in all types: measured
+        # on a CPU dropout drops the same in all types: measured
         if record.device.device_type != "cpu" and randomness(record, reference):
             return self.not_evaluated(Both.RANDOM, required=False, reference=reference.cell)
+        if record.first_step is not None and record.first_step.noise:
+            return self.not_evaluated(Reason.NOISE, required=False, name=record.first_step.noise)
         if record.first_step is not None and record.first_step.sampled:
             return self.not_evaluated(Reason.SAMPLED, required=False)
         rows = self.other_rows(record, reference)

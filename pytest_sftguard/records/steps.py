@@ -154,6 +154,9 @@ class FirstStepRecord:
     random: str = ""
     """Where the forward pass draws random numbers: empty for nowhere, `adapter` for dropout before the factors alone,
     `model` for anywhere else."""
+    noise: str = ""
+    """Function of torch that drew numbers in half precision which float32 would draw otherwise, such as `uniform_`;
+    dropout drops the same in every type on a CPU."""
     sampled: bool = False
     """Whether the rows have advantages, and are answers that the model itself was sampled for."""
     micro_tokens: tuple[int, ...] = ()

@@ -270,6 +270,7 @@ OPEN = {
         "where it rises by as much from one step to the next",
     ),
     "sampled": ("fp32", first(half(), sampled=True), run(), "learns from answers of the model itself"),
+    "noise": ("fp32", first(half(), noise="uniform_"), run(), "draws numbers with uniform_ in half precision"),
     "other-tensors": ("replicas", run(device=H100), replicas(adapter=()), "where other tensors are trained"),
 }
 
