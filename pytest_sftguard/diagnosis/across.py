@@ -221,15 +221,16 @@ def _replicas_mean(case: Case) -> list[Clue]:
     doubled = next((n for n in (2.0, 0.5) if _same(two.loss, n * one.loss)), None)
     if doubled is not None:
         return [decisive(found[0]), hint(f"the loss is {doubled:g} times as large in two processes")]
-    tokens, whole = two.tokens.micro_tokens, one.tokens.micro_tokens
-    if one.mean is None or not tokens or not whole or not _same(one.loss, one.mean):
+    if one.mean is None or two.mean is None or not _same(one.loss, one.mean) or not _same(one.mean, two.mean):
         return []
-    if sum(tokens) * 2 == sum(whole):
+    # the micro-batches of one process come after those of the other
+    pairs = list(zip(two.tokens.micro_tokens, two.tokens.micro_token_losses, strict=True))
+    parts = [part for part in (pairs[: two.count], pairs[two.count :]) if sum(n for n, _ in part)]
+    means = [math.fsum(n * loss for n, loss in part) / sum(n for n, _ in part) for part in parts]
+    if len(means) < 2 or _same(math.fsum(means) / 2, two.mean) or not _same(two.loss, math.fsum(means) / 2):
         return []
-    return [
-        sign(found[0]),
-        sign(f"one process has {sum(tokens)} of the {sum(whole)} labels of step 1, which is not half of them"),
-    ]
+    labels = " and ".join(str(sum(n for n, _ in part)) for part in parts)
+    return [decisive(found[0]), hint(f"it is the mean of the means of two processes, which have {labels} labels")]
 
 
 def _resumed_otherwise(case: Case) -> list[Finding]:

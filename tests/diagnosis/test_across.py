@@ -170,6 +170,16 @@ def test_an_overflow_goes_before_what_it_does_to_the_schedule():
     assert named(within(record, "optimizer", fused=True), fp32=healthy(steps=8))[0] == "forward_overflow_in_float16"
 
 
+@pytest.mark.parametrize(("loss", "averaged"), [(4.0, True), (4.6, False)])
+def test_processes_that_average_means_give_the_mean_of_their_means(loss, averaged):
+    """Any other loss of the same logits has another cause."""
+    seen = {"micro_tokens": (3, 9), "micro_token_losses": (2.0, 6.0), "token_loss": 5.0}
+    one = with_step(first(plain((8, 1)), **seen), 1, loss=5.0, micro_losses=(5.0,))
+    two = with_step(first(plain((8, 1)), **seen), 1, loss=loss, micro_losses=(loss,))
+    found = named(one, replicas=dataclasses.replace(two, replica_digests=("5eed", "5eed")))
+    assert ("replicas_average_means" in found) == averaged
+
+
 @pytest.mark.parametrize(
     ("ours", "resumption"),
     [({"max_update": 1e-3}, True), ({"max_update": NAN}, False), ({"max_update": 1e-3, "departure": 0.5}, False)],
