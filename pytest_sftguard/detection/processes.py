@@ -43,7 +43,8 @@ def _run_some(tasks: dict[int, Task[T]], jobs: int, done: Callable[[T], object])
                     found[futures[future]] = result
                     done(result)
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            # the end of the block would wait for all others
+            pool.shutdown(cancel_futures=True)
             raise
     return found
 

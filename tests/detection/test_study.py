@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from pytest_sftguard import __main__
 from pytest_sftguard.detection import generated, pages, truth
+from pytest_sftguard.detection.processes import run_all
 from pytest_sftguard.detection.rates import bounds, isotonic, limit
 from pytest_sftguard.detection.study import Study, TrailError, study
 from pytest_sftguard.detection.trials import Seen, Trial
@@ -117,6 +119,23 @@ def test_a_study_is_resumed(tmp_path: Path) -> None:
     assert [t.id for t in first.judged] == ["fault-1-1", "fault-1-3", "fault-1-5"]
     assert study(made, 3, 1, ("quick",), 1, healthy=False, trail=trail) == first
     assert trail.read_text() == lines
+
+
+def written(folder: Path, number: int) -> int:
+    """A task that leaves a file, or raises."""
+    if not number:
+        raise ValueError("a mistake in the study")
+    time.sleep(0.2)
+    (folder / str(number)).touch()
+    return number
+
+
+@pytest.mark.slow
+def test_an_exception_ends_a_study_at_once(tmp_path: Path) -> None:
+    """What has not begun is not begun."""
+    with pytest.raises(ValueError, match="a mistake in the study"):
+        run_all([(written, (tmp_path, number)) for number in range(40)], 1, str)
+    assert len(list(tmp_path.iterdir())) < 20
 
 
 def test_a_trail_of_something_else_is_refused(tmp_path: Path) -> None:
