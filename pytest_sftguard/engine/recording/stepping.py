@@ -18,8 +18,8 @@ from torch import Tensor
 from pytest_sftguard.engine.recording.sampling import sampled
 from pytest_sftguard.engine.tensors.layouts import Layout
 
-ELEMENTS = 256
-"""Elements of each tensor that are compared, others in each step."""
+_EACH, _ALL = 256, 1 << 15
+"""Elements that are compared in each step, others in each: of one tensor at least, and of all as far as that goes."""
 
 _BY_ELEMENT = (
     torch.optim.Adadelta,
@@ -77,6 +77,7 @@ class Stepping:
         step: int,
     ) -> None:
         self._optimizer, self._layout, self._tensors = optimizer, layout, tensors
+        self._most = elements(len(tensors))
         # a generator of its own leaves the training's as it is
         self._draw, self._columns = torch.Generator().manual_seed(step), dict[int, Tensor]()
         self._options = [options(group) for group in optimizer.param_groups]
@@ -143,7 +144,7 @@ class Stepping:
 
     def _rows(self) -> Tensor:
         """Index in the layout's order of each element's tensor, shape (elements,)."""
-        widths = torch.tensor([min(self._tensors[i].numel(), ELEMENTS) for i in self._layout.order])
+        widths = torch.tensor([min(self._tensors[i].numel(), self._most) for i in self._layout.order])
         return torch.repeat_interleave(torch.arange(len(widths)), widths)
 
     def _some(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -157,10 +158,15 @@ class Stepping:
         return self._columns[length]
 
     def _drawn(self, length: int) -> Tensor:
-        if length <= ELEMENTS:
+        if length <= self._most:
             return torch.arange(length)
         # of a long tensor the same element is hardly ever drawn twice
-        return torch.randint(length, (ELEMENTS,), generator=self._draw)
+        return torch.randint(length, (self._most,), generator=self._draw)
+
+
+def elements(tensors: int) -> int:
+    """Number of elements that are compared of each of so many tensors, or all that it has."""
+    return max(_EACH, _ALL // max(1, tensors))
 
 
 def made(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytest_sftguard.engine.recording.recorder import Recorder
-from pytest_sftguard.engine.recording.stepping import ELEMENTS
+from pytest_sftguard.engine.recording.stepping import elements
 from pytest_sftguard.records import StepRecord
 
 
@@ -92,13 +92,13 @@ def trained(*, asked: bool) -> tuple[Recorder, list[int]]:
 
 def test_a_skipped_step_is_not_repeated() -> None:
     """Also if the overflow lies in an element that is not compared."""
-    model, scale = nn.Linear(2 * ELEMENTS, 1, bias=False), torch.tensor(8.0)
+    model, scale = nn.Linear(2 * elements(1), 1, bias=False), torch.tensor(8.0)
     optimizer, recorder = torch.optim.SGD(model.parameters(), lr=0.1), Recorder(model)
-    model(torch.ones(2 * ELEMENTS)).sum().backward()
+    model(torch.ones(2 * elements(1))).sum().backward()
     gradient = model.weight.grad
     assert gradient is not None
-    drawn = torch.randint(2 * ELEMENTS, (ELEMENTS,), generator=torch.Generator().manual_seed(1))
-    gradient[0, min(set(range(2 * ELEMENTS)) - {*drawn.tolist()})] = math.inf
+    drawn = torch.randint(2 * elements(1), (elements(1),), generator=torch.Generator().manual_seed(1))
+    gradient[0, min(set(range(2 * elements(1))) - {*drawn.tolist()})] = math.inf
     recorder.before_step(scale)
     recorder.at_optimizer(scale, optimizer)
     scale.mul_(0.5)

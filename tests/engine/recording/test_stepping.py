@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from pytest_sftguard.engine.recording.stepping import ELEMENTS, Stepping, repeatable
+from pytest_sftguard.engine.recording.stepping import Stepping, elements, repeatable
 from pytest_sftguard.engine.tensors.layouts import Layout
 
 MADE: dict[str, Any] = {
@@ -28,7 +28,7 @@ MADE: dict[str, Any] = {
 def tensors(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     """Parameters of several shapes, one of them longer than what is compared."""
     drawn = torch.Generator().manual_seed(0)
-    shapes = [(3, 5), (8,), (2, ELEMENTS), (3, 5)]
+    shapes = [(3, 5), (8,), (2, elements(4)), (3, 5)]
     return [nn.Parameter(torch.randn(s, generator=drawn).to(dtype)) for s in shapes]
 
 
