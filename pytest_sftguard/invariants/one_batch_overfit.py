@@ -92,14 +92,19 @@ class OneBatchOverfit(Comparing):
             unclear = max(unclear, self.min_signal * _spread(losses) * math.sqrt(2 / quarter))
         fall = first - last
         if fall > unclear:
-            yield from self._settled(reference, losses, quarter, last)
+            noise = _spread(losses) * math.sqrt(2 / quarter) if random else 0.0
+            yield from self._settled(reference, losses, quarter, noise)
         elif fall < -unclear or unclear == 0:
             yield self.failed(Reason.DOES_NOT_FALL, observed=last, limit=first, steps=steps)
         else:
             yield self.not_evaluated(Reason.UNCLEAR, required=False, change=-fall, unclear=unclear, steps=steps)
 
-    def _settled(self, reference: RunRecord, losses: Sequence[float], quarter: int, last: float) -> Iterator[Finding]:
-        """A learning rate too high ends in the distribution of the labels, one answer to all, or before it."""
+    def _settled(self, reference: RunRecord, losses: Sequence[float], quarter: int, noise: float) -> Iterator[Finding]:
+        """A learning rate too high ends in the distribution of the labels, one answer to all, or before it.
+
+        `noise` is the standard error of the difference between two quarters.
+        """
+        last = statistics.fmean(losses[-quarter:])
         entropy = reference.first_step.label_entropy if reference.first_step is not None else None
         if entropy is None or not last >= entropy:
             return
@@ -109,7 +114,13 @@ class OneBatchOverfit(Comparing):
             return
         fall = losses[0] - last
         before = statistics.fmean(losses[-2 * quarter : -quarter])
-        if fall >= self.half_way * (losses[0] - entropy) and not abs(before - last) > self.settled * fall:
+        change, most = abs(before - last), self.settled * fall
+        if not fall >= self.half_way * (losses[0] - entropy) or change > most:
+            return
+        # a loss that still falls by more than that would look so as well, by chance
+        if 2 * noise > most:
+            yield self.not_evaluated(Reason.UNCLEAR, required=False, change=change, unclear=2 * noise, steps=quarter)
+        else:
             yield self.failed(Reason.SETTLED, observed=last, limit=entropy)
 
     def _noise(self, record: RunRecord) -> float:

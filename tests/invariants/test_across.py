@@ -23,6 +23,7 @@ from tests.support.cases.across import (
     FALLING,
     NOISY,
     SCALED,
+    UNSETTLED,
     drawing,
     first,
     half,
@@ -238,6 +239,7 @@ OPEN = {
     ),
     "bf16-noise": ("one_batch", half(), one_batch(4.0, 4.001, 3.999, 4.002, precision="bf16-mixed"), "less than"),
     "dropout-noise": ("one_batch", run(), one_batch(*NOISY, random="model"), "less than dropout"),
+    "settled-in-noise": ("one_batch", run(), one_batch(*UNSETTLED, random="model"), "less than dropout"),
     "replicas-dropout": (
         "replicas",
         drawing(run(), "model"),

@@ -29,15 +29,18 @@ class Direction:
     """That cosine."""
 
 
-def has_momentum(optimizer: torch.optim.Optimizer) -> bool | None:
-    """Whether an update holds gradients of earlier steps, by the options of its groups; None where none says so."""
+def momentum_of(optimizer: torch.optim.Optimizer) -> float | None:
+    """Share of the gradient of the step before that an update holds, by the options of the groups, the largest one.
+
+    None where none says so.
+    """
     rates = [
         value[0] if isinstance(value, (tuple, list)) else value
         for group in optimizer.param_groups
         for name in ("momentum", "betas", "beta1")
         if (value := group.get(name, ())) != ()
     ]
-    return any(map(_number, rates)) if rates else None
+    return max(map(_number, rates)) if rates else None
 
 
 def momentum_carried(optimizer: torch.optim.Optimizer) -> bool:

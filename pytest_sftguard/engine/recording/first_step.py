@@ -7,15 +7,16 @@ forward passes are random. Nothing here draws a number, changes a tensor or keep
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from pytest_sftguard.engine.adapter.adapters import lora_layers
 from pytest_sftguard.engine.after import forwards
@@ -27,23 +28,36 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 _LIBRARIES = ("transformers", "trl", "sentence_transformers")
-_BY_TYPE = ("bernoulli", "rand", "rand_like", "uniform_")
+_BY_TYPE = ((torch, "bernoulli"), (torch, "rand"), (torch, "rand_like"), (Tensor, "uniform_"))
 """Functions of torch that make other numbers of the same state of a CPU's generator for each type. Measured: those of
 normal distributions are the same but for rounding, and dropout's the same."""
 _TOKENS = 256
 """Rows of logits that are widened to float32 together: 150 MB for a vocabulary of 150,000."""
 
 
-class _Noise(TorchFunctionMode):
+class _Noise:
     """Notes the first function that draws numbers in half precision which float32 would draw otherwise."""
 
     drawn = ""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") in _BY_TYPE and getattr(result, "dtype", None) in (torch.bfloat16, torch.half):
-            self.drawn = self.drawn or func.__name__
-        return result
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Note what is drawn within."""
+        # a mode of torch's would be the place of every warning that a function of torch gives
+        with contextlib.ExitStack() as stack:
+            for owner, name in _BY_TYPE:
+                stack.enter_context(mock.patch.object(owner, name, self._noted(getattr(owner, name))))
+            yield
+
+    def _noted(self, draw: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(draw)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            result = draw(*args, **kwargs)
+            if getattr(result, "dtype", None) in (torch.bfloat16, torch.half):
+                self.drawn = self.drawn or draw.__name__
+            return result
+
+        return noted
 
 
 class FirstStep:
@@ -56,7 +70,7 @@ class FirstStep:
         self._smoothing = float(getattr(trainer.args, "label_smoothing_factor", 0.0) or 0.0)
         self._random = ""
         self._noise = _Noise()
-        # it would have the first micro-batch compiled by itself
+        # a compiler would take up the wrappers
         self._compiled = bool(getattr(trainer.args, "torch_compile", False))
         self._model_loss = _model_of_loss(trainer, model)
         self._loss_library = _library_of_loss(trainer)
@@ -84,7 +98,7 @@ class FirstStep:
             if not self._begun:
                 hooks += [self._model.register_forward_pre_hook(self._keep, with_kwargs=True), *self._watch_random()]
         try:
-            with contextlib.nullcontext() if self._begun or self._compiled else self._noise:
+            with contextlib.nullcontext() if self._begun or self._compiled else self._noise.watching():
                 yield
         finally:
             for hook in hooks:

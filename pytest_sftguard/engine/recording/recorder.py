@@ -451,8 +451,9 @@ class _Descending:
     """Waits for the first step that moves a tensor, and compares that update with the gradients.
 
     Those of steps without an effect before it, as in a warm-up from zero, may be in the optimizer's momentum. Then the
-    update goes down the sum of all, and without momentum down its own. Of an optimizer that does not say whether it has
-    one, the lower one of the two cosines counts.
+    update goes down their sum, in which the earlier ones have faded by the momentum, and without momentum down its own.
+    Under Nesterov's rule, and of an optimizer that does not say whether it has momentum, the lower one of the two
+    cosines counts.
     """
 
     def __init__(self) -> None:
@@ -462,7 +463,7 @@ class _Descending:
         self._places: list[int] = []
         self._gradients: list[Tensor] = []
         self._earlier: dict[int, Tensor] = {}
-        self._readings = 1
+        self._readings, self._fading = 1, 1.0
 
     def give_up(self, why: str) -> None:
         """Compare nothing, because of `why`."""
@@ -486,16 +487,19 @@ class _Descending:
         """Numbers for `direction`, to be transferred with those of the step."""
         old, new = ([tensors[i] for i in self._places] for tensors in (before, after))
         decays = descent.decays(optimizer, new)
-        momentum = descent.has_momentum(optimizer) if self._earlier else False
-        readings = [] if momentum else [self._gradients]
-        readings += [] if momentum is False else [self._summed(self._gradients)]
+        momentum = descent.momentum_of(optimizer)
+        self._fading = 1.0 if momentum is None else momentum
+        alone = not self._earlier or not self._fading
+        either = momentum is None or any(group.get("nesterov") for group in optimizer.param_groups)
+        readings = [self._gradients] if alone or either else []
+        readings += [] if alone else [self._summed(self._gradients)]
         self._readings = len(readings)
         return torch.cat([descent.products(old, new, gradients, decays) for gradients in readings])
 
     def _summed(self, gradients: list[Tensor]) -> list[Tensor]:
-        """`gradients` and those of the steps before that moved nothing."""
-        earlier = self._earlier
-        return [g + earlier[i] if i in earlier else g for i, g in zip(self._places, gradients, strict=True)]
+        """`gradients` and those of the steps before that moved nothing, faded."""
+        earlier, fading = self._earlier, self._fading
+        return [g + fading * earlier[i] if i in earlier else g for i, g in zip(self._places, gradients, strict=True)]
 
     def direction(self, names: list[str], numbers: list[float], *, skipped: bool) -> descent.Direction | None:
         """The direction of the step's update; None if nothing moved, or an earlier step did."""

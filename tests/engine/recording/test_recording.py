@@ -107,12 +107,14 @@ def test_a_skipped_step_is_not_repeated() -> None:
     assert (step.effect, step.departure) == ("skipped_by_scaler", None)
 
 
-def after_a_step_at_rate_0(**options: Any) -> tuple[StepRecord, ...]:
+def after_a_step_at_rate_0(
+    first: tuple[float, float] = (10.0, 1.0), second: tuple[float, float] = (-1.0, 1.0), **options: Any
+) -> tuple[StepRecord, ...]:
     """Two steps of SGD, of which the first moves nothing and has a large gradient to another side."""
     model = nn.Linear(2, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, **options)
     recorder = Recorder(model)
-    for rate, gradient in ((0.0, [10.0, 1.0]), (0.1, [-1.0, 1.0])):
+    for rate, gradient in ((0.0, first), (0.1, second)):
         optimizer.param_groups[0]["lr"] = rate
         model.weight.grad = torch.tensor([gradient])
         recorder.before_step()
@@ -129,6 +131,14 @@ def test_an_update_is_held_to_the_gradients_in_its_momentum(maximize: bool) -> N
     assert second.update_cosine is not None
     assert (second.update_cosine > 0.9) is maximize
     assert (second.update_cosine < -0.9) is not maximize
+
+
+@pytest.mark.parametrize("options", [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}])
+def test_gradients_that_cancel_fade_in_the_momentum(options: dict[str, Any]) -> None:
+    """Of two that are nearly opposite, what is left has the sign of the later one."""
+    _, step = after_a_step_at_rate_0((1.0, 0.0), (-0.95, 0.01), **options)
+    assert step.update_cosine is not None
+    assert step.update_cosine < -0.9
 
 
 @pytest.mark.parametrize("maximize", [False, True])

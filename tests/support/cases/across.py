@@ -101,6 +101,7 @@ def moving(record: RunRecord, factor: float) -> RunRecord:
 FALLING = [4.0 * 0.8**n for n in range(20)]
 SETTLED = [4.0, 2.0, 1.5, 1.2, 1.1, *[1.01] * 15]
 NOISY = [4.0 + 0.1 * (-1) ** n for n in range(20)]
+UNSETTLED = [4.0, 2.0, 1.5, 1.4, 1.3, *[1.25 + 0.1 * (-1) ** n for n in range(15)]]
 MEANS = stepped(run((2, 4)), loss=4.0 - 0.025)
 """A run whose loss is the mean of its micro-batches' means."""
 BF16 = "bf16-mixed"
