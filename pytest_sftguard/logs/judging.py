@@ -35,7 +35,7 @@ EXACT_DIGITS = 6
 RISE = 1.0
 """Nats between the lowest level of a loss and a plateau that is no noise."""
 ENDS_ABOVE = 1.2
-"""Share of the first loss above which a loss that is nowhere higher has risen."""
+"""Share of its first level above which a loss that is nowhere higher has risen; harder rows may explain twice it."""
 
 
 class Weight(enum.IntEnum):
@@ -244,18 +244,23 @@ def zero_norms(points: Points) -> Iterator[Statement]:
 def _zero_norm(run: Points, before: Points, points: Points) -> Statement:
     to_the_end = run[-1] is points[-1]
     lasts = len(run) >= AT_THE_END or (to_the_end and len(run) > 1)
-    if _zero_is_a_value(points):
+    if any(map(_has_rewards, run)) and not any(map(_has_advantages, run)):
         return _statement(
             "no_advantage",
-            Weight.ALARM if lasts and len(run) == len(points) else Weight.NOTE,
+            Weight.ALARM
+            if lasts and len(run) == len(points)
+            else Weight.DOUBT
+            if lasts and to_the_end
+            else Weight.NOTE,
             run,
             f"grad_norm is 0 in {_share(run, points)}. Where all answers to a prompt have the same reward there is "
             "no advantage, and no gradient.",
-            "Look at reward_std and frac_reward_zero_std; if they do not explain it, the adapter is dead.",
+            "Look at the rewards: a function that rates every answer alike, or a task that is solved or hopeless.",
         )
-    zero_loss = all(p.loss == 0 for p in run)
+    of_policy = _zero_is_a_value(points)
+    zero_loss = all(p.loss == 0 for p in run) and not of_policy
     tiny = all(p.loss is not None and abs(p.loss) < TINY for p in run)
-    if tiny and any(_finite(p.loss) and abs(p.loss or 0.0) < LEARNED for p in before[-1:]):
+    if tiny and not of_policy and any(_finite(p.loss) and abs(p.loss or 0.0) < LEARNED for p in before[-1:]):
         return _statement(
             "saturated_loss",
             Weight.DOUBT,
@@ -400,7 +405,9 @@ def divergence(points: Points) -> Iterator[Statement]:
     lowest, level = min(levels), median(tail)
     if level - lowest < RISE or level < 1.5 * lowest or level < 0.9 * losses[0]:
         return
-    flat = max(tail) - min(tail) <= 0.1 * level
+    start = median(losses[:width])
+    # a loss that still rises has no plateau
+    flat = max(tail) - min(tail) <= 0.1 * level and tail != sorted(tail)
     guess = f" A uniform guess among {math.exp(level):,.0f} tokens has this loss." if 2 < level < 14 else ""
     earlier = [median(losses[i : i + width]) for i in range(len(losses) - 2 * width + 1)]
     if flat:
@@ -411,12 +418,12 @@ def divergence(points: Points) -> Iterator[Statement]:
             f"The loss was {_number(lowest)}, rose, and stays near {_number(level)}.{guess} The training diverged.",
             "Lower the learning rate, warm it up, and look at max_grad_norm; evaluate the checkpoint before the rise.",
         )
-    elif earlier and level > ENDS_ABOVE * losses[0] and level >= max(earlier):
+    elif earlier and level > ENDS_ABOVE * start and level >= max(earlier):
         yield _statement(
             "loss_rises",
-            Weight.DOUBT,
+            Weight.ALARM if level >= 2 * start + RISE else Weight.DOUBT,
             [p for p in points if _finite(p.loss)][-width:],
-            f"The loss began at {_number(losses[0])} and is highest at its end, near {_number(level)}.",
+            f"The loss began near {_number(start)} and is highest at its end, near {_number(level)}.",
             "Lower the learning rate, and see whether the rows are sorted by difficulty.",
         )
 
@@ -636,7 +643,17 @@ def _losses(points: Points) -> list[float]:
 
 def _zero_is_a_value(points: Points) -> bool:
     """Whether the loss is one of a policy, which is 0 on average: it is negative somewhere, or there are rewards."""
-    return any("reward" in p.values or "reward_std" in p.values or (p.loss or 0.0) < 0 for p in points)
+    return any(_has_rewards(p) or (p.loss or 0.0) < 0 for p in points)
+
+
+def _has_rewards(point: Entry) -> bool:
+    return bool({"reward", "reward_std"} & point.values.keys())
+
+
+def _has_advantages(point: Entry) -> bool:
+    """Whether the answers to some prompt had different rewards."""
+    without = point.values.get("frac_reward_zero_std")
+    return point.values.get("reward_std", 0.0) > 0 if without is None else without < 1
 
 
 def _digits(value: float | None) -> int:
