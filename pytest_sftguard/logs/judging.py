@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
 
@@ -36,6 +36,9 @@ RISE = 1.0
 """Nats between the lowest level of a loss and a plateau that is no noise."""
 ENDS_ABOVE = 1.2
 """Share of its first level above which a loss that is nowhere higher has risen; harder rows may explain twice it."""
+
+SPIKE = 3.0
+"""Times the highest of the first five losses that no batch explains: the noise of batches is in those five."""
 
 
 class Weight(enum.IntEnum):
@@ -71,9 +74,9 @@ class Statement:
 
 def explain(log: Log) -> tuple[Statement, ...]:
     """What a log shows, the worst first, and of two that weigh the same the earlier."""
-    found = [s for rule in LOG_RULES for s in rule(log)]
+    found = _merged(s for rule in LOG_RULES for s in rule(log))
     for points in log.trainings:
-        found += [s for rule in TRAINING_RULES for s in rule(points)]
+        found += _merged(s for rule in TRAINING_RULES for s in rule(points))
     return tuple(sorted(found, key=lambda s: (s.weight, math.inf if s.first_step is None else s.first_step)))
 
 
@@ -175,30 +178,25 @@ def _lasting(run: Points, points: Points) -> bool:
 
 def _skips(skipped: list[Entry], points: Points) -> Statement:
     """Steps with a non-finite norm and a loss of their own, after which finite norms follow."""
-    moved = _schedule_moved(skipped, points)
-    heard = {
+    schedule = {
         None: "the log does not show whether the learning rate stood still in them.",
         False: "the learning rate stood still in them: they were skipped.",
-        True: "but the learning rate moved in them.",
-    }
-    # a log of a few steps is all search
-    many = len(points) > 2 * MOST_HALVINGS and len(skipped) > UNEXPLAINED_SHARE * len(points)
+        True: "the learning rate moved all the same, as it does with a fused optimizer (accelerate#4242).",
+    }[_schedule_moved(skipped, points)]
+    # the first search takes as many steps as it needs
+    searched = {p.place for p in points[:MOST_HALVINGS]}
+    late = [p for p in skipped if p.place not in searched]
+    many = len(late) >= AT_THE_END and len(late) > UNEXPLAINED_SHARE * len(points)
     return _statement(
         "too_many_skips" if many else "skipped_steps",
-        Weight.DOUBT if many or moved else Weight.NOTE,
+        Weight.DOUBT if many else Weight.NOTE,
         skipped,
-        f"grad_norm is {_values(skipped, 'grad_norm')} in {_share(skipped, points)}. The loss is finite there and "
-        f"finite norms follow; {heard[moved]} "
-        + (
-            "A search for the loss scale does not explain so many."
-            if many
-            else "fp16 finds its loss scale by such steps, and leaves the weights alone in them. No other precision "
-            "skips steps."
-        ),
-        "If this is not fp16, or the steps are not few, train them again under the guard."
-        if not moved
-        else "See whether the optimizer is a fused one (accelerate then moves the schedule in skipped steps). If it is "
-        "not, or the precision is not fp16, these updates were made with gradients that are not finite.",
+        f"grad_norm is {_values(skipped, 'grad_norm')} in {_share(skipped, points)}. The loss is finite there, and "
+        f"finite norms follow: no update made the weights NaN. fp16 finds its loss scale by skipping such steps; "
+        f"{schedule}" + (" The search does not explain so many." if many else ""),
+        "Compare with the same steps in bf16 or float32."
+        if many
+        else "Nothing, if this is fp16. No other precision skips steps: look at the gradients of the first one.",
     )
 
 
@@ -277,7 +275,8 @@ def _zero_norm(run: Points, before: Points, points: Points) -> Statement:
             f"Loss and grad_norm are both exactly 0 in {_share(run, points)}: every label is masked (-100), or the "
             "loss has no gradient.",
             "Decode the labels of one batch: look for a response template that is never found, a prompt mask over "
-            "everything, and rows truncated before their answer.",
+            "everything, and rows truncated before their answer."
+            + (" Where the loss was not 0 before, look for nan_to_num too." if before else ""),
         )
     losses = {p.loss for p in run if p.loss is not None}
     course = f"stands still at {_number(run[0].loss)}" if len(losses) == 1 else "moves with the batches at most"
@@ -312,9 +311,11 @@ def zero_losses(points: Points) -> Iterator[Statement]:
                 "Set logging_nan_inf_filter=False and log grad_norm; decode the labels of one batch.",
             )
         elif sudden and not _norms_fell(run, before):
+            # a loss that was never above 0 may be one that is 0 on average
+            lasts = len(run) >= AT_THE_END or (run[-1] is points[-1] and len(run) > 1)
             yield _statement(
                 "zero_loss_with_gradient",
-                Weight.DOUBT,
+                Weight.ALARM if previous is not None and lasts else Weight.DOUBT,
                 run,
                 f"The loss is exactly 0 in {_share(run, points)}, and grad_norm is {_values(run, 'grad_norm')}: a "
                 "task that was learned has small norms, and its loss falls to 0 by and by.",
@@ -428,6 +429,22 @@ def divergence(points: Points) -> Iterator[Statement]:
         )
 
 
+def spikes(points: Points) -> Iterator[Statement]:
+    """A loss far above those that the training began with."""
+    losses = _losses(points)
+    first = max(losses[:5], default=math.inf)
+    if not _zero_is_a_value(points) and max(losses, default=0.0) > SPIKE * first + RISE:
+        high = [p for p in points if _finite(p.loss, SPIKE * first + RISE)]
+        yield _statement(
+            "loss_spikes",
+            Weight.DOUBT,
+            high,
+            f"The loss is up to {_number(max(losses))} in {_share(high, points)}, and at most {_number(first)} in the "
+            "first five.",
+            "Lower the learning rate and warm it up, and look at the batches of these steps.",
+        )
+
+
 def constant_norms(points: Points) -> Iterator[Statement]:
     """Norms that are all the same although the losses differ: they were logged after clipping."""
     norms = [p.grad_norm for p in points if _finite(p.grad_norm, 0)]
@@ -452,6 +469,7 @@ TRAINING_RULES = (
     frozen_losses,
     learning_rates,
     divergence,
+    spikes,
     constant_norms,
 )
 
@@ -586,6 +604,23 @@ LOG_RULES = (no_evidence, summaries, evaluations, others, crashes)
 
 
 # What the rules share
+
+
+def _merged(statements: Iterable[Statement]) -> list[Statement]:
+    """The first of each code and weight, which tells how often the same shows again."""
+    groups: dict[tuple[str, Weight], list[Statement]] = {}
+    for statement in statements:
+        groups.setdefault((statement.code, statement.weight), []).append(statement)
+    return [
+        group[0]
+        if len(group) == 1
+        else replace(
+            group[0],
+            message=f"{group[0].message} The same shows {len(group) - 1} times more, the last at {group[-1].where}.",
+            last_step=group[-1].last_step,
+        )
+        for group in groups.values()
+    ]
 
 
 def _statement(code: str, weight: Weight, at: Points, message: str, next_: str) -> Statement:

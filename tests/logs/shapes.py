@@ -167,6 +167,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     ),
     "float16 on a T4": state(skipping([1, 2, 3])),
     "float16, transformers 4.40": state(skipping([1, 2, 3], before=False)),
+    "float16, fused AdamW": state(course(40, norm=lambda i: NAN if i < 4 else 1.0 + i)),
+    "float16, a long search": state(skipping([1, 2, 3, 4, 5, 6])),
     "float16, a later skip": state(skipping([1, 2, 23])),
     "float16, each tenth step logged": state(
         course(20, norm=lambda i: NAN if i == 1 else 1.0 + 0.1 * math.sin(i), each=10), logging_steps=10
@@ -236,6 +238,7 @@ BROKEN: dict[str, tuple[list[dict[str, Any]], str]] = {
     "a mean that is 0": ([summary(20, train_loss=0.0)], "train_loss"),
     "no step": ([summary(0, train_loss=0.0)], "no_steps"),
     "0.0 without a norm": (course(20, lambda i: 2.5 if i < 9 else 0.0, lambda i: None), "zero_loss"),
+    "0.0 beside norms as before": (course(20, lambda i: 2.5 if i < 9 else 0.0), "zero_loss_with_gradient"),
     "GRPO without an advantage": (
         beside(course(20, lambda i: 0.0, lambda i: 0.0), lambda i: grpo(i, 1.0)),
         "no_advantage",
@@ -263,17 +266,15 @@ OPEN: dict[str, tuple[dict[str, Any], str]] = {
         state(course(20, lambda i: 0.0 if i == 9 else 2.5, lambda i: 0.0 if i == 9 else 1.0 + i)),
         "no_labels",
     ),
-    "the rate moved in the skipped step": (
-        state(course(40, norm=lambda i: NAN if i == 9 else 1.0 + i)),
-        "skipped_steps",
-    ),
+    "one loss far above all": (state(course(40, lambda i: 19.0 if i == 12 else 2.5 - 0.01 * i)), "loss_spikes"),
     "a quarter of all steps skipped": (state(skipping(range(4, 81, 4), 81)), "too_many_skips"),
     "null": (state([*course(20, norm=lambda i: 1.0 + i), {"loss": 1.5, "grad_norm": None, "step": 21}]), "null"),
     "a statistic of an empty group": (
         state(beside(course(20), lambda i: {"rewards/chosen": NAN})),
         "metric_not_finite",
     ),
-    "a loss that vanishes at once": (state(course(20, lambda i: 2.5 if i < 9 else 0.0)), "zero_loss_with_gradient"),
+    "one loss that vanishes": (state(course(20, lambda i: 2.5 if i != 9 else 0.0)), "zero_loss_with_gradient"),
+    "a loss of 0 from the start": (state(course(20, lambda i: 0.0)), "zero_loss_with_gradient"),
     "learned until no error is left": (
         state(course(40, lambda i: round(2.5 * 0.6**i, 4), lambda i: 0.6**i if i < 30 else 0.0)),
         "saturated_loss",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,6 +90,27 @@ def test_trainings_in_one_log_are_judged_apart() -> None:
     """A second training that begins at a higher loss has not diverged."""
     history = course(20, lambda i: 1.5 - 0.05 * i) + course(20, lambda i: 10.0 + 0.01 * i)
     assert shown(state(history)) == ()
+
+
+def test_what_shows_again_and_again_is_stated_once() -> None:
+    """With the number of times, so that a long log has a short explanation."""
+    [statement] = shown(state(course(400, norm=lambda i: 0.0 if i % 4 == 0 else 1.0 + 0.001 * i)))
+    assert "The same shows 99 times more, the last at step 400." in statement.message
+    assert (statement.first_step, statement.last_step) == (4, 400)
+
+
+def test_the_page_has_every_statement() -> None:
+    """Each code with its weights stands in a row of docs/explain.md, and nothing else does."""
+    root = Path(__file__).resolve().parents[2]
+    source = (root / "pytest_sftguard" / "logs" / "judging.py").read_text(encoding="utf-8")
+    calls = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)]
+    given = [ast.unparse(c.args[0]) for c in calls if ast.unparse(c.func) == "_statement"]
+    given += [
+        ast.unparse(k.value) for c in calls if ast.unparse(c.func) == "Statement" for k in c.keywords if k.arg == "code"
+    ]
+    codes = set(re.findall(r"'(\w+)'", " ".join(given)))
+    page = (root / "docs" / "explain.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == codes
 
 
 @given(log=logs())
