@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -123,13 +124,14 @@ def non_finite_losses(points: Points) -> Iterator[Statement]:
 def non_finite_norms(points: Points) -> Iterator[Statement]:
     """Norms that are NaN or infinite: a laundered loss, an end of training, or skipped steps."""
     skipped: list[Entry] = []
+    of_policy = _zero_is_a_value(points)
     for begin, end in _runs(points, lambda p: p.grad_norm is not None and not math.isfinite(p.grad_norm)):
-        run, before, after = points[begin:end], points[:begin], points[end:]
-        recovered = any(p.grad_norm is not None for p in after[:1])
+        run = points[begin:end]
+        recovered = any(p.grad_norm is not None for p in points[end : end + 1])
         # a loss that was already 0.000 with finite norms before the run is not 0 because of it
-        learned = recovered and any(p.loss == 0 and _finite(p.grad_norm) for p in before[-3:])
+        learned = recovered and any(p.loss == 0 and _finite(p.grad_norm) for p in points[max(begin - 3, 0) : begin])
         zero = [p for p in run if p.loss == 0]
-        if zero and not learned and not _zero_is_a_value(points):
+        if zero and not learned and not of_policy:
             yield _laundered(zero, run, points)
         elif any(p.loss is not None and not math.isfinite(p.loss) for p in run):
             # told by non_finite_losses
@@ -235,11 +237,12 @@ def zero_norms(points: Points) -> Iterator[Statement]:
             dying = p.loss is not None and abs(p.loss) >= LEARNED and norm <= VANISHED * peak
             silent |= {p.place} if norm == 0 or dying else set()
             peak = max(peak, norm)
+    of_policy = _zero_is_a_value(points)
     for begin, end in _runs(points, lambda p: p.place in silent):
-        yield _zero_norm(points[begin:end], points[:begin], points)
+        yield _zero_norm(points[begin:end], points[begin - 1] if begin else None, points, of_policy)
 
 
-def _zero_norm(run: Points, before: Points, points: Points) -> Statement:
+def _zero_norm(run: Points, before: Entry | None, points: Points, of_policy: bool) -> Statement:
     to_the_end = run[-1] is points[-1]
     lasts = len(run) >= AT_THE_END or (to_the_end and len(run) > 1)
     if any(map(_has_rewards, run)) and not any(map(_has_advantages, run)):
@@ -255,16 +258,15 @@ def _zero_norm(run: Points, before: Points, points: Points) -> Statement:
             "no advantage, and no gradient.",
             "Look at the rewards: a function that rates every answer alike, or a task that is solved or hopeless.",
         )
-    of_policy = _zero_is_a_value(points)
     zero_loss = all(p.loss == 0 for p in run) and not of_policy
     tiny = all(p.loss is not None and abs(p.loss) < TINY for p in run)
-    if tiny and not of_policy and any(_finite(p.loss) and abs(p.loss or 0.0) < LEARNED for p in before[-1:]):
+    if tiny and not of_policy and before is not None and before.loss is not None and abs(before.loss) < LEARNED:
         return _statement(
             "saturated_loss",
             Weight.DOUBT,
             run,
             f"The loss is {_values(run, 'loss')} and grad_norm 0 in {_share(run, points)}, after a loss of "
-            f"{_number(before[-1].loss)}: the task is learned until float32 resolves no error, or the labels end here.",
+            f"{_number(before.loss)}: the task is learned until float32 resolves no error, or the labels end here.",
             "Decode the labels of a batch of these steps, and evaluate on rows that were not trained on.",
         )
     if zero_loss:
@@ -284,8 +286,9 @@ def _zero_norm(run: Points, before: Points, points: Points) -> Statement:
         "dead_adapter",
         Weight.ALARM if lasts or len(run) == len(points) else Weight.DOUBT,
         run,
-        f"grad_norm is {_values(run, 'grad_norm')} in {_share(run, points)}, and the loss {course}: no gradient "
-        "reaches what is trained" + (f" from {_where(run[:1])} on." if before and to_the_end else "."),
+        f"grad_norm is {_values(run, 'grad_norm')} in {_share(run, points)}, and the loss {course}: a dead "
+        "adapter, no gradient reaches what is trained"
+        + (f" from {_where(run[:1])} on." if before and to_the_end else "."),
         "Look at which parameters have requires_grad, at enable_input_require_grads with gradient checkpointing, at "
         "detached or no_grad code, and at gradients that underflow in fp16.",
     )
@@ -296,7 +299,8 @@ def zero_losses(points: Points) -> Iterator[Statement]:
     if _zero_is_a_value(points):
         return
     for begin, end in _runs(points, lambda p: p.loss == 0 and (p.grad_norm is None or _finite(p.grad_norm, 0))):
-        run, before = points[begin:end], points[:begin]
+        # enough to tell what came before, in a log of any length
+        run, before = points[begin:end], points[max(begin - 50, 0) : begin]
         previous = next((p.loss for p in reversed(before) if p.loss is not None), None)
         sudden = previous is None or not abs(previous) < LEARNED
         unseen = all(p.grad_norm is None for p in run)
@@ -338,11 +342,16 @@ def frozen_losses(points: Points) -> Iterator[Statement]:
             continue
         if all(p.learning_rate == 0 for p in run):
             continue
+        # each process of a distributed training may print the same line
+        moments = {(p.step, p.values.get("epoch"), p.learning_rate) for p in run} - {(None, None, None)}
+        length = len(moments) or len(run)
+        if length < 3:
+            continue
         exact = _digits(run[0].loss) >= EXACT_DIGITS
         norm_too = norms[0] is not None and len(set(norms)) == 1
         ends = run[-1] is points[-1]
         # four digits also agree while the rate warms up, and one batch that is repeated converges to them
-        long = len(run) >= 8
+        long = length >= 8
         certain = (norms[0] is None and exact) or (norm_too and (long or _digits(norms[0]) >= EXACT_DIGITS))
         if exact or norm_too or long:
             yield _statement(
@@ -402,15 +411,17 @@ def divergence(points: Points) -> Iterator[Statement]:
     if _zero_is_a_value(points) or len(losses) < width + 2:
         return
     tail = losses[-width:]
-    levels = [losses[0], *(median(losses[i : i + 3]) for i in range(len(losses) - 2))]
-    lowest, level = min(levels), median(tail)
+    level = median(tail)
+    # the first loss alone is a level only where no noise of a batch explains it
+    levels = [losses[0]] * (level > SPIKE * losses[0]) + [median(losses[i : i + 3]) for i in range(len(losses) - 2)]
+    lowest = min(levels)
     if level - lowest < RISE or level < 1.5 * lowest or level < 0.9 * losses[0]:
         return
     start = median(losses[:width])
     # a loss that still rises has no plateau
     flat = max(tail) - min(tail) <= 0.1 * level and tail != sorted(tail)
     guess = f" A uniform guess among {math.exp(level):,.0f} tokens has this loss." if 2 < level < 14 else ""
-    earlier = [median(losses[i : i + width]) for i in range(len(losses) - 2 * width + 1)]
+    earlier = [median(losses[i : i + width]) for i in range(0, len(losses) - 2 * width + 1, width)]
     if flat:
         yield _statement(
             "diverged",
@@ -448,8 +459,7 @@ def spikes(points: Points) -> Iterator[Statement]:
 def constant_norms(points: Points) -> Iterator[Statement]:
     """Norms that are all the same although the losses differ: they were logged after clipping."""
     norms = [p.grad_norm for p in points if _finite(p.grad_norm, 0)]
-    repeated = max(set(norms), key=norms.count, default=None)
-    count = norms.count(repeated)
+    repeated, count = next(iter(Counter(norms).most_common(1)), (None, 0))
     if count >= 5 and count > 0.5 * len(norms) and len(set(_losses(points))) > count // 2:
         yield _statement(
             "clipped_norms",

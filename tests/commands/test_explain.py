@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def test_it_prints_what_was_read_what_it_shows_and_what_not(tmp_path: Path, caps
     main(["explain", str(written(tmp_path, state(history)))])
     text = " ".join(capsys.readouterr().out.split())
     assert "read trainer_state.json, 30 entries, steps 1 to 30 shows alarm steps 15 to 30: grad_norm is 0" in text
-    assert "the loss stands still at 1.9: no gradient reaches what is trained from step 15 on" in text
+    assert "the loss stands still at 1.9: a dead adapter, no gradient reaches what is trained from step 15" in text
     assert "next: Look at which parameters have requires_grad" in text
     assert "cannot show - A NaN that the Trainer replaced" in text
 
@@ -76,6 +77,21 @@ def test_several_logs_are_explained_one_after_the_other(tmp_path: Path, capsys: 
     written(tmp_path / "two", state(BROKEN["laundered"][0]))
     assert main(["explain", str(tmp_path / "one"), str(tmp_path / "two")]) == 1
     assert capsys.readouterr().out.count("  read         trainer_state.json") == 2
+
+
+def test_the_example_of_the_page_is_what_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Line by line, up to where the page leaves some out."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "explain.md").read_text(encoding="utf-8")
+    shown = textwrap.dedent(re.findall(r"(?:^    .*\n|^\n)+", page, re.MULTILINE)[1]).strip().partition("    ...")[0]
+    folder = tmp_path / "outputs" / "checkpoint-30"
+    folder.mkdir(parents=True)
+    first, *others = BROKEN["dies at step 15"][0]
+    written(folder, state([{**first, "grad_norm": math.inf}, *others], max_steps=40))
+    monkeypatch.chdir(tmp_path)
+    main(["explain", "outputs/checkpoint-30"])
+    assert capsys.readouterr().out.startswith(shown)
 
 
 @pytest.mark.parametrize(

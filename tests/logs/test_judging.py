@@ -86,6 +86,12 @@ def test_a_constant_rate_is_no_evidence_of_a_skip() -> None:
     assert "does not show whether the learning rate stood still" in note.message
 
 
+def test_a_line_that_every_process_prints_is_no_frozen_loss() -> None:
+    """Eight processes print one loss eight times, at one epoch."""
+    history = [entry for entry in course(5) for _ in range(8)]
+    assert shown(state([{k: v for k, v in e.items() if k != "step"} for e in history])) == ()
+
+
 def test_trainings_in_one_log_are_judged_apart() -> None:
     """A second training that begins at a higher loss has not diverged."""
     history = course(20, lambda i: 1.5 - 0.05 * i) + course(20, lambda i: 10.0 + 0.01 * i)
