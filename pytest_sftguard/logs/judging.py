@@ -421,7 +421,7 @@ def divergence(points: Points) -> Iterator[Statement]:
     # a loss that still rises has no plateau
     flat = max(tail) - min(tail) <= 0.1 * level and tail != sorted(tail)
     guess = f" A uniform guess among {math.exp(level):,.0f} tokens has this loss." if 2 < level < 14 else ""
-    earlier = [median(losses[i : i + width]) for i in range(0, len(losses) - 2 * width + 1, width)]
+    earlier = [median(losses[i : i + width]) for i in range(0, len(losses) - 2 * width + 1, width // 2)]
     if flat:
         yield _statement(
             "diverged",
@@ -430,10 +430,10 @@ def divergence(points: Points) -> Iterator[Statement]:
             f"The loss was {_number(lowest)}, rose, and stays near {_number(level)}.{guess} The training diverged.",
             "Lower the learning rate, warm it up, and look at max_grad_norm; evaluate the checkpoint before the rise.",
         )
-    elif earlier and level > ENDS_ABOVE * start and level >= max(earlier):
+    elif len(earlier) >= 5 and level > ENDS_ABOVE * start and level >= max(earlier) and min(tail) > start:
         yield _statement(
             "loss_rises",
-            Weight.ALARM if level >= 2 * start + RISE else Weight.DOUBT,
+            Weight.ALARM if min(tail) > 2 * start else Weight.DOUBT,
             [p for p in points if _finite(p.loss)][-width:],
             f"The loss began near {_number(start)} and is highest at its end, near {_number(level)}.",
             "Lower the learning rate, and see whether the rows are sorted by difficulty.",
