@@ -34,8 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pytest_sftguard",
         description="Numerical stability of LoRA fine-tuning, outside of pytest.",
-        epilog="exit codes: 0 all is well; 1 something failed, was missed, or does not fit; 2 an error of use or of a"
-        " file",
+        epilog="exit codes: 0 nothing of the following; 1 something failed, was missed, does not fit, or alarms;"
+        " 2 an error of use or of a file",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in SUBCOMMANDS:

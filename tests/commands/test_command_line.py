@@ -55,10 +55,10 @@ def test_help_imports_no_torch() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert ran.returncode == 0, ran.stderr
-    assert all(name in ran.stdout for name in ("fit", "faults", "judge", "bundle", "exit codes"))
+    assert all(name in ran.stdout for name in ("fit", "faults", "judge", "bundle", "explain", "exit codes"))
 
 
-@pytest.mark.parametrize("command", ["fit", "faults", "judge", "bundle"])
+@pytest.mark.parametrize("command", ["fit", "faults", "judge", "bundle", "explain"])
 def test_every_subcommand_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """`--help` of a subcommand says what it does."""
     with pytest.raises(SystemExit) as left:

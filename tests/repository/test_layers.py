@@ -19,7 +19,7 @@ ORDER = (
     {"registry", "precision", "benchmarking"},
     {"matrix", "hardware", "sizes"},
     {"tiers"},
-    {"records"},
+    {"records", "logs"},
     {"verdicts", "bundles"},
     {"rendering"},
     {"invariants", "strategies"},
