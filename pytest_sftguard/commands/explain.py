@@ -84,7 +84,7 @@ def _text(explained: Sequence[Explained]) -> Iterator[str]:
         for s in statements:
             where = f"{s.where}: " if s.where else ""
             label = s.weight.name.lower()
-            yield from screen.wrap(f"    {label:9}{_plain(where + s.message)}", " " * 13)
+            yield from screen.wrap(f"    {label:9}{_plain(where + s.text)}", " " * 13)
             yield from screen.wrap(f"             next: {s.next}", " " * 19)
         yield "  cannot show"
         for sentence in cannot_show(log):

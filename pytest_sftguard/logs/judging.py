@@ -63,7 +63,7 @@ class Statement:
     """How much it weighs."""
     where: str
     """The steps at which it shows, in words. Empty: it is about the whole log."""
-    message: str
+    text: str
     """What is shown, with its numbers."""
     next: str
     """What to do next."""
@@ -508,7 +508,7 @@ def no_evidence(log: Log) -> Iterator[Statement]:
         code="no_evidence",
         weight=Weight.DOUBT,
         where="",
-        message=f"No entry is about a training step{total}{each}. A log without entries is no evidence, and the mean "
+        text=f"No entry is about a training step{total}{each}. A log without entries is no evidence, and the mean "
         "in train_loss hides a NaN.",
         next="Train again with logging_steps=1.",
     )
@@ -605,7 +605,7 @@ def crashes(log: Log) -> Iterator[Statement]:
             code="traceback",
             weight=Weight.DOUBT,
             where="",
-            message=f"There is a traceback in it, which ends with: {log.crash}",
+            text=f"There is a traceback in it, which ends with: {log.crash}",
             next="See whether the training went on after it.",
         )
 
@@ -626,19 +626,19 @@ def _merged(statements: Iterable[Statement]) -> list[Statement]:
         if len(group) == 1
         else replace(
             group[0],
-            message=f"{group[0].message} The same shows {len(group) - 1} times more, the last at {group[-1].where}.",
+            text=f"{group[0].text} The same shows {len(group) - 1} times more, the last at {group[-1].where}.",
             last_step=group[-1].last_step,
         )
         for group in groups.values()
     ]
 
 
-def _statement(code: str, weight: Weight, at: Points, message: str, next_: str) -> Statement:
+def _statement(code: str, weight: Weight, at: Points, text: str, next_: str) -> Statement:
     return Statement(
         code=code,
         weight=weight,
         where=_where(at),
-        message=message,
+        text=text,
         next=next_,
         first_step=at[0].step,
         last_step=at[-1].step,

@@ -40,7 +40,7 @@ def shown(data: dict[str, Any]) -> tuple[Statement, ...]:
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_training_without_a_failure_does_not_alarm(name: str) -> None:
     """Nor does it raise a doubt: the public shapes of logs, and what is ordinary in them."""
-    assert [(s.code, s.message) for s in shown(SHAPES[name]) if s.weight is not Weight.NOTE] == []
+    assert [(s.code, s.text) for s in shown(SHAPES[name]) if s.weight is not Weight.NOTE] == []
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -75,7 +75,7 @@ def test_a_failure_is_placed(name: str, first: int, last: int) -> None:
 def test_a_schedule_that_stands_still_is_evidence_of_a_skip(before: bool) -> None:
     """Whichever rate a version of transformers logs."""
     [note] = shown(state(skipping([2, 3, 17], before=before)))
-    assert "the learning rate stood still in them: they were skipped" in note.message
+    assert "the learning rate stood still in them: they were skipped" in note.text
     assert note.where == "steps 2, 3, 17"
 
 
@@ -83,7 +83,7 @@ def test_a_constant_rate_is_no_evidence_of_a_skip() -> None:
     """The statement leaves it open."""
     history = course(20, norm=lambda i: math.nan if i < 3 else 1.0 + i, rate=lambda i: 1e-4)
     [note] = shown(state(history))
-    assert "does not show whether the learning rate stood still" in note.message
+    assert "does not show whether the learning rate stood still" in note.text
 
 
 def test_a_line_that_every_process_prints_is_no_frozen_loss() -> None:
@@ -101,7 +101,7 @@ def test_trainings_in_one_log_are_judged_apart() -> None:
 def test_what_shows_again_and_again_is_stated_once() -> None:
     """With the number of times, so that a long log has a short explanation."""
     [statement] = shown(state(course(400, norm=lambda i: 0.0 if i % 4 == 0 else 1.0 + 0.001 * i)))
-    assert "The same shows 99 times more, the last at step 400." in statement.message
+    assert "The same shows 99 times more, the last at step 400." in statement.text
     assert (statement.first_step, statement.last_step) == (4, 400)
 
 
@@ -124,7 +124,7 @@ def test_no_series_makes_it_raise(log: Log) -> None:
     """Whatever the numbers, there are statements with texts, the worst first, and no verdict in any."""
     found = explain(log)
     assert [s.weight for s in found] == sorted(s.weight for s in found)
-    for text in (*(f"{s.where} {s.message} {s.next}" for s in found), *cannot_show(log)):
+    for text in (*(f"{s.where} {s.text} {s.next}" for s in found), *cannot_show(log)):
         assert text.strip()
         assert not {"passed", "sound", "healthy", "ok"} & set(text.lower().replace(".", " ").replace(",", " ").split())
 
@@ -133,7 +133,7 @@ def test_no_series_makes_it_raise(log: Log) -> None:
 def test_what_is_not_finite_is_always_reported(log: Log) -> None:
     """Under whichever name it was logged."""
     if any(not math.isfinite(v) for e in log.entries for v in e.values.values()):
-        assert any("nan" in s.message or "inf" in s.message for s in explain(log))
+        assert any("nan" in s.text or "inf" in s.text for s in explain(log))
 
 
 @given(
