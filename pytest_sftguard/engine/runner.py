@@ -27,7 +27,7 @@ from pytest_sftguard.engine.recording.recorder import Recorder
 from pytest_sftguard.engine.recording.watching import Watch
 from pytest_sftguard.engine.stages import Asked, Built, Rebuilt, Reloaded, Started, Trained
 from pytest_sftguard.engine.surroundings import devices, float32
-from pytest_sftguard.engine.surroundings.errors import own_work, raised, source_of
+from pytest_sftguard.engine.surroundings.errors import own_work, raised
 from pytest_sftguard.engine.surroundings.frames import with_room
 from pytest_sftguard.engine.surroundings.garbage import set_aside
 from pytest_sftguard.engine.surroundings.isolation import isolated
@@ -123,10 +123,9 @@ class _Cell:
         # whatever the code under test raises is evidence, not a crash of the guard
         except Exception as error:
             _log.debug("cell %s ended in %s", self.asked.config.cell, self.reached.doing, exc_info=True)
-            answers = devices.answers(self.asked.device_type)
-            # who touches a lost device raises, and that may be the guard
-            self.seen["error"] = raised(error if answers else source_of(error), self.reached.doing)
-            if isinstance(self.reached, Started) and not answers:
+            lost = not devices.answers(self.asked.device_type)
+            self.seen["error"] = raised(error, self.reached.doing, lost=lost)
+            if isinstance(self.reached, Started) and lost:
                 self.reached.watch.give_up_device()
         self.seen.update(self.looks.conclude(self.reached))
         return self.seen

@@ -30,7 +30,7 @@ from pytest_sftguard.engine.recording.layers import LayerWatch
 from pytest_sftguard.engine.recording.recorder import Recorder
 from pytest_sftguard.engine.recording.schedules import Schedule
 from pytest_sftguard.engine.surroundings import devices, float32
-from pytest_sftguard.engine.surroundings.errors import GuardError, raised, source_of
+from pytest_sftguard.engine.surroundings.errors import GuardError, raised
 from pytest_sftguard.engine.surroundings.isolation import isolated
 from pytest_sftguard.matrix import Cell
 from pytest_sftguard.precision import MODES, mode_named
@@ -111,8 +111,7 @@ class Observer:
 
     def _give_up(self, error: GuardError) -> None:
         lost = not devices.answers(next(self.recorder.model.parameters()).device.type)
-        # who touches a lost device raises, and that may be the guard
-        self._error = raised(source_of(error) if lost else error, "train")
+        self._error = raised(error, "train", lost=lost)
         self.detach()
 
     def micro_batch(self, loss: Tensor, *, inputs: Any = None, labels: Tensor | None = None) -> None:

@@ -39,19 +39,20 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0]
 
 
-def source_of(error: BaseException) -> BaseException:
-    """What was raised in the first place: the cause of a GuardError, or the exception itself."""
-    return error.__cause__ if isinstance(error, GuardError) and error.__cause__ is not None else error
-
-
-def raised(error: BaseException, stage: str) -> ErrorRecord:
+def raised(error: BaseException, stage: str, *, lost: bool = False) -> ErrorRecord:
     """Record of an exception that ended a run in `stage`: class, first line of its text, and where it was raised.
 
-    Of a GuardError it is the cause, marked as the guard's own.
+    Of a GuardError it is the cause, marked as the guard's own unless the device was `lost`: then whoever touches it
+    raises, and that may be the guard.
     """
-    own, source = isinstance(error, GuardError), source_of(error)
+    own = isinstance(error, GuardError)
+    source = error.__cause__ if own and error.__cause__ is not None else error
     frames = traceback.extract_tb(source.__traceback__)
     where = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
     return ErrorRecord(
-        stage=stage, type=type(source).__name__, message=first_line(source)[:500], where=where, guards_own=own
+        stage=stage,
+        type=type(source).__name__,
+        message=first_line(source)[:500],
+        where=where,
+        guards_own=own and not lost,
     )
