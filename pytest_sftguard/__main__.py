@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pytest_sftguard",
         description="Numerical stability of LoRA fine-tuning, outside of pytest.",
-        epilog="exit codes: 0 nothing of the following; 1 something failed, was missed, does not fit, or alarms;"
+        epilog="exit codes: 0 none of the following; 1 something failed, was missed, does not fit, or alarms;"
         " 2 an error of use or of a file",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -43,7 +43,7 @@ def _run_some(tasks: dict[int, Task[T]], jobs: int, done: Callable[[T], object])
                     found[futures[future]] = result
                     done(result)
         except BaseException:
-            # the end of the block would wait for all others
+            # the block shuts it down once more: without waiting here, that would take the cancelling back
             pool.shutdown(cancel_futures=True)
             raise
     return found

@@ -225,12 +225,16 @@ def _replicas_mean(case: Case) -> list[Clue]:
         return []
     # the micro-batches of one process come after those of the other
     pairs = list(zip(two.tokens.micro_tokens, two.tokens.micro_token_losses, strict=True))
-    parts = [part for part in (pairs[: two.count], pairs[two.count :]) if sum(n for n, _ in part)]
-    means = [math.fsum(n * loss for n, loss in part) / sum(n for n, _ in part) for part in parts]
-    if len(means) < 2 or _same(math.fsum(means) / 2, two.mean) or not _same(two.loss, math.fsum(means) / 2):
+    parts = pairs[: two.count], pairs[two.count :]
+    labels = [sum(n for n, _ in part) for part in parts]
+    if not all(labels):
         return []
-    labels = " and ".join(str(sum(n for n, _ in part)) for part in parts)
-    return [decisive(found[0]), hint(f"it is the mean of the means of two processes, which have {labels} labels")]
+    means = [math.fsum(n * loss for n, loss in part) / count for part, count in zip(parts, labels, strict=True)]
+    average = math.fsum(means) / 2
+    if _same(average, two.mean) or not _same(two.loss, average):
+        return []
+    counts = " and ".join(map(str, labels))
+    return [decisive(found[0]), hint(f"it is the mean of the means of two processes, which have {counts} labels")]
 
 
 def _resumed_otherwise(case: Case) -> list[Finding]:

@@ -87,12 +87,10 @@ class OneBatchOverfit(Comparing):
         last = statistics.fmean(losses[-quarter:])
         random = bool(reference.first_step is None or reference.first_step.random)
         first = statistics.fmean(losses[:quarter]) if random else losses[0]
-        unclear = self._noise(record) * abs(first)
-        if random:
-            unclear = max(unclear, self.min_signal * _spread(losses) * math.sqrt(2 / quarter))
+        noise = _spread(losses) * math.sqrt(2 / quarter) if random else 0.0
+        unclear = max(self._noise(record) * abs(first), self.min_signal * noise)
         fall = first - last
         if fall > unclear:
-            noise = _spread(losses) * math.sqrt(2 / quarter) if random else 0.0
             yield from self._settled(reference, losses, quarter, noise)
         elif fall < -unclear or unclear == 0:
             yield self.failed(Reason.DOES_NOT_FALL, observed=last, limit=first, steps=steps)

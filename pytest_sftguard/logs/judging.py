@@ -37,7 +37,6 @@ RISE = 1.0
 """Nats between the lowest level of a loss and a plateau that is no noise."""
 ENDS_ABOVE = 1.2
 """Share of its first level above which a loss that is nowhere higher has risen; harder rows may explain twice it."""
-
 SPIKE = 3.0
 """Times the highest of the first five losses that no batch explains: the noise of batches is in those five."""
 

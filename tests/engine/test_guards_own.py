@@ -36,13 +36,14 @@ BESIDE = {
 """A function of the guard's own in each stage of a run."""
 
 
+def fail(*args: Any, **kwargs: Any) -> None:
+    """What any of them does when it is broken."""
+    raise RuntimeError("a mistake in the guard")
+
+
 @pytest.fixture(params=BESIDE)
 def broken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of them raises."""
-
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("a mistake in the guard")
-
     monkeypatch.setattr(*BESIDE[request.param], fail)
 
 
@@ -69,10 +70,6 @@ def test_what_the_training_raises_is_its_own(run_cell: Callable[..., JudgedRun])
 def test_a_loop_of_the_users_own_goes_on(loop: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The observation ends, the loop does not, and the record says why."""
     steps: list[int] = []
-
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("a mistake in the guard")
-
     monkeypatch.setattr(*BESIDE[name], fail)
     run = judged(loop(loops.model(), steps=3, spoil=lambda model, step: steps.append(step)).record())
     assert len(steps) == 3
